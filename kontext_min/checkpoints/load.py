@@ -1,0 +1,301 @@
+"""Standard model files -> our modules: diffusers folders, folders of single files (ComfyUI), hub ids.
+
+`find` says where each part of a model lies; `load_flux`, `load_vae`, `load_t5` and `load_clip` build one part on `meta`
+and stream its weights in. Sizes come from config.json, or from the tensors' shapes where single files have none.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kontext_min import flow
+from kontext_min.checkpoints import keys
+from kontext_min.checkpoints.keys import Source
+from kontext_min.checkpoints.tensors import Tensors, fill
+from kontext_min.models.clip import ACTIVATIONS, CLIPConfig, CLIPText
+from kontext_min.models.flux import Flux, FluxConfig
+from kontext_min.models.t5 import T5Config, T5Encoder
+from kontext_min.models.vae import VAE, VAEConfig
+
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the first that exists is taken
+    "transformer": ("flux1-kontext-dev*.safetensors", "flux1-dev-kontext*.safetensors", "flux*.safetensors"),
+    "vae": ("ae.safetensors", "*vae*.safetensors"),
+    "text_encoder": ("clip_l*.safetensors",),
+    "text_encoder_2": ("t5xxl*.safetensors", "t5*.safetensors"),
+}
+HUB_FILES = ["model_index.json", "scheduler/*", *(f"{part}/*" for part in PARTS), "tokenizer/*", "tokenizer_2/*"]
+ODD_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+NOT_USED = ("text_model.embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP files
+
+
+@dataclass(frozen=True)
+class Component:
+    """The files of one network and its config.json as a mapping ({} where there is none)."""
+
+    files: tuple[Path, ...]
+    config: dict
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the parts of a model lie, and what its scheduler says about time."""
+
+    folder: Path
+    components: dict[str, Component]
+    shift: flow.Shift
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def find(model: str | Path) -> Checkpoint:
+    """A folder (diffusers layout or single files) or a hub id -> its parts; FileNotFoundError says what to do."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = download(str(model))
+    absent = [name for name in ("tokenizer", "tokenizer_2") if not (folder / name).is_dir()]
+    if absent:
+        raise FileNotFoundError(f"{folder} has no folder {' and '.join(absent)}; copy it from the model's repository")
+    components = {part: find_component(folder, part) for part in PARTS}
+    return Checkpoint(folder, components, read_shift(folder / "scheduler" / "scheduler_config.json"))
+
+
+def download(repo_id: str) -> Path:
+    """A hub id -> its folder in the local cache, downloaded if need be."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo_id, local_files_only=True))
+        if all((folder / part).is_dir() for part in PARTS):
+            return folder
+    except LocalEntryNotFoundError:
+        pass  # not in the cache: fetch it
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{repo_id} is gated: accept its licence at https://huggingface.co/{repo_id}, then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id} does not exist on the hub, or is private: check the id, or run `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"{repo_id} is not in the local cache and the hub cannot be reached; on a machine that can, run "
+            f"`hf download {repo_id}` and copy the folder here"
+        ) from error
+
+
+def find_component(folder: Path, part: str) -> Component:
+    """One network's files: the part's own folder (sharded with an index, or one file), else a single file beside it."""
+    own = folder / part
+    config = json.loads((own / "config.json").read_text(encoding="utf-8")) if (own / "config.json").exists() else {}
+    indices = sorted(own.glob("*.safetensors.index.json"))
+    if indices:
+        shards = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()
+        return Component(tuple(own / name for name in sorted(set(shards))), config)
+    files = sorted(own.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
+    if files:
+        return Component((files[0],), config)
+    for pattern in SINGLE_FILES[part]:
+        matches = sorted(folder.glob(pattern))
+        if matches:
+            return Component((matches[0],), config)
+    pickles = [path.name for path in own.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth")]
+    found = f"; {part}/{pickles[0]} is a pickle: use the .safetensors instead" if pickles else ""
+    raise FileNotFoundError(f"{folder} has no {part}: expected {part}/*.safetensors or {SINGLE_FILES[part][0]}{found}")
+
+
+def read_shift(path: Path) -> flow.Shift:
+    """scheduler_config.json -> how sampling times are shifted; without a file, FLUX.1's."""
+    if not path.exists():
+        return flow.Shift()
+    config = json.loads(path.read_text(encoding="utf-8"))
+    odd = [name for name in ODD_SCHEDULES if config.get(name)]
+    if odd or config.get("time_shift_type", "exponential") != "exponential":
+        raise ValueError(f"{path}: {', '.join(odd) or 'time_shift_type'} is not how FLUX is sampled; remove it")
+    if not config.get("use_dynamic_shifting", False):
+        return flow.Shift(static=float(config.get("shift", 1.0)))
+    return flow.Shift(**settings(keys.SHIFT_SETTINGS, config))
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+def settings(table: dict[str, str], config: dict) -> dict:
+    """The settings of a config.json under our names; what it leaves out keeps our default."""
+    values = {ours: config[theirs] for theirs, ours in table.items() if config.get(theirs) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def flux_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
+    """Sizes of the transformer, from config.json or (single file) from the shapes of its tensors."""
+    config = component.config
+    if config:
+        if config.get("patch_size", 1) != 1:
+            raise ValueError(f"transformer/config.json: patch_size {config['patch_size']}; FLUX has 1")
+        values = {"out_channels": config["in_channels"], **settings(keys.FLUX_SETTINGS, config)}
+        return FluxConfig(**values, hidden_size=config["num_attention_heads"] * config["attention_head_dim"])
+    hidden, head_dim = shapes["img_in.weight"][0], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+    if head_dim % 16:
+        raise ValueError(f"rotary axes for heads of {head_dim} channels are unknown; put a config.json in transformer/")
+    return FluxConfig(
+        in_channels=shapes["img_in.weight"][1],
+        out_channels=shapes["final_layer.linear.weight"][0],
+        vec_in_dim=shapes["vector_in.in_layer.weight"][1],
+        context_in_dim=shapes["txt_in.weight"][1],
+        hidden_size=hidden,
+        mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
+        num_heads=hidden // head_dim,
+        depth=count(shapes, "double_blocks"),
+        depth_single_blocks=count(shapes, "single_blocks"),
+        axes_dim=(head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16),
+        guidance_embed="guidance_in.in_layer.weight" in shapes,
+    )
+
+
+def count(shapes: dict[str, tuple[int, ...]], stem: str) -> int:
+    """How many blocks are called `stem.N.`."""
+    return len({match[1] for name in shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))})
+
+
+def vae_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
+    """Sizes of the autoencoder, from config.json or (single file) from the shapes of its tensors."""
+    config = component.config
+    if config:
+        if config.get("use_quant_conv", True) or config.get("use_post_quant_conv", True):
+            raise ValueError("vae/config.json: use_quant_conv and use_post_quant_conv must be false, as in FLUX")
+        return VAEConfig(**{"layers_per_block": 1, **settings(keys.VAE_SETTINGS, config)})
+    channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(count(shapes, "encoder.down")))
+    return VAEConfig(
+        channels=channels,
+        layers_per_block=count(shapes, "encoder.down.0.block"),
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        groups=math.gcd(32, *channels),
+        in_channels=shapes["encoder.conv_in.weight"][1],
+    )
+
+
+def t5_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> T5Config:
+    """Sizes of T5, from config.json or (single file) from the shapes of its tensors."""
+    config = component.config
+    if config:
+        activation = config.get("feed_forward_proj", "relu")
+        if activation != "gated-gelu":
+            raise ValueError(f"text_encoder_2/config.json: feed_forward_proj {activation!r} should be 'gated-gelu'")
+        return T5Config(**settings(keys.T5_SETTINGS, config))
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    return T5Config(
+        vocab_size=shapes["shared.weight"][0],
+        d_model=shapes["shared.weight"][1],
+        d_kv=shapes[f"{attention}.q.weight"][0] // heads,
+        d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1],
+        num_layers=count(shapes, "encoder.block"),
+        num_heads=heads,
+        num_buckets=buckets,
+    )
+
+
+def clip_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> CLIPConfig:
+    """Sizes of CLIP, from config.json or (single file) from the shapes of its tensors; heads are 64 wide there."""
+    config = component.config.get("text_config", component.config)
+    if config:
+        activation = config.get("hidden_act", "quick_gelu")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"text_encoder/config.json: hidden_act {activation!r}; known are {', '.join(ACTIVATIONS)}")
+        return CLIPConfig(**settings(keys.CLIP_SETTINGS, config))
+    vocab, hidden = shapes["text_model.embeddings.token_embedding.weight"]
+    return CLIPConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        num_layers=count(shapes, "text_model.encoder.layers"),
+        num_heads=max(1, hidden // 64),
+        max_positions=shapes["text_model.embeddings.position_embedding.weight"][0],
+    )
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape by name."""
+    return {name: tensors.shape(name) for name in tensors.names()}
+
+
+def same_names(module: torch.nn.Module) -> dict[str, Source]:
+    """The table of a file that uses our own names."""
+    return {name: Source((name,)) for name, _ in module.named_parameters()}
+
+
+def required(config_of, component: Component, tensors: Tensors):
+    """A config, or one sentence when a tensor or a setting that tells the sizes is not there."""
+    try:
+        return config_of(component, shapes_of(tensors))
+    except KeyError as error:
+        raise ValueError(f"{tensors.title}: {error} is missing, so this is not the file it should be") from error
+
+
+def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Flux:
+    """The transformer, frozen and in eval mode, in `dtype` on `device`."""
+    component = checkpoint.components["transformer"]
+    tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))
+    diffusers = "x_embedder.weight" in tensors.names()
+    if not diffusers:
+        tensors.rename(lambda name: re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name))
+    config = required(flux_config, component, tensors)
+    with torch.device("meta"):
+        flux = Flux(config)
+    table = keys.flux_diffusers(config) if diffusers else same_names(flux)
+    fill(flux, tensors, table, dtype, device)
+    return flux.eval()
+
+
+def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
+    """The autoencoder, frozen and in eval mode."""
+    component = checkpoint.components["vae"]
+    tensors = Tensors(component.files)
+    config = required(vae_config, component, tensors)
+    with torch.device("meta"):
+        vae = VAE(config)
+    diffusers = "encoder.conv_norm_out.weight" in tensors.names()
+    table = keys.vae_diffusers(config, list(vae.state_dict())) if diffusers else same_names(vae)
+    fill(vae, tensors, table, dtype, device)
+    return vae.eval()
+
+
+def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> T5Encoder:
+    """T5's encoder, frozen and in eval mode. Its embedding may be called `shared`, `encoder.embed_tokens`, or both."""
+    component = checkpoint.components["text_encoder_2"]
+    tensors = Tensors(component.files)
+    both = "shared.weight" in tensors.names()
+    tensors.rename(lambda name: (None if both else "shared.weight") if name == "encoder.embed_tokens.weight" else name)
+    config = required(t5_config, component, tensors)
+    with torch.device("meta"):
+        t5 = T5Encoder(config)
+    fill(t5, tensors, same_names(t5), dtype, device)
+    return t5.eval()
+
+
+def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CLIPText:
+    """CLIP's text tower, frozen and in eval mode, from files with or without the `text_model.` prefix."""
+    component = checkpoint.components["text_encoder"]
+    tensors = Tensors(component.files)
+    prefixed = any(name.startswith("text_model.") for name in tensors.names())
+    tensors.rename(lambda name: name if prefixed or name in NOT_USED else f"text_model.{name}")
+    tensors.rename(lambda name: None if name in NOT_USED else name)
+    config = required(clip_config, component, tensors)
+    with torch.device("meta"):
+        clip = CLIPText(config)
+    fill(clip, tensors, same_names(clip), dtype, device)
+    return clip.eval()

@@ -1,0 +1,123 @@
+"""Tensors by name over memory-mapped safetensors files, and a module on `meta` filled from them, strictly."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from kontext_min.checkpoints.keys import Source
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = (".scale_weight", ".weight_scale")  # fp8 checkpoints of ComfyUI: weight = fp8 value * scale
+UNUSED_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+def open_safetensors(path: Path):
+    """A memory-mapped safetensors file, or one sentence saying why it is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; is the download complete?")
+    if path.suffix in PICKLES:
+        raise ValueError(f"{path} is a pickle, which can run code when opened; convert it to .safetensors first")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); download or copy it again") from error
+
+
+class Tensors:
+    """All tensors of one or more files, under names that may be aliased (a prefix cut off, an old name for a new one).
+
+    Nothing is read until `read`; scaled fp8 weights come back multiplied by their scale, exactly, in fp32.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.title = ", ".join(str(path) for path in files)
+        self.where = {}
+        for path in files:
+            handle = open_safetensors(path)
+            self.where.update({name: (handle, name) for name in handle.keys()})
+        self.scales = self._take_scales()
+
+    def _take_scales(self) -> dict[str, tuple]:
+        scales = {}
+        for name in list(self.where):
+            if name.endswith(SCALES):
+                scales[f"{name.rpartition('.')[0]}.weight"] = self.where.pop(name)
+            elif name.endswith(UNUSED_BESIDE_FP8):
+                self.where.pop(name)
+            elif name.endswith(".comfy_quant"):
+                handle, key = self.where.pop(name)
+                form = json.loads(bytes(handle.get_tensor(key).tolist())).get("format")
+                if form not in ("float8_e4m3fn", "float8_e5m2"):
+                    raise ValueError(f"{self.title}: {name} says {form!r}, which cannot be read; use bf16 or fp8 files")
+        return scales
+
+    def rename(self, rule: Callable[[str], str | None]) -> "Tensors":
+        """Apply rule(name) -> new name or None (left out) to every name."""
+        renamed = ((rule(name), name, place) for name, place in self.where.items())
+        self.scales = {rule(name) or name: place for name, place in self.scales.items()}
+        self.where = {new: place for new, _, place in renamed if new is not None}
+        return self
+
+    def names(self) -> set[str]:
+        """Every name there is."""
+        return set(self.where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape from the file's header; nothing is read."""
+        handle, key = self.where[name]
+        return tuple(handle.get_slice(key).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, still a view of the memory-mapped file unless it had to be dequantised."""
+        handle, key = self.where[name]
+        tensor = handle.get_tensor(key)
+        if name in self.scales:
+            handle, key = self.scales[name]
+            scale = handle.get_tensor(key).float()
+            if scale.numel() != 1:
+                raise ValueError(f"{self.title}: {name} has {scale.numel()} fp8 scales; only one a tensor can be read")
+            return tensor.float() * scale.reshape(())
+        if not tensor.is_floating_point():
+            raise ValueError(f"{self.title}: {name} is {tensor.dtype}, which cannot be read; use bf16 or fp8 files")
+        return tensor.float() if tensor.dtype in FP8 else tensor
+
+
+def refuse(title: str, problem: str, names: Iterable[str]):
+    """Raise with the number of names and the first five."""
+    names = sorted(names)
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ValueError(f"{title}: {len(names)} {problem}: {', '.join(names[:5])}{more}")
+
+
+def fill(module: nn.Module, tensors: Tensors, table: Mapping[str, Source], dtype: torch.dtype, device: torch.device):
+    """Give a module built on `meta` its parameters, one tensor at a time, all names and shapes checked beforehand.
+
+    table: our name -> where it comes from. Raises ValueError on missing, unexpected or mis-shaped tensors.
+    """
+    wanted = {name for source in table.values() for name in source.names}
+    refuse(tensors.title, "tensors missing", wanted - tensors.names())
+    refuse(tensors.title, "unexpected tensors", tensors.names() - wanted)
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == table.keys(), parameters.keys() ^ table.keys()
+    refuse(tensors.title, "tensors of the wrong shape", _misshaped(parameters, tensors, table))
+    for ours, source in table.items():
+        tensor = source.assemble([tensors.read(name) for name in source.names])
+        tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()  # a copy: never a view of the file
+        owner, _, leaf = ours.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _misshaped(parameters: Mapping[str, Tensor], tensors: Tensors, table: Mapping[str, Source]) -> list[str]:
+    bad = []
+    for ours, source in table.items():
+        expected = source.disassemble(parameters[ours].to("meta"))
+        for name, part in expected.items():
+            if tensors.shape(name) != tuple(part.shape):
+                bad.append(f"{name} is {list(tensors.shape(name))}, expected {list(part.shape)}")
+    return bad

@@ -1,0 +1,1 @@
+"""The networks, as in the papers: torch and einops only, and none of them imports another."""

@@ -1,0 +1,131 @@
+"""The text tower of CLIP: token ids -> one pooled vector, the hidden state at the end-of-text token.
+
+Names are those of the Hugging Face files, with the `text_model.` prefix (ViT-L/14: 123,060,480 parameters).
+FLUX uses the pooled vector without CLIP's text projection.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+LEGACY_EOS = 2  # what the published config.json says, wrongly: then the end of text is the largest id
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), OpenAI's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of the text tower; the defaults are clip-vit-large-patch14."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    max_positions: int = 77
+    eos_token_id: int = LEGACY_EOS
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+
+
+class Embeddings(nn.Module):
+    """Token plus position."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (rearrange(f(x), "B L (H D) -> B H L D", H=self.num_heads) for f in projections)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(x, "B H L D -> B L (H D)"))
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each around a shortcut."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """All layers, under the files' name `encoder.layers`."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+
+
+class TextModel(nn.Module):
+    """Embeddings, layers and the final norm, under the files' prefix `text_model.`."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
+
+
+class CLIPText(nn.Module):
+    """ids (B, L) int64, ending in one or more end-of-text tokens -> pooled (B, hidden_size)."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.text_model.embeddings(ids)  # (B, L, hidden)
+        for layer in self.text_model.encoder.layers:
+            x = layer(x)
+        x = self.text_model.final_layer_norm(x)
+        eos = self.config.eos_token_id
+        first_end = ids.argmax(dim=-1) if eos == LEGACY_EOS else (ids == eos).int().argmax(dim=-1)  # (B,)
+        return x[torch.arange(len(x), device=x.device), first_end]

@@ -1,0 +1,278 @@
+"""The FLUX.1 transformer (MMDiT): text tokens, noisy target tokens and clean reference tokens in one sequence.
+
+Kontext is *only* extra tokens: references are appended to the target's tokens and told apart by their position ids
+(see `kontext_min.flow`). Names and layout are those of Black Forest Labs' `flux` (single file, fused qkv).
+Shapes: B batch, L tokens, H heads, D channels of one head. The stream width `hidden_size` is H * D.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Sizes of the transformer; the defaults are FLUX.1-dev and Kontext-dev (11,901,408,320 parameters)."""
+
+    in_channels: int = 64  # 16 latent channels x 2 x 2 patch
+    out_channels: int = 64
+    vec_in_dim: int = 768  # pooled CLIP text
+    context_in_dim: int = 4096  # T5 tokens
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19  # double blocks: text and image have their own weights
+    depth_single_blocks: int = 38  # single blocks: one set of weights for the joint sequence
+    axes_dim: tuple[int, ...] = (16, 56, 56)  # channels of a head rotated by (index, row, column)
+    theta: int = 10_000
+    guidance_embed: bool = True
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads or sum(self.axes_dim) != self.hidden_size // self.num_heads:
+            raise ValueError(
+                f"transformer sizes do not fit: hidden_size {self.hidden_size} / num_heads {self.num_heads} must equal "
+                f"sum(axes_dim) = {sum(self.axes_dim)}; correct transformer/config.json"
+            )
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of a block's feed-forward layer."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+
+def timestep_embedding(s: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of 1000 * s, cosines first. s (B,) in [0, 1] or a guidance scale -> (B, dim) in fp32.
+
+    Computed in fp32 whatever the model's dtype: in bf16, 1000 * s would move in steps of 4.
+    """
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=s.device) / half)
+    args = 1000.0 * s.float()[:, None] * freqs[None]
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines of position ids. ids (L, 3) -> two (L, D/2), fp32 from fp64 angles (fp32 on MPS)."""
+    exact = torch.float32 if ids.device.type == "mps" else torch.float64
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        omega = theta ** -(torch.arange(0, dim, 2, dtype=exact, device=ids.device) / dim)
+        angles.append(ids[:, axis, None].to(exact) * omega)
+    angle = torch.cat(angles, dim=-1)  # (L, D/2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate interleaved channel pairs (x[2j], x[2j+1]) in fp32. x (B, H, L, D), pe two (L, D/2) -> (B, H, L, D)."""
+    cos, sin = pe
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, D/2) each
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+class MLPEmbedder(nn.Module):
+    """Linear, SiLU, Linear: a sinusoid or the pooled text -> (B, hidden)."""
+
+    def __init__(self, in_dim: int, hidden: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last dimension, in fp32, eps 1e-6."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), eps=1e-6).type_as(x)
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of queries and keys, per head, before the rotation."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class Attend(nn.Module):
+    """Rotate q and k, then softmax(q k^T / sqrt(D)) v without any mask. q, k, v (B, H, L, D) -> (B, L, H*D)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+        x = F.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v)
+        return rearrange(x, "B H L D -> B L (H D)")
+
+
+class Modulation(nn.Module):
+    """vec (B, hidden) -> 3 (single) or 6 (double) tensors (B, 1, hidden): shift, scale, gate [, shift, scale, gate]."""
+
+    def __init__(self, hidden: int, double: bool):
+        super().__init__()
+        self.multiplier = 6 if double else 3
+        self.lin = nn.Linear(hidden, self.multiplier * hidden)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream's attention: fused qkv, QK-norm and the output projection."""
+
+    def __init__(self, hidden: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.norm = QKNorm(hidden // num_heads)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, hidden) -> normed q, normed k, v, each (B, H, L, D)."""
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k = self.norm(q, k)
+        return q, k, v
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm without learned scale and shift, eps 1e-6: what the modulation shifts and scales."""
+
+    def __init__(self, hidden: int):
+        super().__init__(hidden, elementwise_affine=False, eps=1e-6)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) * x + shift."""
+    return (1 + scale) * x + shift
+
+
+def feed_forward(hidden: int, mlp_hidden: int) -> nn.Sequential:
+    """Linear, GELU (tanh), Linear."""
+    return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text tokens keep their own weights and meet in one attention over the joint sequence, text first."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        hidden = config.hidden_size
+        self.img_mod = Modulation(hidden, double=True)
+        self.img_norm1 = LayerNorm(hidden)
+        self.img_attn = SelfAttention(hidden, config.num_heads)
+        self.img_norm2 = LayerNorm(hidden)
+        self.img_mlp = feed_forward(hidden, config.mlp_hidden)
+        self.txt_mod = Modulation(hidden, double=True)
+        self.txt_norm1 = LayerNorm(hidden)
+        self.txt_attn = SelfAttention(hidden, config.num_heads)
+        self.txt_norm2 = LayerNorm(hidden)
+        self.txt_mlp = feed_forward(hidden, config.mlp_hidden)
+        self.attend = Attend()
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)  # (B, 1, hidden) each
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        img_q, img_k, img_v = self.img_attn.qkv_heads(modulate(self.img_norm1(img), img_shift1, img_scale1))
+        txt_q, txt_k, txt_v = self.txt_attn.qkv_heads(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
+        q = torch.cat([txt_q, img_q], dim=2)  # (B, H, L_txt + L_img, D)
+        k = torch.cat([txt_k, img_k], dim=2)
+        v = torch.cat([txt_v, img_v], dim=2)
+        x = self.attend(q, k, v, pe)  # (B, L_txt + L_img, hidden)
+        txt_x, img_x = x.split([txt.shape[1], img.shape[1]], dim=1)
+
+        img = img + img_gate1 * self.img_attn.proj(img_x)
+        img = img + img_gate2 * self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2))
+        txt = txt + txt_gate1 * self.txt_attn.proj(txt_x)
+        txt = txt + txt_gate2 * self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and feed-forward side by side on the joint sequence, each with one half of two fused linears."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        hidden, self.num_heads = config.hidden_size, config.num_heads
+        self.widths = (3 * hidden, config.mlp_hidden)
+        self.linear1 = nn.Linear(hidden, sum(self.widths))  # -> [q k v | mlp]
+        self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # [attention | mlp] ->
+        self.norm = QKNorm(hidden // config.num_heads)
+        self.pre_norm = LayerNorm(hidden)
+        self.modulation = Modulation(hidden, double=False)
+        self.attend = Attend()
+
+    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+        shift, scale, gate = self.modulation(vec)  # (B, 1, hidden) each
+        qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
+        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k = self.norm(q, k)
+        attention = self.attend(q, k, v, pe)  # (B, L, hidden)
+        return x + gate * self.linear2(torch.cat([attention, F.gelu(mlp, approximate="tanh")], dim=-1))
+
+
+class LastLayer(nn.Module):
+    """Modulated LayerNorm and the projection to patches. The single file stores (shift, scale) in this order."""
+
+    def __init__(self, hidden: int, out_channels: int):
+        super().__init__()
+        self.norm_final = LayerNorm(hidden)
+        self.linear = nn.Linear(hidden, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class Flux(nn.Module):
+    """The velocity field of FLUX.1, on packed tokens. `flow.velocity` is the way to call it with latents."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, hidden)
+        self.time_in = MLPEmbedder(256, hidden)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, hidden)
+        self.guidance_in = MLPEmbedder(256, hidden) if config.guidance_embed else None
+        self.txt_in = nn.Linear(config.context_in_dim, hidden)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
+        self.final_layer = LastLayer(hidden, config.out_channels)
+
+    def embed(self, timesteps: Tensor, y: Tensor, guidance: Tensor) -> Tensor:
+        """The one vector that modulates every token: time, guidance and pooled text -> vec (B, hidden)."""
+        vec = self.time_in(timestep_embedding(timesteps).to(y.dtype))
+        if self.guidance_in is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance).to(y.dtype))
+        return vec + self.vector_in(y)
+
+    def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, *, timesteps, y, guidance) -> Tensor:
+        """One evaluation for a whole batch of sequences; text comes first in the joint sequence.
+
+        img (B, L_img, in_channels) packed target tokens followed by reference tokens, img_ids (L_img, 3)
+        txt (B, L_txt, context_in_dim), txt_ids (L_txt, 3); y (B, vec_in_dim) pooled text
+        timesteps (B,) in [0, 1] with 1 = noise; guidance (B,), the distilled scale (ignored without guidance_embed)
+        -> (B, L_img, out_channels), of which the caller keeps the target's tokens.
+        """
+        vec = self.embed(timesteps, y, guidance)  # (B, hidden)
+        img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, hidden) each
+        pe = rope_angles(torch.cat([txt_ids, img_ids]), self.config.axes_dim, self.config.theta)
+        for block in self.double_blocks:
+            img, txt = block(img, txt, vec, pe)
+        x = torch.cat([txt, img], dim=1)  # (B, L_txt + L_img, hidden)
+        for block in self.single_blocks:
+            x = block(x, vec, pe)
+        return self.final_layer(x[:, txt.shape[1] :], vec)

@@ -1,0 +1,151 @@
+"""The encoder of T5 v1.1 (gated GELU): token ids -> one vector per token.
+
+Names are those of the Hugging Face files (T5-XXL: 4,762,310,656 parameters). Two things surprise: attention scores are
+not divided by sqrt(d), and the position bias, stored in the first layer only, is added in every layer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes of the encoder; the defaults are T5 v1.1 XXL."""
+
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+def position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
+    """Bucket of every (query, key) pair, (L, L) int64: exact for near keys, logarithmic up to max_distance beyond.
+
+    Half of the buckets are for keys after the query (key - query > 0).
+    """
+    position = torch.arange(length, device=device)
+    relative = position[None, :] - position[:, None]  # key - query
+    half = num_buckets // 2
+    exact = half // 2
+    distance = relative.abs()
+    log_ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (log_ratio * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + half * (relative > 0).long()
+
+
+class T5LayerNorm(nn.Module):
+    """x / rms(x) * weight: no mean, no bias; the variance is taken in fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.weight.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with an additive position bias and unscaled scores."""
+
+    def __init__(self, config: T5Config, has_bias_table: bool):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        if has_bias_table:
+            self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (rearrange(f(x), "B L (H D) -> B H L D", H=self.num_heads) for f in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(rearrange(x, "B H L D -> B L (H D)"))
+
+
+class DenseReluDense(nn.Module):
+    """The gated feed-forward wo(gelu(wi_0 x) * wi_1 x), GELU in its tanh form."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class AttentionLayer(nn.Module):
+    """x + attention(norm(x))."""
+
+    def __init__(self, config: T5Config, has_bias_table: bool):
+        super().__init__()
+        self.SelfAttention = SelfAttention(config, has_bias_table)
+        self.layer_norm = T5LayerNorm(config.d_model, config.eps)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return x + self.SelfAttention(self.layer_norm(x), bias)
+
+
+class FeedForwardLayer(nn.Module):
+    """x + feed-forward(norm(x))."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.DenseReluDense = DenseReluDense(config)
+        self.layer_norm = T5LayerNorm(config.d_model, config.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.DenseReluDense(self.layer_norm(x))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, under the names of the files: `layer.0` and `layer.1`."""
+
+    def __init__(self, config: T5Config, has_bias_table: bool):
+        super().__init__()
+        self.layer = nn.ModuleList([AttentionLayer(config, has_bias_table), FeedForwardLayer(config)])
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.layer[1](self.layer[0](x, bias))
+
+
+class Stack(nn.Module):
+    """All blocks and the final norm."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.block = nn.ModuleList(Block(config, has_bias_table=i == 0) for i in range(config.num_layers))
+        self.final_layer_norm = T5LayerNorm(config.d_model, config.eps)
+
+
+class T5Encoder(nn.Module):
+    """ids (B, L) int64 -> (B, L, d_model). Padding is not masked: FLUX was trained to see it."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.shared(ids)  # (B, L, d_model)
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        buckets = position_buckets(ids.shape[1], self.config.num_buckets, self.config.max_distance, ids.device)
+        bias = rearrange(table(buckets), "q k h -> 1 h q k").to(x.dtype)
+        for block in self.encoder.block:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
