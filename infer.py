@@ -1,0 +1,231 @@
+"""Edit pictures from the command line: python infer.py --model nano --image photo.jpg --prompt "make it grayscale".
+
+Every setting comes from the command line, else from --again's picture, else from the LoRA file, else from DEFAULTS.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from kontext_min import presets
+from kontext_min.adapters.formats import read_lora
+from kontext_min.adapters.inject import apply_weights
+from kontext_min.checkpoints import load
+from kontext_min.data.buckets import Size, open_image, share_cut
+from kontext_min.edit import Editor, edit, output_size, prepare_reference
+from kontext_min.encoders import encode_texts, pixels_per_token
+from kontext_min.sampler import Sampling
+
+CHUNK = "kontext_min"  # the PNG text chunk that holds a picture's settings as JSON
+DEFAULTS = {
+    "model": "nano",
+    "lora": [],
+    "image": [],
+    "prompt": [],
+    "negative_prompt": "",
+    "cfg_scale": 1.0,
+    "cfg_range": "0-1",
+    "guidance": 2.5,
+    "steps": 28,
+    "seed": 0,
+    "num_images": 1,
+    "size": "auto",
+    "reference_size": "auto",
+    "precision": "auto",
+    "device": "auto",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what is not given is absent from the namespace."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model", help="model folder, hub id, or 'nano' (default), the tiny model in this repository")
+    add("--lora", action="append", metavar="FILE[:SCALE]", help="LoRA file with its strength (1); repeatable")
+    add("--image", action="append", metavar="PATH", help="reference picture; repeatable; none is text-to-image")
+    add("--prompt", action="append", metavar="TEXT", help="the instruction; repeatable")
+    add("--negative-prompt", metavar="TEXT", help="what true CFG leads away from (default: the empty prompt)")
+    add("--cfg-scale", type=float, help="true CFG, twice the time; 1 (default) is off")
+    add("--cfg-range", metavar="A-B", help="share of the steps with true CFG, from 0 to 1: 0-0.5 is the first half")
+    add("--guidance", type=float, help="the distilled guidance (2.5)")
+    add("--steps", type=int, help="sampling steps (28)")
+    add("--seed", type=int, help="of the first picture (0); the next ones count up")
+    add("--num-images", type=int, help="pictures per prompt (1)")
+    add("--size", metavar="WxH|auto", help="of the output; auto: as the first reference")
+    add(
+        "--reference-size",
+        metavar="auto|keep|match|WxH",
+        help="auto: nearest preferred size; keep: its own; match: --size",
+    )
+    add("--precision", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, else fp32")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"])
+    add("--out", metavar="FILE|DIR", help="a .png, or a folder (output/infer)")
+    add("--again", metavar="PNG", help="make a picture of this program again, with its settings")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def split_lora(text: str) -> tuple[Path, float]:
+    """'FILE:0.5' -> (FILE, 0.5); without a number the strength is 1."""
+    file, _, scale = text.rpartition(":")
+    try:
+        return (Path(file), float(scale)) if file else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0  # the colon belongs to the path
+
+
+def fingerprint(path: Path) -> str:
+    """Short content hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def recall(path: Path) -> dict:
+    """The settings of a picture made by this program; files it was made from must still be the same."""
+    chunk = Image.open(path).info.get(CHUNK) if path.is_file() else None
+    if chunk is None:
+        raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings")
+    settings = json.loads(chunk)
+    for name, wanted in settings.pop("sha256").items():
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{path} was made from {name}, which is no longer there")
+        if fingerprint(Path(name)) != wanted:
+            raise ValueError(f"{path} was made from {name}, which has changed since; restore it, or name other files")
+    return settings
+
+
+def gather(given: argparse.Namespace) -> dict:
+    """All settings, from the most to the least particular source."""
+    given = vars(given).copy()
+    again = recall(Path(given.pop("again"))) if "again" in given else {}
+    loras = [read_lora(split_lora(text)[0]) for text in given.get("lora", again.get("lora", []))]
+    recipe = {key: value for lora in loras for key, value in lora.recipe.items() if key in DEFAULTS}
+    settings = {**DEFAULTS, **recipe, **again, **given, "adapters": loras}
+    if "image" not in given and "prompt" in given and not again:
+        settings["image"] = []  # a prompt of the user's own is not about the LoRA's sample picture
+    if not settings["prompt"]:
+        raise ValueError('nothing to do: give an instruction with --prompt "…"')
+    if settings["steps"] < 1 or settings["num_images"] < 1:
+        raise ValueError("--steps and --num-images must be at least 1")
+    return settings
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """'0-0.5' -> (0.0, 0.5)."""
+    first, _, last = text.partition("-")
+    try:
+        span = (float(first), float(last))
+    except ValueError:
+        span = (1.0, 0.0)
+    if not 0 <= span[0] <= span[1] <= 1:
+        raise ValueError(f"--cfg-range is a share of the steps such as 0-0.5, both from 0 to 1; got {text!r}")
+    return span
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' -> the best there is. Raises ValueError when the asked one is missing."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in usable.items() if there)
+    if not usable[name]:
+        raise ValueError(f"--device {name}: this machine or this build of torch has none; use --device cpu")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' -> bf16 on a GPU, else fp32."""
+    return DTYPES[name] if name != "auto" else DTYPES["fp32" if device.type == "cpu" else "bf16"]
+
+
+# ------------------------------------------------------------------------------------------------ work
+
+
+def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Editor, dict]:
+    """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec)."""
+    checkpoint = load.find(presets.locate(settings["model"]))
+    texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
+    encoded = encode_texts(checkpoint, texts, device, dtype)
+    vae = load.load_vae(checkpoint, device, torch.float32)
+    flux = load.load_flux(checkpoint, device, dtype)
+    for adapter, text in zip(settings["adapters"], settings["lora"], strict=True):
+        path, strength = split_lora(text)
+        apply_weights(flux, adapter.weights, strength, dtype)
+        print(f"LoRA {path}: {len(adapter.weights)} modules at strength {strength:g}")
+    return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
+
+
+def prepare(settings: dict, editor: Editor) -> tuple[list[Image.Image], Size]:
+    """The references as the model will see them, and the output's size; says what is cut off or rounded."""
+    multiple, rule = pixels_per_token(editor.vae), settings["reference_size"]
+    images = [open_image(Path(path)) for path in settings["image"]]
+    size = output_size([Size(*i.size) for i in images], settings["size"], rule, editor.preset, multiple)
+    if settings["size"] not in ("auto", str(size)):
+        print(f"size {settings['size']} is made {size}: sides are multiples of {multiple}")
+    prepared = [prepare_reference(image, size, rule, editor.preset, multiple) for image in images]
+    for path, before, after in zip(settings["image"], images, prepared, strict=True):
+        cut = 0.0 if rule == "keep" else share_cut(Size(*before.size), Size(*after.size))
+        print(f"reference {path}: {Size(*before.size)} -> {Size(*after.size)}, {cut:.1%} cut off")
+    return prepared, size
+
+
+def paths_for(out: Path, count: int) -> list[Path]:
+    """Where the pictures go: the named .png (numbered if several), or the next free numbers of a folder."""
+    if out.suffix:
+        if out.suffix.lower() != ".png":
+            raise ValueError(f"--out {out}: pictures are written as .png, which keeps how they were made")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
+    out.mkdir(parents=True, exist_ok=True)
+    used = [int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()]
+    return [out / f"{max(used, default=0) + i + 1:04d}.png" for i in range(count)]
+
+
+def save(image: Image.Image, path: Path, settings: dict):
+    """A PNG with everything needed to make it again."""
+    files = [str(Path(p).resolve()) for p in settings["image"]]
+    loras = [(split_lora(text)[0].resolve(), split_lora(text)[1]) for text in settings["lora"]]
+    kept = {key: settings[key] for key in DEFAULTS}
+    kept |= {"image": files, "lora": [f"{file}:{scale:g}" for file, scale in loras], "num_images": 1}
+    kept["sha256"] = {str(file): fingerprint(Path(file)) for file in [*files, *(file for file, _ in loras)]}
+    info = PngInfo()
+    info.add_itxt(CHUNK, json.dumps(kept, ensure_ascii=False))
+    image.save(path, pnginfo=info)
+    print(path)
+
+
+def main(argv: list[str] | None = None):
+    given = parse_arguments(argv)
+    out = Path(vars(given).pop("out", "output/infer"))
+    settings = gather(given)
+    for path in settings["image"]:
+        open_image(Path(path))  # unreadable pictures are said before anything is loaded
+    device = choose_device(settings["device"])
+    dtype = choose_dtype(settings["precision"], device)
+    span = parse_range(settings["cfg_range"])
+    paths = iter(paths_for(out, len(settings["prompt"]) * settings["num_images"]))
+    editor, encoded = build(settings, device, dtype)
+    references, size = prepare(settings, editor)
+    negative = encoded.get(settings["negative_prompt"]) if settings["cfg_scale"] != 1 else None
+    for prompt in settings["prompt"]:
+        for seed in range(settings["seed"], settings["seed"] + settings["num_images"]):
+            sampling = Sampling(settings["steps"], settings["guidance"], settings["cfg_scale"], span, seed)
+            with tqdm(total=sampling.steps, desc=prompt[:40], unit="step", leave=False) as bar:
+                image = edit(editor, encoded[prompt], references, size, sampling, negative, lambda _: bar.update())  # noqa: B023
+            save(image, next(paths), {**settings, "prompt": [prompt], "seed": seed})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"infer.py: {error}")

@@ -1,0 +1,78 @@
+"""Text -> (txt, vec) and pictures <-> latents: T5, CLIP and the VAE as things that are loaded, used and let go."""
+
+import gc
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kontext_min.checkpoints.load import Checkpoint, load_clip, load_t5
+from kontext_min.models.tokenizers import CLIPTokenizer, T5Tokenizer
+from kontext_min.models.vae import VAE
+
+
+class TextEncoder:
+    """Both text encoders with their tokenizers. Large (9.8 GB for Kontext): use it, then `del` it."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+        self.device = device
+        self.tokenize_t5 = T5Tokenizer(checkpoint.folder / "tokenizer_2")
+        self.tokenize_clip = CLIPTokenizer(checkpoint.folder / "tokenizer")
+        self.t5 = load_t5(checkpoint, device, dtype)
+        self.clip = load_clip(checkpoint, device, dtype)
+
+    @torch.no_grad()
+    def __call__(self, text: str) -> tuple[Tensor, Tensor]:
+        """One instruction -> txt (1, L, context_in_dim), vec (1, vec_in_dim), on the device."""
+        txt = self.t5(self.tokenize_t5([text]).to(self.device))
+        vec = self.clip(self.tokenize_clip([text]).to(self.device))
+        return txt, vec
+
+
+def encode_texts(
+    checkpoint: Checkpoint, texts: list[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Load the text encoders, encode every different text once, and free them. -> text -> (txt, vec) on the device."""
+    encode = TextEncoder(checkpoint, device, dtype)
+    encoded = {text: encode(text) for text in dict.fromkeys(texts)}
+    del encode
+    free(device)
+    return encoded
+
+
+def free(device: torch.device):
+    """Give memory that nothing refers to back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture -> (1, 3, H, W) fp32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def to_image(x: Tensor) -> Image.Image:
+    """(3, H, W), about [-1, 1] -> a picture, values rounded."""
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+@torch.no_grad()
+def encode_image(vae: VAE, image: Image.Image) -> Tensor:
+    """A picture whose sides are multiples of two latents -> (1, 16, h, w), normalised, on the VAE's device."""
+    weight = vae.decoder.conv_in.weight
+    return vae.encode(to_tensor(image).to(weight.device, weight.dtype)).float()
+
+
+@torch.no_grad()
+def decode_image(vae: VAE, latents: Tensor) -> Image.Image:
+    """(1, 16, h, w) -> a picture."""
+    return to_image(vae.decode(latents.to(vae.decoder.conv_in.weight.dtype))[0])
+
+
+def pixels_per_token(vae: VAE) -> int:
+    """Width of a token in pixels: 2 latents, 16 pixels for FLUX."""
+    return 2 * vae.config.factor

@@ -1,0 +1,43 @@
+"""What belongs to a published model beside its weights: its name, where it lies, and its preferred picture sizes."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from kontext_min.data.buckets import Size
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes in pixels: references and outputs are brought to the preferred one that is nearest in aspect."""
+
+    name: str
+    default: Size  # of a picture made without a reference
+    sizes: tuple[Size, ...]
+    bucket_step: int  # training sizes are multiples of it
+
+
+def both_ways(*sizes: tuple[int, int]) -> tuple[Size, ...]:
+    """Upright sizes and the square -> these and their transposes, from narrow to wide."""
+    return tuple(Size(w, h) for w, h in sizes) + tuple(Size(h, w) for w, h in reversed(sizes) if w != h)
+
+
+KONTEXT_SIZES = both_ways(
+    (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104), (1024, 1024)
+)  # fmt: skip
+KONTEXT_DEV = Preset("kontext", Size(1024, 1024), KONTEXT_SIZES, bucket_step=64)
+NANO = Preset("nano", Size(96, 96), both_ways((64, 128), (80, 112), (96, 96)), bucket_step=16)
+
+
+def locate(model: str) -> str:
+    """A name given by a user -> what `checkpoints.load.find` takes: 'nano' is the model in this repository."""
+    return str(WEIGHTS / "nano") if model == NANO.name else model
+
+
+def preset_of(folder: Path) -> Preset:
+    """The preset of a model folder: nano says so in its model_index.json, everything else is Kontext-dev."""
+    index = folder / "model_index.json"
+    name = json.loads(index.read_text(encoding="utf-8")).get("_name_or_path") if index.exists() else None
+    return NANO if name == NANO.name else KONTEXT_DEV
