@@ -32,8 +32,18 @@ NANO = Preset("nano", Size(96, 96), both_ways((64, 128), (80, 112), (96, 96)), b
 
 
 def locate(model: str) -> str:
-    """A name given by a user -> what `checkpoints.load.find` takes: 'nano' is the model in this repository."""
-    return str(WEIGHTS / "nano") if model == NANO.name else model
+    """A name given by a user -> what `checkpoints.load.find` takes: a folder in weights/ where there is one."""
+    if model == NANO.name:
+        return str(WEIGHTS / NANO.name)
+    owner, _, name = model.rpartition("/")
+    copied = WEIGHTS / name  # where the README says to put a model that was downloaded by hand
+    return str(copied) if owner and copied.is_dir() and name != NANO.name and not Path(model).exists() else model
+
+
+def named(model: str) -> Preset:
+    """The preset of a model as a user names it, before its files are looked at."""
+    folder = Path(locate(model))
+    return preset_of(folder) if folder.is_dir() else KONTEXT_DEV
 
 
 def preset_of(folder: Path) -> Preset:

@@ -53,11 +53,11 @@ class Checkpoint:
 # ------------------------------------------------------------------------------------------------ finding
 
 
-def find(model: str | Path) -> Checkpoint:
+def find(model: str | Path, download: bool = True) -> Checkpoint:
     """A folder (diffusers layout or single files) or a hub id -> its parts; FileNotFoundError says what to do."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        folder = download(str(model))
+        folder = hub_folder(str(model), download)
     absent = [name for name in ("tokenizer", "tokenizer_2") if not (folder / name).is_dir()]
     if absent:
         raise FileNotFoundError(f"{folder} has no folder {' and '.join(absent)}; copy it from the model's repository")
@@ -65,33 +65,34 @@ def find(model: str | Path) -> Checkpoint:
     return Checkpoint(folder, components, read_shift(folder / "scheduler" / "scheduler_config.json"))
 
 
-def download(repo_id: str) -> Path:
-    """A hub id -> its folder in the local cache, downloaded if need be."""
+def hub_folder(repo_id: str, download: bool) -> Path:
+    """A hub id -> its folder in the local cache, downloaded if need be and allowed."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    command = f"`hf download {repo_id} --local-dir weights/{repo_id.partition('/')[2]}`"
     try:
         folder = Path(snapshot_download(repo_id, local_files_only=True))
         if all((folder / part).is_dir() for part in PARTS):
             return folder
     except LocalEntryNotFoundError:
         pass  # not in the cache: fetch it
+    if not download:
+        raise FileNotFoundError(f"{repo_id} is not on this machine; run {command}")
     try:
         return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
     except GatedRepoError as error:
+        page = f"https://huggingface.co/{repo_id}"
         raise FileNotFoundError(
-            f"{repo_id} is gated: accept its licence at https://huggingface.co/{repo_id}, then run `hf auth login`"
+            f"{repo_id} is gated: accept its licence at {page}, run `hf auth login`, then {command}"
         ) from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo_id} does not exist on the hub, or is private: check the id, or run `hf auth login`"
-        ) from error
+        raise FileNotFoundError(f"{repo_id} is unknown to the hub, or private: check it, or `hf auth login`") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"{repo_id} is not in the local cache and the hub cannot be reached; on a machine that can, run "
-            f"`hf download {repo_id}` and copy the folder here"
+            f"{repo_id} is not on this machine and the hub cannot be reached; where it can be, run {command}"
         ) from error
 
 

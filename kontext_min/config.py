@@ -1,0 +1,174 @@
+"""Every knob of training on one page: name, type, default and reason. Names are SimpleTuner's where it has the knob.
+
+A config file is JSON with comments and trailing commas; a leading `--` of a key is ignored. Only the doors (`train.py`)
+and `training/` know this module. Unknown keys are errors, with the nearest known one.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+import json5
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+
+class Strict(BaseModel):
+    """Frozen, and no key that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Dataset(Strict):
+    """One entry of the data list: a folder of targets (edited pictures), of references, or the text cache's place."""
+
+    id: str
+    type: Literal["local"] = "local"
+    dataset_type: Literal["image", "conditioning", "eval", "text_embeds"] = Field(
+        "image", description="eval: targets that are only validated on; conditioning is implied by conditioning_type"
+    )
+    instance_data_dir: Path | None = Field(None, description="folder of pictures, searched with its sub-folders")
+    conditioning_data: str | list[str] = Field([], description="ids of the reference sets of this target set")
+    conditioning_type: Literal["reference_strict", "reference_loose"] | None = Field(
+        None, description="strict: references get the target's crop and size; loose: a size of their own aspect"
+    )
+    resolution: int = Field(1024, ge=16, description="square root of the picture's area in pixels")
+    resolution_type: Literal["pixel_area"] = "pixel_area"
+    crop: bool = Field(False, description="pictures keep their aspect; only what a bucket's size needs is cropped")
+    crop_style: Literal["center"] = "center"
+    caption_strategy: Literal["textfile"] | None = Field("textfile", description="NAME.txt beside the target NAME.png")
+    cache_dir: Path | None = Field(None, description="text_embeds: where encoded captions are kept")
+    cache_dir_vae: Path | None = Field(None, description="where this set's latents are kept")
+    default: bool = True
+
+    @field_validator("conditioning_data")
+    @classmethod
+    def as_list(cls, value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def role(self) -> str:
+        """image, eval, conditioning or text_embeds."""
+        return "conditioning" if self.conditioning_type and self.dataset_type == "image" else self.dataset_type
+
+
+class Config(Strict):
+    """One training run."""
+
+    # model
+    model_family: Literal["flux"] = "flux"
+    model_flavour: Literal["kontext"] = "kontext"
+    model_type: Literal["lora"] = "lora"
+    pretrained_model_name_or_path: str = Field("nano", description="model folder, hub id, or nano, the embedded model")
+    base_model_precision: Literal["no_change", "bf16"] = Field(
+        "no_change", description="of the frozen base; quantised bases are not built yet"
+    )
+    mixed_precision: Literal["bf16", "no"] = Field("bf16", description="what is computed in; no is fp32")
+    gradient_checkpointing: bool = Field(
+        True, description="recompute each block in backward: less memory, 4/3 the work"
+    )
+
+    # data
+    data_backend_config: Path | list[Dataset] = Field(description="the data list, or the path of its JSON file")
+    cache_dir: Path = Field(Path("cache"), description="latents and encoded text, by content; safe to delete")
+
+    # adapter
+    lora_type: Literal["standard"] = "standard"
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: float | None = Field(None, gt=0, description="strength is alpha / rank; default: the rank")
+    flux_lora_target: str = Field("all", description="which linears are adapted; all: every attention projection")
+
+    # the step
+    flow_schedule_shift: Literal["auto"] | float = Field(
+        "auto", description="factor that moves times towards noise; auto: by the target's size, as in sampling"
+    )
+    flux_guidance_value: float = Field(1.0, description="the distilled guidance while training")
+    train_batch_size: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="batches per optimizer step; the gradient is their mean"
+    )
+    max_train_steps: int = Field(1000, ge=1, description="optimizer steps")
+    seed: int = 42
+
+    # optimizer
+    optimizer: Literal["adamw", "optimi-lion"] = "adamw"
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler: Literal["constant", "constant_with_warmup"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly from 0")
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.01
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
+
+    # what is left behind
+    output_dir: Path = Path("output/run")
+    validation_steps: int = Field(500, ge=0, description="steps between validation pictures; 0: only at the end")
+    num_eval_images: int = Field(4, ge=0, description="pairs validated on")
+    validation_guidance: float = 2.5
+    validation_num_inference_steps: int = Field(28, ge=1)
+    validation_seed: int = 42
+
+    def datasets(self) -> list[Dataset]:
+        """The data list. Raises ValueError naming file and key."""
+        if isinstance(self.data_backend_config, list):
+            return self.data_backend_config
+        entries = read_json5(self.data_backend_config)
+        if not isinstance(entries, list):
+            raise ValueError(f"{self.data_backend_config} should hold a list of datasets, [...]")
+        return [
+            checked(Dataset, entry, f"{self.data_backend_config}, entry {i + 1}") for i, entry in enumerate(entries)
+        ]
+
+
+def read_json5(path: Path):
+    """JSON with comments and trailing commas. One sentence when the file is missing or malformed."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; ready configs are in configs/")
+    try:
+        return json5.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def read_config(path: Path, overrides: list[str]) -> Config:
+    """A config file with KEY=VALUE overrides on top -> Config. Raises ValueError listing every problem at once."""
+    values = read_json5(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold one object, {{...}}")
+    values = {key.removeprefix("--"): value for key, value in values.items()}
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} is not KEY=VALUE, such as learning_rate=1e-4")
+        values[key] = parse_value(text)
+    return checked(Config, values, str(path))
+
+
+def parse_value(text: str):
+    """The value of an override: JSON if it is, else the text itself."""
+    try:
+        return json5.loads(text)
+    except ValueError:
+        return text
+
+
+def checked(kind: type[Strict], values: dict, where: str):
+    """Validate; every problem becomes one line, unknown keys with their nearest match."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [problem(kind, entry) for entry in error.errors()]
+        raise ValueError(f"{where}: " + "; ".join(lines)) from error
+
+
+def problem(kind: type[Strict], entry: dict) -> str:
+    """One of pydantic's findings in one line."""
+    name = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        key = str(entry["loc"][-1])
+        known = (Dataset if len(entry["loc"]) > 1 else kind).model_fields
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        return f"unknown key {name}" + (f", did you mean {near[0]}?" if near else "")
+    if entry["type"] == "missing":
+        return f"{name} is required"
+    return f"{name} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"

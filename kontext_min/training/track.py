@@ -1,0 +1,28 @@
+"""What a run writes while it goes: metrics.jsonl, one line per optimizer step, and a progress bar."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Tracker:
+    """Appends to OUTPUT/metrics.jsonl and moves the bar. Use as a context manager."""
+
+    def __init__(self, folder: Path, total: int):
+        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+        self.bar = tqdm(total=total, unit="step", desc="training")
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        self.bar.close()
+
+    def log(self, step: int, **values: float):
+        """One optimizer step."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        self.bar.update()

@@ -1,0 +1,90 @@
+"""The training loop: mix a target with noise, predict the velocity, compare, step.
+
+Every random draw is a function of (seed, batch number, example), so that a run can be repeated to the last bit.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kontext_min import flow
+from kontext_min.config import Config
+from kontext_min.data.examples import Batch, Examples, seeded
+from kontext_min.models.flux import Flux
+from kontext_min.training.optim import make_optimizer, warmup
+from kontext_min.training.track import Tracker
+
+
+def batches(examples: Examples, config: Config) -> Iterator[list[int]]:
+    """The indices of batch 0, 1, 2, …: epoch after epoch."""
+    for epoch in count():
+        yield from examples.epoch(epoch, config.train_batch_size, config.seed)
+
+
+def draw(batch: Batch, indices: list[int], number: int, seed: int, shift: float) -> tuple[Tensor, Tensor]:
+    """Noise (B, 16, h, w) and times (B,) of a batch, each example's from its own generator, on the batch's device."""
+    generators = [seeded("noise", seed, number, index) for index in indices]
+    t = torch.cat([flow.sample_time(1, generator, shift) for generator in generators])
+    noise = torch.cat([flow.draw_noise((1, *batch.target.shape[1:]), generator) for generator in generators])
+    return noise.to(batch.target.device), t.to(batch.target.device)
+
+
+def flow_loss(flux: Flux, batch: Batch, noise: Tensor, t: Tensor, guidance: float) -> Tensor:
+    """fp32 mean squared error of the velocity, over the target's latents."""
+    x_t = flow.mix(batch.target, noise, t)
+    v = flow.velocity(flux, x_t, t, batch.condition, torch.full_like(t, guidance))
+    return F.mse_loss(v.float(), noise - batch.target)
+
+
+def shift_factor(config: Config, shift: flow.Shift, batch: Batch) -> float:
+    """The time shift of a batch: the config's number, or by the target's tokens as the sampler has it."""
+    if config.flow_schedule_shift == "auto":
+        return shift.factor(flow.token_count(*batch.target.shape[-2:]))
+    return config.flow_schedule_shift
+
+
+def train(
+    config: Config,
+    flux: Flux,
+    parameters: list[nn.Parameter],
+    examples: Examples,
+    shift: flow.Shift,
+    each_step: Callable[[int], None] = lambda step: None,
+):
+    """max_train_steps optimizer steps; each_step(n) is called after the n-th, counted from 1.
+
+    Raises ValueError when a loss or gradient is no longer finite: the parameters are then still those before it.
+    """
+    device = parameters[0].device
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = make_optimizer(
+        config.optimizer, parameters, config.learning_rate, betas, config.adam_weight_decay, config.adam_epsilon
+    )
+    numbered = enumerate(batches(examples, config))
+    with Tracker(config.output_dir, config.max_train_steps) as tracker:
+        for step in range(config.max_train_steps):
+            start = time.perf_counter()
+            loss = 0.0
+            for number, indices in islice(numbered, config.gradient_accumulation_steps):
+                batch = examples.batch(indices, device)
+                noise, t = draw(batch, indices, number, config.seed, shift_factor(config, shift, batch))
+                part = flow_loss(flux, batch, noise, t, config.flux_guidance_value) / config.gradient_accumulation_steps
+                part.backward()
+                loss += part.item()
+            norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ValueError(
+                    f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; lower learning_rate"
+                )
+            lr = config.learning_rate * warmup(step, config.lr_warmup_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+            tracker.log(step + 1, loss=loss, grad_norm=norm, lr=lr, seconds=time.perf_counter() - start)
+            each_step(step + 1)
