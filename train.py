@@ -36,7 +36,7 @@ def check(config: Config) -> tuple[load.Checkpoint, list[Example], list[Example]
     try:
         checkpoint = load.find(presets.locate(config.pretrained_model_name_or_path), download=not problems)
     except (ValueError, FileNotFoundError) as error:
-        problems.append(str(error))
+        problems.insert(0, str(error))
     if problems:
         raise ValueError("\n".join(problems))
     return checkpoint, *sets

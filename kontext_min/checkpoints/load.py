@@ -80,19 +80,20 @@ def hub_folder(repo_id: str, download: bool) -> Path:
     except LocalEntryNotFoundError:
         pass  # not in the cache: fetch it
     if not download:
-        raise FileNotFoundError(f"{repo_id} is not on this machine; run {command}")
+        raise FileNotFoundError(
+            f"{repo_id} is not on this machine; accept its licence on its hub page, then run {command}"
+        )
     try:
         return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
     except GatedRepoError as error:
-        page = f"https://huggingface.co/{repo_id}"
         raise FileNotFoundError(
-            f"{repo_id} is gated: accept its licence at {page}, run `hf auth login`, then {command}"
+            f"{repo_id} is gated: accept its licence on its hub page, run `hf auth login`, then {command}"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id} is unknown to the hub, or private: check it, or `hf auth login`") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f"{repo_id} is not on this machine and the hub cannot be reached; where it can be, run {command}"
+            f"{repo_id} is not on this machine and the hub cannot be reached; where it can, run {command}"
         ) from error
 
 

@@ -85,7 +85,8 @@ def read_caption(target: Path, problems: dict[str, list[str]]) -> str:
 
 def near_miss(stem: str, candidates: Iterable[str]) -> str:
     """A hint at what was perhaps meant."""
-    near = difflib.get_close_matches(stem, candidates, n=1, cutoff=0.6)
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    near = [by_lower[name] for name in difflib.get_close_matches(stem.lower(), by_lower, n=1, cutoff=0.6)]
     return f"; did you mean {near[0]}?" if near else ""
 
 

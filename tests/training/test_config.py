@@ -1,0 +1,54 @@
+"""The config page: comments, overrides, and messages that help."""
+
+from pathlib import Path
+
+import pytest
+
+from kontext_min.config import Config, read_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    return tmp_path / "config.json"
+
+
+def test_comments_trailing_commas_dashes_and_overrides(tmp_path):
+    path = write(tmp_path, '{"--lora_rank": 8, // half\n "data_backend_config": [], "seed": 1,}')
+    config = read_config(path, ["seed=3", "--learning_rate=5e-4", "output_dir=some where"])
+    assert (config.lora_rank, config.seed, config.learning_rate, config.output_dir) == (8, 3, 5e-4, Path("some where"))
+
+
+def test_all_problems_come_at_once_with_the_nearest_key(tmp_path):
+    path = write(
+        tmp_path, '{"lora_rnk": 8, "learning_rate": "fast", "data_backend_config": [{"id": "a", "instance_dir": 1}]}'
+    )
+    with pytest.raises(ValueError) as raised:
+        read_config(path, ["base_model_precision=int8-quanto"])
+    for part in (
+        "unknown key lora_rnk, did you mean lora_rank?",
+        "learning_rate = 'fast'",
+        "did you mean instance_data_dir?",
+        "base_model_precision = 'int8-quanto'",
+    ):
+        assert part in str(raised.value), str(raised.value)
+
+
+@pytest.mark.parametrize("text, part", [("{", "is not JSON"), ("[]", "one object")])
+def test_malformed_files_are_one_sentence(tmp_path, text, part):
+    with pytest.raises(ValueError, match=part):
+        read_config(write(tmp_path, text), [])
+
+
+def test_a_missing_file_and_a_malformed_override_are_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_config(tmp_path / "none.json", [])
+    with pytest.raises(ValueError, match="KEY=VALUE"):
+        read_config(write(tmp_path, "{}"), ["seed"])
+
+
+def test_the_shipped_configs_are_valid():
+    for path in sorted((ROOT / "configs").glob("*.json")):
+        assert isinstance(read_config(path, []), Config)
+        read_config(path, []).datasets()

@@ -1,0 +1,198 @@
+"""The training step against diffusers + peft, and what a run leaves behind."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import CPU, FP32, error, read_part
+
+from kontext_min.adapters.formats import read_lora
+from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
+from kontext_min.checkpoints.load import find, load_flux
+from kontext_min.config import Config
+from kontext_min.data.cache import Cache
+from kontext_min.data.examples import Examples
+from kontext_min.flow import Shift, token_count
+from kontext_min.memory import apply_checkpointing
+from kontext_min.training.sets import read_sets
+from kontext_min.training.trainer import batches, draw, flow_loss, shift_factor, train
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the doors, train.py and infer.py, are not part of the package
+import train as door  # noqa: E402
+
+
+@pytest.fixture
+def config(kontext, tmp_path):
+    """A run of ten steps on four small pairs of two aspects."""
+    for folder in ("target", "reference"):
+        (tmp_path / folder).mkdir()
+        for i in range(4):
+            size = (64, 64) if i < 2 else (80, 48)
+            Image.effect_noise(size, 80 + i).convert("RGB").save(tmp_path / folder / f"{i}.png")
+            (tmp_path / "target" / f"{i}.txt").write_text("make the sky red" if i % 2 else "a photo of cat")
+    return Config(
+        pretrained_model_name_or_path=str(kontext), output_dir=tmp_path / "out", cache_dir=tmp_path / "cache",
+        mixed_precision="no", max_train_steps=10, learning_rate=1e-3, train_batch_size=2, lora_rank=4, lora_alpha=6,
+        gradient_checkpointing=False, validation_num_inference_steps=2, validation_steps=5, num_eval_images=1,
+        lr_warmup_steps=3, data_backend_config=[
+            {"id": "t", "instance_data_dir": tmp_path / "target", "conditioning_data": "r", "resolution": 64},
+            {"id": "r", "instance_data_dir": tmp_path / "reference", "conditioning_type": "reference_loose"},
+        ],
+    )  # fmt: skip
+
+
+def prepared(config):
+    """The model with fresh adapters, and the encoded examples."""
+    checkpoint = find(config.pretrained_model_name_or_path)
+    examples = Examples(read_sets(config, 16)[0], checkpoint, Cache(config.cache_dir), FP32)
+    examples.encode(CPU)
+    config.output_dir.mkdir(exist_ok=True)
+    flux = load_flux(checkpoint, CPU, FP32)
+    torch.manual_seed(config.seed)
+    parameters = add_lora(flux, matching_modules(flux.config, TARGETS["all"]), config.lora_rank, config.lora_alpha)
+    return flux, parameters, examples
+
+
+def losses_of(config) -> list[float]:
+    return [json.loads(line)["loss"] for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def peft_twin(config, flux):
+    """diffusers' transformer with peft's LoRA, started from our adapters' values."""
+    diffusers = pytest.importorskip("diffusers")
+    peft = pytest.importorskip("peft")
+    twin = diffusers.FluxTransformer2DModel.from_pretrained(Path(config.pretrained_model_name_or_path) / "transformer")
+    twin = twin.to(FP32).requires_grad_(False)
+    ours = {update.name: update for update in updates(flux)}
+    twin.add_adapter(peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(ours)))
+    for name, parameter in twin.named_parameters():
+        if "lora_" in name:
+            module, _, half = name.removesuffix(".default.weight").rpartition(".lora_")
+            parameter.data = getattr(ours[module], half).detach().clone()
+    return twin.train()
+
+
+def twin_losses(config, twin, examples) -> list[float]:
+    """The same ten steps with diffusers, peft and torch's AdamW, written out."""
+    parameters = [p for p in twin.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    losses, shift = [], Shift()
+    for number, indices in zip(range(config.max_train_steps), batches(examples, config), strict=False):
+        batch = examples.batch(indices, CPU)
+        b, c, h, w = batch.target.shape
+        noise, t = draw(batch, indices, number, config.seed, shift.factor(token_count(h, w)))
+        x_t = (1 - t)[:, None, None, None] * batch.target + t[:, None, None, None] * noise
+
+        def tokens(z):
+            z = z.view(*z.shape[:2], z.shape[2] // 2, 2, z.shape[3] // 2, 2).permute(0, 2, 4, 1, 3, 5)
+            return z.reshape(z.shape[0], z.shape[1] * z.shape[2], -1)
+
+        def ids(z, index):
+            rows, columns = torch.meshgrid(torch.arange(z.shape[2] // 2), torch.arange(z.shape[3] // 2), indexing="ij")
+            return torch.stack([torch.full_like(rows, index), rows, columns], -1).view(-1, 3).float()
+
+        reference = batch.condition.references[0]
+        prediction = twin(
+            hidden_states=torch.cat([tokens(x_t), tokens(reference)], 1),
+            encoder_hidden_states=batch.condition.txt,
+            pooled_projections=batch.condition.vec,
+            timestep=t,
+            img_ids=torch.cat([ids(x_t, 0), ids(reference, 1)]),
+            txt_ids=torch.zeros(batch.condition.txt.shape[1], 3),
+            guidance=torch.full((b,), config.flux_guidance_value),
+        ).sample[:, : (h // 2) * (w // 2)]
+        loss = (prediction - tokens(noise - batch.target)).pow(2).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1, (number + 1) / config.lr_warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_ten_steps_equal_diffusers_peft_and_adamw(config):
+    flux, parameters, examples = prepared(config)
+    twin = peft_twin(config, flux)
+    expected = twin_losses(config, twin, examples)
+    train(config, flux, parameters, examples, Shift())
+    assert losses_of(config) == pytest.approx(expected, rel=1e-5)
+    assert expected[0] != expected[-1]
+    trained = dict(twin.named_parameters())
+    for update in updates(flux):
+        assert error(update.B, trained[f"{update.name}.lora_B.default.weight"]) < 1e-3
+        assert update.B.abs().max() > 0
+
+
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {}])
+def test_a_run_can_be_repeated_to_the_last_bit_and_checkpointing_does_not_change_it(config, change):
+    results = []
+    for variant in (config, config.model_copy(update=change)):
+        flux, parameters, examples = prepared(variant)
+        if variant.gradient_checkpointing:
+            apply_checkpointing(flux)
+        train(variant, flux, parameters, examples, Shift())
+        results.append((losses_of(variant), [p.detach().clone() for p in parameters]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_accumulated_batches_give_the_mean_of_their_gradients(config):
+    flux, parameters, examples = prepared(config)
+    losses = []
+    for number, indices in zip(range(2), batches(examples, config), strict=False):
+        batch = examples.batch(indices, CPU)
+        noise, t = draw(batch, indices, number, config.seed, shift_factor(config, Shift(), batch))
+        loss = flow_loss(flux, batch, noise, t, config.flux_guidance_value)
+        (loss / 2).backward()
+        losses.append(loss.item())
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm().item()
+    flux, parameters, examples = prepared(config)
+    run = config.model_copy(update={"gradient_accumulation_steps": 2, "max_train_steps": 1})
+    train(run, flux, parameters, examples, Shift())
+    logged = json.loads((config.output_dir / "metrics.jsonl").read_text())
+    assert logged["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert logged["grad_norm"] == pytest.approx(norm, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_one_sentence(config):
+    flux, parameters, examples = prepared(config)
+    parameters[1].data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="step 1: the loss is nan.*lower learning_rate"):
+        train(config, flux, parameters, examples, Shift())
+
+
+def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("// a comment\n" + config.model_dump_json(exclude_defaults=True))
+    door.main([str(path), "max_train_steps=6", f"--output_dir={tmp_path / 'named'}"])
+    out = tmp_path / "named"
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((out / "config.json").read_text())["max_train_steps"] == 6
+    assert sorted(p.name for p in (out / "validation").glob("*.png")) == ["000005.png", "000006.png"]
+    adapter = read_lora(out / "pytorch_lora_weights.safetensors")
+    names = matching_modules(load_flux(find(config.pretrained_model_name_or_path), CPU, FP32).config, TARGETS["all"])
+    assert set(adapter.weights) == set(names)
+    assert adapter.recipe["prompt"] and Path(adapter.recipe["image"][0]).is_file()
+    assert all(scale == 1 for _, _, scale in adapter.weights.values())
+
+
+def test_model_and_data_problems_are_said_together(config, tmp_path):
+    (tmp_path / "reference" / "1.png").unlink()
+    broken = config.model_copy(update={"pretrained_model_name_or_path": "nobody/nothing", "flux_lora_target": "some"})
+    with pytest.raises(ValueError) as raised:
+        door.check(broken)
+    for part in ("flux_lora_target 'some'", "1 targets without a reference", "hf download nobody/nothing"):
+        assert part in str(raised.value)
+
+
+def test_the_tiny_model_is_not_changed_by_training(config, kontext):
+    before = read_part(kontext / "transformer")
+    flux, parameters, examples = prepared(config)
+    train(config, flux, parameters, examples, Shift())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read_part(kontext / "transformer").items())
+    assert not any(p.requires_grad for name, p in flux.named_parameters() if "updates" not in name)
