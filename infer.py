@@ -113,6 +113,11 @@ def gather(given: argparse.Namespace) -> dict:
     settings = {**DEFAULTS, **recipe, **again, **given, "adapters": loras}
     if "image" not in given and "prompt" in given and not again:
         settings["image"] = []  # a prompt of the user's own is not about the LoRA's sample picture
+    absent = [path for path in settings["image"] if path in recipe.get("image", []) and not Path(path).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"the LoRA's sample picture {absent[0]} is not on this machine; give yours with --image"
+        )
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
     if settings["steps"] < 1 or settings["num_images"] < 1:

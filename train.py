@@ -101,7 +101,12 @@ def main(argv: list[str]):
             write_lora(file, list(updates(flux)), recipe(config, validated_on), dtype)
             tqdm.write(validator.run(step))
 
-    train(config, flux, parameters, examples, checkpoint.shift, each_step)
+    try:
+        train(config, flux, parameters, examples, checkpoint.shift, each_step)
+    except (KeyboardInterrupt, ValueError):  # nothing is lost: the LoRA as it was before the step that failed
+        write_lora(file, list(updates(flux)), recipe(config, validated_on), dtype)
+        print(f"stopped; the LoRA so far is in {file}")
+        raise
     print(f"{file}\n{validator.folder}/{config.max_train_steps:06d}.png")
 
 
@@ -110,3 +115,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

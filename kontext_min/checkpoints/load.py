@@ -22,7 +22,7 @@ from kontext_min.models.t5 import T5Config, T5Encoder
 from kontext_min.models.vae import VAE, VAEConfig
 
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the first that exists is taken
+SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the first and shortest that exists is taken
     "transformer": ("flux1-kontext-dev*.safetensors", "flux1-dev-kontext*.safetensors", "flux*.safetensors"),
     "vae": ("ae.safetensors", "*vae*.safetensors"),
     "text_encoder": ("clip_l*.safetensors",),
@@ -109,7 +109,7 @@ def find_component(folder: Path, part: str) -> Component:
     if files:
         return Component((files[0],), config)
     for pattern in SINGLE_FILES[part]:
-        matches = sorted(folder.glob(pattern))
+        matches = sorted(folder.glob(pattern), key=lambda path: (len(path.name), path.name))
         if matches:
             return Component((matches[0],), config)
     pickles = [path.name for path in own.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth")]

@@ -46,7 +46,9 @@ class Tensors:
         scales = {}
         for name in list(self.where):
             if name.endswith(SCALES):
-                scales[f"{name.rpartition('.')[0]}.weight"] = self.where.pop(name)
+                weight = f"{name.rpartition('.')[0]}.weight"
+                if weight in self.where:  # else it stays, and `fill` refuses it as unexpected
+                    scales[weight] = self.where.pop(name)
             elif name.endswith(UNUSED_BESIDE_FP8):
                 self.where.pop(name)
             elif name.endswith(".comfy_quant"):
@@ -76,14 +78,14 @@ class Tensors:
         """The tensor, still a view of the memory-mapped file unless it had to be dequantised."""
         handle, key = self.where[name]
         tensor = handle.get_tensor(key)
+        if not tensor.is_floating_point():
+            raise ValueError(f"{self.title}: {name} is {tensor.dtype}, which cannot be read; use bf16 or fp8 files")
         if name in self.scales:
             handle, key = self.scales[name]
             scale = handle.get_tensor(key).float()
             if scale.numel() != 1:
                 raise ValueError(f"{self.title}: {name} has {scale.numel()} fp8 scales; only one a tensor can be read")
             return tensor.float() * scale.reshape(())
-        if not tensor.is_floating_point():
-            raise ValueError(f"{self.title}: {name} is {tensor.dtype}, which cannot be read; use bf16 or fp8 files")
         return tensor.float() if tensor.dtype in FP8 else tensor
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kontext_min.checkpoints.load import Checkpoint, load_vae
-from kontext_min.data.buckets import Size, bucket_size, fit, open_image
+from kontext_min.data.buckets import Size, bucket_size, fit, open_image, oriented_size
 from kontext_min.data.cache import Cache, digest, weights_id
 from kontext_min.data.pairs import Pair
 from kontext_min.encoders import TextEncoder, encode_image, free
@@ -49,11 +49,11 @@ def plan(pair: Pair, resolution: int, step: int, strict: list[bool]) -> Example:
 
     Raises ValueError when a strict reference has another aspect than its target: it cannot be aligned.
     """
-    original = Size(*open_image(pair.target).size)
+    original = oriented_size(pair.target)
     size = bucket_size(original, resolution, step)
     sizes = []
     for path, same in zip(pair.references, strict, strict=True):
-        own = Size(*open_image(path).size)
+        own = oriented_size(path)
         if same and abs((own.width / own.height) / (original.width / original.height) - 1) > SAME_ASPECT:
             raise ValueError(
                 f"{path} is {own} and {pair.target} is {original}: with reference_strict both need one aspect; "

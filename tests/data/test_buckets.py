@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_min.data.buckets import Size, bucket_size, crop_box, fit, open_image, parse_size, share_cut
+from kontext_min.data.buckets import Size, bucket_size, crop_box, fit, open_image, oriented_size, parse_size, share_cut
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,12 @@ def test_exif_orientation_is_obeyed(tmp_path):
 def test_a_malformed_size_is_refused(text):
     with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_in_the_header_is_the_size_of_the_opened_picture(tmp_path, orientation):
+    picture = Image.new("RGB", (30, 20))
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "x.jpg", exif=exif)
+    assert oriented_size(tmp_path / "x.jpg") == open_image(tmp_path / "x.jpg").size
