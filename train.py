@@ -11,12 +11,11 @@ from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, read_config
-from kontext_min.data.cache import Cache
 from kontext_min.data.examples import Example, Examples
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.sampler import Sampling
-from kontext_min.training.sets import read_sets
+from kontext_min.training.sets import read_sets, text_cache
 from kontext_min.training.trainer import train
 from kontext_min.training.validate import Validator
 
@@ -73,9 +72,9 @@ def main(argv: list[str]):
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
 
     # data: text and latents, cached by content; the encoders are let go again
-    cache = Cache(config.cache_dir)
-    examples = Examples(trained_on, checkpoint, cache, dtype)
-    validation = Examples(validated_on, checkpoint, cache, dtype)
+    texts = text_cache(config)
+    examples = Examples(trained_on, checkpoint, texts, dtype)
+    validation = Examples(validated_on, checkpoint, texts, dtype)
     for part in (examples, validation):
         part.encode(device)
 

@@ -36,9 +36,13 @@ class Dataset(Strict):
     crop: bool = Field(False, description="pictures keep their aspect; only what a bucket's size needs is cropped")
     crop_style: Literal["center"] = "center"
     caption_strategy: Literal["textfile"] | None = Field("textfile", description="NAME.txt beside the target NAME.png")
-    cache_dir: Path | None = Field(None, description="text_embeds: where encoded captions are kept")
-    cache_dir_vae: Path | None = Field(None, description="where this set's latents are kept")
-    default: bool = True
+    cache_dir: Path | None = Field(
+        None, description="text_embeds: where encoded captions are kept; default cache_dir/text"
+    )
+    cache_dir_vae: Path | None = Field(
+        None, description="where latents of this set's pairs are kept; default cache_dir/latents"
+    )
+    default: Literal[True] = Field(True, description="text_embeds: there is one such entry at most")
 
     @field_validator("conditioning_data")
     @classmethod

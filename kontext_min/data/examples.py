@@ -26,6 +26,7 @@ class Example:
     pair: Pair
     size: Size
     reference_sizes: tuple[Size, ...]
+    cache_dir: Path  # of the latents
 
     def pictures(self) -> list[tuple[Path, Size]]:
         """Target first, then references."""
@@ -44,7 +45,7 @@ class Batch:
     condition: Condition
 
 
-def plan(pair: Pair, resolution: int, step: int, strict: list[bool]) -> Example:
+def plan(pair: Pair, resolution: int, step: int, strict: list[bool], cache_dir: Path) -> Example:
     """Choose the sizes of a pair. strict: per reference, whether it gets the target's crop and size or its own bucket.
 
     Raises ValueError when a strict reference has another aspect than its target: it cannot be aligned.
@@ -60,14 +61,14 @@ def plan(pair: Pair, resolution: int, step: int, strict: list[bool]) -> Example:
                 f"crop them alike, or set conditioning_type to reference_loose"
             )
         sizes.append(size if same else bucket_size(own, resolution, step))
-    return Example(pair, size, tuple(sizes))
+    return Example(pair, size, tuple(sizes), cache_dir)
 
 
 class Examples:
-    """All examples of a run, encoded once and read from the cache when a batch is made."""
+    """All examples of a run, encoded once and read from the caches when a batch is made."""
 
-    def __init__(self, examples: list[Example], checkpoint: Checkpoint, cache: Cache, dtype: torch.dtype):
-        self.examples, self.checkpoint, self.cache, self.dtype = examples, checkpoint, cache, dtype
+    def __init__(self, examples: list[Example], checkpoint: Checkpoint, texts: Cache, dtype: torch.dtype):
+        self.examples, self.checkpoint, self.texts, self.dtype = examples, checkpoint, texts, dtype
         self.vae_id = weights_id(checkpoint.components["vae"])
         text_parts = [weights_id(checkpoint.components[part]) for part in ("text_encoder", "text_encoder_2")]
         self.text_id = digest(*text_parts, *tokenizer_files(checkpoint.folder), str(dtype))
@@ -89,41 +90,44 @@ class Examples:
 
     def _encode_texts(self, device: torch.device):
         captions = dict.fromkeys(example.pair.caption for example in self.examples)
-        missing = [caption for caption in captions if self._text_key(caption) not in self.cache]
+        missing = [caption for caption in captions if self._text_key(caption) not in self.texts]
         if not missing:
             return
         encode = TextEncoder(self.checkpoint, device, self.dtype)
         for caption in tqdm(missing, desc="encoding captions"):
             txt, vec = encode(caption)
-            self.cache.put(self._text_key(caption), {"txt": txt, "vec": vec})
+            self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
         del encode
         free(device)
 
     def _encode_pictures(self, device: torch.device):
-        pictures = {}
+        missing = {}
         for example, keys in zip(self.examples, self.latent_keys, strict=True):
-            pictures |= dict(zip(keys, example.pictures(), strict=True))
-        missing = [(key, picture) for key, picture in pictures.items() if key not in self.cache]
+            cache = Cache(example.cache_dir)
+            for key, picture in zip(keys, example.pictures(), strict=True):
+                if key not in cache:
+                    missing[cache.path(key)] = (cache, key, *picture)
         if not missing:
             return
         vae = load_vae(self.checkpoint, device, torch.float32)
-        for key, (path, size) in tqdm(missing, desc="encoding pictures"):
-            self.cache.put(key, {"latents": encode_image(vae, fit(open_image(path), size))})
+        for cache, key, path, size in tqdm(missing.values(), desc="encoding pictures"):
+            cache.put(key, {"latents": encode_image(vae, fit(open_image(path), size))})
         del vae
         free(device)
 
-    def latents(self, key: str) -> Tensor:
-        """(1, 16, h, w) fp32 from the cache."""
-        return self.cache.get(key)["latents"]
+    def latents(self, index: int) -> list[Tensor]:
+        """Target and references of an example from the cache, each (1, 16, h, w) fp32."""
+        cache = Cache(self.examples[index].cache_dir)
+        return [cache.get(key)["latents"] for key in self.latent_keys[index]]
 
     def text(self, index: int) -> tuple[Tensor, Tensor]:
         """txt (1, L, D) and vec (1, D') of an example."""
-        entry = self.cache.get(self._text_key(self.examples[index].pair.caption))
+        entry = self.texts.get(self._text_key(self.examples[index].pair.caption))
         return entry["txt"], entry["vec"]
 
     def batch(self, indices: list[int], device: torch.device) -> Batch:
         """Examples of equal shapes as one batch on the device."""
-        columns = zip(*(map(self.latents, self.latent_keys[i]) for i in indices), strict=True)
+        columns = zip(*map(self.latents, indices), strict=True)
         target, *references = (torch.cat(column).to(device) for column in columns)
         txt, vec = (torch.cat(column).to(device) for column in zip(*map(self.text, indices), strict=True))
         return Batch(target, Condition(txt, vec, references))

@@ -1,6 +1,7 @@
 """The data list of a config -> planned examples, for training and for validation. All problems are raised at once."""
 
 from kontext_min.config import Config, Dataset
+from kontext_min.data.cache import Cache
 from kontext_min.data.examples import Example, plan
 from kontext_min.data.pairs import find_pairs
 
@@ -18,7 +19,7 @@ def read_sets(config: Config, step: int) -> tuple[list[Example], list[Example]]:
     for entry in datasets:
         if entry.role in found:
             try:
-                found[entry.role] += examples_of(entry, by_id, step)
+                found[entry.role] += examples_of(config, entry, by_id, step)
             except (ValueError, FileNotFoundError) as error:
                 problems.append(str(error))
     if not any(entry.role == "image" for entry in datasets):
@@ -28,7 +29,7 @@ def read_sets(config: Config, step: int) -> tuple[list[Example], list[Example]]:
     return found["image"], (found["eval"] or found["image"])[: config.num_eval_images]
 
 
-def examples_of(entry: Dataset, by_id: dict[str, Dataset], step: int) -> list[Example]:
+def examples_of(config: Config, entry: Dataset, by_id: dict[str, Dataset], step: int) -> list[Example]:
     """One target set with its reference sets."""
     unknown = [name for name in entry.conditioning_data if name not in by_id]
     if unknown:
@@ -42,5 +43,12 @@ def examples_of(entry: Dataset, by_id: dict[str, Dataset], step: int) -> list[Ex
     if entry.caption_strategy is None:
         raise ValueError(f"data: {entry.id} holds targets, so its caption_strategy must be textfile")
     pairs = find_pairs(entry.instance_data_dir, [source.instance_data_dir for source in sources])
+    cache_dir = entry.cache_dir_vae or config.cache_dir / "latents"
     strict = [source.conditioning_type != "reference_loose" for source in sources]
-    return [plan(pair, entry.resolution, step, strict) for pair in pairs]
+    return [plan(pair, entry.resolution, step, strict, cache_dir) for pair in pairs]
+
+
+def text_cache(config: Config) -> Cache:
+    """Where encoded captions are kept: the text_embeds entry's cache_dir, else a folder of the run's cache."""
+    named = [entry.cache_dir for entry in config.datasets() if entry.role == "text_embeds" and entry.cache_dir]
+    return Cache(named[0] if named else config.cache_dir / "text")

@@ -30,7 +30,7 @@ def pairs(tmp_path):
 
 
 def examples_of(kontext, folder, pairs, resolution=64):
-    examples = Examples([plan(p, resolution, 16, [True]) for p in pairs], find(kontext), Cache(folder), FP32)
+    examples = Examples([plan(p, resolution, 16, [True], folder) for p in pairs], find(kontext), Cache(folder), FP32)
     examples.encode(CPU)
     return examples
 
@@ -83,7 +83,7 @@ def test_other_weights_are_other_entries(kontext, tmp_path, pairs):
 
 def test_a_damaged_entry_is_named_with_the_remedy(kontext, tmp_path, pairs):
     examples = examples_of(kontext, tmp_path / "cache", pairs)
-    path = examples.cache.path(examples.latent_keys[0][0])
+    path = Cache(tmp_path / "cache").path(examples.latent_keys[0][0])
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="damaged.*delete it"):
         examples.batch([0], CPU)
@@ -92,5 +92,5 @@ def test_a_damaged_entry_is_named_with_the_remedy(kontext, tmp_path, pairs):
 def test_a_strict_reference_of_another_aspect_is_refused_and_a_loose_one_gets_its_own_size(tmp_path, pairs):
     mixed = Pair(pairs[0].target, (pairs[2].references[0],), "x")
     with pytest.raises(ValueError, match="reference_strict.*reference_loose"):
-        plan(mixed, 64, 16, [True])
-    assert plan(mixed, 64, 16, [False]).reference_sizes == ((80, 48),)
+        plan(mixed, 64, 16, [True], tmp_path)
+    assert plan(mixed, 64, 16, [False], tmp_path).reference_sizes == ((80, 48),)

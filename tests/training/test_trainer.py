@@ -13,11 +13,10 @@ from kontext_min.adapters.formats import read_lora
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.config import Config
-from kontext_min.data.cache import Cache
 from kontext_min.data.examples import Examples
 from kontext_min.flow import Shift, token_count
 from kontext_min.memory import apply_checkpointing
-from kontext_min.training.sets import read_sets
+from kontext_min.training.sets import read_sets, text_cache
 from kontext_min.training.trainer import batches, draw, flow_loss, shift_factor, train
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the doors, train.py and infer.py, are not part of the package
@@ -47,7 +46,7 @@ def config(kontext, tmp_path):
 def prepared(config):
     """The model with fresh adapters, and the encoded examples."""
     checkpoint = find(config.pretrained_model_name_or_path)
-    examples = Examples(read_sets(config, 16)[0], checkpoint, Cache(config.cache_dir), FP32)
+    examples = Examples(read_sets(config, 16)[0], checkpoint, text_cache(config), FP32)
     examples.encode(CPU)
     config.output_dir.mkdir(exist_ok=True)
     flux = load_flux(checkpoint, CPU, FP32)
