@@ -78,6 +78,10 @@ def joined(path: Path, module: str, parts: dict[str, Tensor], settings: dict) ->
     if "A" not in parts or "B" not in parts:
         raise ValueError(f"{path}: {module} has lora_{'A' if 'A' in parts else 'B'} but not its other half")
     a, b = parts["A"].float(), parts["B"].float()
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise ValueError(
+            f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, which do not share a rank"
+        )
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise ValueError(f"{path}: {module} holds NaN or infinity; the training that wrote it had failed")
     alpha = float(parts["alpha"]) if "alpha" in parts else configured_alpha(module, settings)
@@ -118,7 +122,7 @@ def write_lora(path: Path, updates: list[LoRA], recipe: dict, dtype: torch.dtype
 def header(ranks: dict[str, int], recipe: dict) -> dict[str, str]:
     """The file's metadata: PEFT's LoraConfig (alpha equals rank), modelspec, and our recipe."""
     rank = max(set(ranks.values()), key=list(ranks.values()).count)
-    pattern = {name: r for name, r in ranks.items() if r != rank}
+    pattern = {f"^{name}": r for name, r in ranks.items() if r != rank}  # ^: not every name that ends so
     config = {
         "peft_type": "LORA",
         "r": rank,

@@ -34,13 +34,13 @@ TARGETS = {  # `flux_lora_target` -> endings of module names, as SimpleTuner has
 
 
 def matching_modules(config: FluxConfig, endings: tuple[str, ...]) -> list[str]:
-    """Diffusers names of the linears that end in one of `endings` (whole dotted words), in the model's order."""
+    """Diffusers names of the linears that end in one of `endings` (whole dotted words), in the table's order."""
     names = [part.name for parts in flux_linears(config).values() for part in parts]
     return [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)]
 
 
 def add_lora(flux: Flux, names: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
-    """Put a fresh update on every named module. -> the new parameters, in the model's order, on the model's device.
+    """Put a fresh update on every named module. -> the new parameters on the model's device, in the order of `flux_linears`.
 
     The draws come from torch's global generator: seed it first.
     """
@@ -77,7 +77,7 @@ def apply_weights(flux: Flux, weights: dict[str, tuple[Tensor, Tensor, float]], 
         ours, part = places[name]
         linear = flux.get_submodule(ours)
         inputs = (linear.base if isinstance(linear, Adapted) else linear).in_features
-        if (a.shape[1], b.shape[0], a.shape[0]) != (inputs, part.rows, b.shape[1]):
+        if (a.shape[1], b.shape[0]) != (inputs, part.rows):
             raise ValueError(
                 f"the LoRA's {name} maps {a.shape[1]} to {b.shape[0]} channels, the model's {inputs} to {part.rows}; "
                 f"it was made for another model"
