@@ -1,6 +1,11 @@
-"""Train a LoRA on picture pairs: python train.py configs/nano.json [KEY=VALUE …]. The recipe, top to bottom."""
+"""Train a LoRA on picture pairs: python train.py configs/nano.json [KEY=VALUE …]. The recipe, top to bottom.
+
+--check        say all about the data, without weights or a GPU, and draw a contact sheet of every set
+--prune-cache  remove from this config's caches what its data no longer uses, and stop
+"""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,26 +16,39 @@ from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, read_config
-from kontext_min.data.examples import Example, Examples
+from kontext_min.data.check import contact_sheet, summary
+from kontext_min.data.examples import Example, Examples, Use, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.sampler import Sampling
-from kontext_min.training.sets import read_sets, text_cache
+from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
 from kontext_min.training.trainer import train
 from kontext_min.training.validate import Validator
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
 
 
-def check(config: Config) -> tuple[load.Checkpoint, list[Example], list[Example]]:
-    """Model and data, before anything slow. Raises ValueError with all problems together."""
-    step = presets.named(config.pretrained_model_name_or_path).bucket_step
-    problems, sets, checkpoint = [], ([], []), None
+def check_data(config: Config) -> Sets:
+    """What can be told without the model's files. Raises ValueError with all problems together."""
+    problems, sets = [], None
     if config.flux_lora_target not in TARGETS:
         problems.append(f"flux_lora_target {config.flux_lora_target!r} is none of {', '.join(TARGETS)}")
     try:
-        sets = read_sets(config, step)
+        sets = read_sets(config, presets.named(config.pretrained_model_name_or_path).bucket_step)
     except (ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return sets
+
+
+def check(config: Config) -> tuple[load.Checkpoint, Sets]:
+    """Model and data, before anything slow. Raises ValueError with all problems together."""
+    problems, sets, checkpoint = [], None, None
+    try:
+        sets = check_data(config)
+    except ValueError as error:
         problems.append(str(error))
     try:
         checkpoint = load.find(presets.locate(config.pretrained_model_name_or_path), download=not problems)
@@ -38,17 +56,35 @@ def check(config: Config) -> tuple[load.Checkpoint, list[Example], list[Example]
         problems.insert(0, str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    return checkpoint, *sets
+    return checkpoint, sets
 
 
-def recipe(config: Config, validation: list[Example]) -> dict:
-    """What infer.py needs to show this LoRA with no other argument than its file."""
-    shown = validation[0]
+def report_data(config: Config):
+    """--check: all that can be said of the data without weights or a GPU; a contact sheet per set in output_dir."""
+    sets = check_data(config)
+    print(*sets.notes, *summary(sets.training), sep="\n")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    by_set: dict[str, dict[str, Example]] = {}
+    for example in (*sets.training, *sets.validation):  # pairs of both stand once
+        by_set.setdefault(example.set_id, {})[example.name] = example
+    for set_id, examples in by_set.items():
+        page, warnings = contact_sheet(list(examples.values()), mix_of(config))
+        file = config.output_dir / f"check-{set_id.translate(NO_PATH)}.png"
+        page.save(file)
+        print(*warnings, f"look at {file}", sep="\n")
+
+
+def recipe(config: Config, shown: Use) -> dict:
+    """What infer.py needs to show this LoRA with no other argument than its file: its references are copied beside it."""
+    files = []
+    for i, view in enumerate(shown.references):
+        files.append(config.output_dir / f"sample-reference-{i + 1}.png")
+        view.open().save(files[-1])
     return {
         "title": config.output_dir.name,
         "model": config.pretrained_model_name_or_path,
-        "prompt": [shown.pair.caption],
-        "image": [str(path.resolve()) for path in shown.pair.references],
+        "prompt": [shown.caption],
+        "image": [str(file.resolve()) for file in files],
         "guidance": config.validation_guidance,
         "steps": config.validation_num_inference_steps,
         "trained_steps": config.max_train_steps,
@@ -57,26 +93,38 @@ def recipe(config: Config, validation: list[Example]) -> dict:
     }
 
 
+def encode(config: Config, sets: Sets, checkpoint: load.Checkpoint, place: tuple) -> tuple[Examples, Examples]:
+    """Make what is made once, then text and latents, cached by content; the encoders are let go again."""
+    make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
+    device, dtype = place
+    mix, texts = mix_of(config), text_cache(config)
+    examples = Examples(sets.training, checkpoint, texts, dtype, mix)
+    validation = Examples(
+        sets.validation, checkpoint, texts, dtype, replace(mix, caption_dropout=0, reference_dropout=0)
+    )
+    for part in (examples, validation):
+        captions, pictures = part.encode(device)
+        print(f"encoded {captions} captions and {pictures} pictures; the rest was cached")
+    return examples, validation
+
+
 def main(argv: list[str]):
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip())
         return
-    config = read_config(Path(argv[0]), argv[1:])
-    checkpoint, trained_on, validated_on = check(config)
-    print(f"{len(trained_on)} pairs to train on, {len(validated_on)} to validate on")
+    options = [a for a in argv[1:] if a in ("--check", "--prune-cache")]
+    config = read_config(Path(argv[0]), [a for a in argv[1:] if a not in options])
+    if "--check" in options:
+        return report_data(config)
+    checkpoint, sets = check(config)
+    print(*sets.notes, sep="\n")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     (config.output_dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-
-    # data: text and latents, cached by content; the encoders are let go again
-    texts = text_cache(config)
-    examples = Examples(trained_on, checkpoint, texts, dtype)
-    validation = Examples(validated_on, checkpoint, texts, dtype)
-    for part in (examples, validation):
-        part.encode(device)
+    name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    examples, validation = encode(config, sets, checkpoint, (device, dtype))
+    if "--prune-cache" in options:
+        return print(examples.prune(validation))
 
     # model: load -> freeze -> adapt -> checkpoint
     flux = load.load_flux(checkpoint, device, dtype).requires_grad_(False)
@@ -92,18 +140,20 @@ def main(argv: list[str]):
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
     sampling = Sampling(config.validation_num_inference_steps, config.validation_guidance, seed=config.validation_seed)
     validator = Validator(editor, validation, sampling, config.output_dir / "validation")
+    examples.vae = vae  # for references that are made anew at every use
+    shown = recipe(config, (validator.uses or examples.uses(0))[0])
     file = config.output_dir / LORA_FILE
 
     def each_step(step: int):
         last = step == config.max_train_steps
         if last or (config.validation_steps and step % config.validation_steps == 0):
-            write_lora(file, list(updates(flux)), recipe(config, validated_on), dtype)
+            write_lora(file, list(updates(flux)), shown, dtype)
             tqdm.write(validator.run(step))
 
     try:
         train(config, flux, parameters, examples, checkpoint.shift, each_step)
     except (KeyboardInterrupt, ValueError):  # nothing is lost: the LoRA as it was before the step that failed
-        write_lora(file, list(updates(flux)), recipe(config, validated_on), dtype)
+        write_lora(file, list(updates(flux)), shown, dtype)
         print(f"stopped; the LoRA so far is in {file}")
         raise
     print(f"{file}\n{validator.folder}/{config.max_train_steps:06d}.png")

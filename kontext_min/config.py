@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 import json5
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kontext_min import foreign
 
 
 class Strict(BaseModel):
@@ -18,41 +20,103 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class Generator(BaseModel):
+    """One entry of `conditioning`: references that are made by degrading the targets. Its other keys are parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: str
+    name: str | None = Field(None, description="tells two generators of one type apart; default: the type")
+    when: Literal["start", "step"] = Field("start", description="made once and kept, or made anew at every use")
+    captions: str | list[str] | Literal[False] | None = Field(None, description="instead of the targets' own")
+    instance_data_dir: Path | None = Field(None, description="where made pictures are kept; default in cache_dir")
+    conditioning_type: Literal["reference_strict"] = "reference_strict"
+    params: dict = Field({}, description="parameters may stand here or beside `type`")
+
+    @property
+    def parameters(self) -> dict:
+        """What the generator function takes."""
+        return {**(self.model_extra or {}), **self.params}
+
+
 class Dataset(Strict):
-    """One entry of the data list: a folder of targets (edited pictures), of references, or the text cache's place."""
+    """One entry of the data list: targets (edited pictures), references, or the text cache's place."""
 
     id: str
     type: Literal["local"] = "local"
     dataset_type: Literal["image", "conditioning", "eval", "text_embeds"] = Field(
         "image", description="eval: targets that are only validated on; conditioning is implied by conditioning_type"
     )
+    disabled: bool = Field(False, description="leave this entry out")
+
+    # where the pictures are
     instance_data_dir: Path | None = Field(None, description="folder of pictures, searched with its sub-folders")
-    conditioning_data: str | list[str] = Field([], description="ids of the reference sets of this target set")
+    pairs_file: Path | None = Field(None, description="instead: JSONL or CSV with target, reference(s), caption")
+    side_by_side: Literal["reference_left", "reference_right"] | None = Field(
+        None, description="every picture holds both, cut in two halves"
+    )
+    reference_suffix: str | None = Field(None, description="NAME_ref.png beside NAME.png in one folder: _ref")
+
+    # what belongs to them
+    conditioning_data: list[str] = Field([], description="ids of the reference sets of this target set; none is T2I")
     conditioning_type: Literal["reference_strict", "reference_loose"] | None = Field(
         None, description="strict: references get the target's crop and size; loose: a size of their own aspect"
     )
-    resolution: int = Field(1024, ge=16, description="square root of the picture's area in pixels")
-    resolution_type: Literal["pixel_area"] = "pixel_area"
-    crop: bool = Field(False, description="pictures keep their aspect; only what a bucket's size needs is cropped")
-    crop_style: Literal["center"] = "center"
-    caption_strategy: Literal["textfile"] | None = Field("textfile", description="NAME.txt beside the target NAME.png")
-    cache_dir: Path | None = Field(
-        None, description="text_embeds: where encoded captions are kept; default cache_dir/text"
+    conditioning: list[Generator] = Field([], description="references made from the targets by degrading them")
+    caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(
+        None, description="default textfile for targets (NAME.txt, one caption a line), none for references"
     )
-    cache_dir_vae: Path | None = Field(
-        None, description="where latents of this set's pairs are kept; default cache_dir/latents"
-    )
-    default: Literal[True] = Field(True, description="text_embeds: there is one such entry at most")
+    instance_prompt: list[str] = Field([], description="the captions of caption_strategy instanceprompt")
 
-    @field_validator("conditioning_data")
+    # geometry
+    resolution: float = Field(1024, gt=0, description="in units of resolution_type")
+    resolution_type: Literal["pixel_area", "pixel", "area"] = Field(
+        "pixel_area", description="pixel_area: square root of the area; pixel: shorter side; area: megapixels"
+    )
+    crop: bool = Field(False, description="cut to crop_aspect; else only what a bucket's size needs is cut")
+    crop_aspect: Literal["square", "preserve"] = "square"
+    crop_style: Literal["center", "centre", "random", "corner"] = "center"
+    minimum_image_size: float | None = Field(None, description="smaller targets are left out, with their references")
+    maximum_image_size: float | None = Field(None, description="larger pictures are first resized to the next key")
+    target_downsample_size: float | None = None
+
+    # how often
+    repeats: int = Field(0, ge=0, description="further uses per epoch")
+    probability: float = Field(1.0, gt=0, le=1, description="share of the set that an epoch shows")
+    is_regularisation_data: bool = Field(False, description="the target is the base model's own prediction")
+    disable_validation: bool = Field(False, description="never validated on")
+
+    # where results are kept
+    cache_dir: Path | None = Field(None, description="text_embeds: of encoded captions; default cache_dir/text")
+    cache_dir_vae: Path | None = Field(None, description="latents of this set's pairs; default cache_dir/latents")
+    default: Literal[True] = Field(True, description="text_embeds: there is one such entry at most")
+    ignored: dict[str, str] = Field({}, description="not to be set: keys of SimpleTuner's left out, and why")
+
+    @model_validator(mode="before")
     @classmethod
-    def as_list(cls, value: str | list[str]) -> list[str]:
-        return [value] if isinstance(value, str) else value
+    def leave_out(cls, values):
+        """Take out keys that have no meaning here but do no harm."""
+        if not isinstance(values, dict):
+            return values
+        ignored = {key: why for key, why in foreign.DATASET_IGNORED.items() if key in values}
+        return {key: value for key, value in values.items() if key not in ignored} | {"ignored": ignored}
+
+    @field_validator("conditioning_data", "instance_prompt", "conditioning", mode="before")
+    @classmethod
+    def as_list(cls, value):
+        """One of something may stand without brackets."""
+        return value if isinstance(value, list) else [] if value is None else [value]
 
     @property
     def role(self) -> str:
         """image, eval, conditioning or text_embeds."""
         return "conditioning" if self.conditioning_type and self.dataset_type == "image" else self.dataset_type
+
+    @property
+    def strategy(self) -> str | None:
+        """The caption strategy in force: targets have text files unless something else is said."""
+        stated = "caption_strategy" in self.model_fields_set
+        return self.caption_strategy if stated or self.role == "conditioning" else "textfile"
 
 
 class Config(Strict):
@@ -74,6 +138,14 @@ class Config(Strict):
     # data
     data_backend_config: Path | list[Dataset] = Field(description="the data list, or the path of its JSON file")
     cache_dir: Path = Field(Path("cache"), description="latents and encoded text, by content; safe to delete")
+    aspect_bucket_alignment: Literal[16, 64] | None = Field(
+        None, description="training sizes are multiples of it, in pixels; default 64, and 16 for nano"
+    )
+    conditioning_multidataset_sampling: Literal["random", "combined"] = Field(
+        "random", description="of several reference sets: one per use by a seeded draw, or all of them at once"
+    )
+    caption_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of uses with an empty caption")
+    reference_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of uses without references")
 
     # adapter
     lora_type: Literal["standard"] = "standard"
@@ -168,9 +240,14 @@ def checked(kind: type[Strict], values: dict, where: str):
 def problem(kind: type[Strict], entry: dict) -> str:
     """One of pydantic's findings in one line."""
     name = ".".join(str(part) for part in entry["loc"])
+    if not name:
+        return f"{entry['input']!r} should be one object, {{...}}"
     if entry["type"] == "extra_forbidden":
         key = str(entry["loc"][-1])
-        known = (Dataset if len(entry["loc"]) > 1 else kind).model_fields
+        of_dataset = kind is Dataset or len(entry["loc"]) > 1
+        if of_dataset and key in foreign.DATASET_REFUSED:
+            return f"{name} is not used here: {foreign.DATASET_REFUSED[key]}"
+        known = (Dataset if of_dataset else kind).model_fields
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         return f"unknown key {name}" + (f", did you mean {near[0]}?" if near else "")
     if entry["type"] == "missing":

@@ -1,6 +1,7 @@
 """Picture sizes, and the one geometric transform: centre-crop to an aspect, then resize. Nothing is stretched."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,12 +39,91 @@ def nearest_aspect(size: Size, choices: Sequence[Size]) -> Size:
     return min(choices, key=lambda choice: (abs(aspect - choice.width / choice.height), *choice))
 
 
-def bucket_size(size: Size, resolution: int, multiple: int) -> Size:
-    """The size of about resolution^2 pixels nearest to a picture's aspect, both sides multiples of `multiple`."""
-    aspect = size.width / size.height
-    width = max(multiple, round(resolution * aspect**0.5 / multiple) * multiple)
-    height = max(multiple, round(resolution / aspect**0.5 / multiple) * multiple)
+@dataclass(frozen=True)
+class Geometry:
+    """How the pictures of a set are brought to training size.
+
+    resolution: of `unit` pixel_area (square root of the area, in pixels), pixel (shorter side) or area (megapixels).
+    Without `crop` a picture keeps its aspect, to 2 decimals, and only what the bucket's rounding asks for is cut;
+    `crop` to a square cuts it to one. `style` says where the cut lies.
+    """
+
+    resolution: float = 1024
+    unit: str = "pixel_area"
+    step: int = 64  # sides are multiples of it, in pixels
+    square: bool = False
+    style: str = "center"  # center, corner (upper left) or random
+    downsample: tuple[float, float] | None = None  # pictures above the first size are brought to the second beforehand
+
+    def bucket(self, size: Size) -> Size:
+        """The training size of a picture."""
+        edge = (self.resolution * 1e6) ** 0.5 if self.unit == "area" else self.resolution
+        if self.square:
+            return Size(self._rounded(edge), self._rounded(edge))
+        aspect = round(size.width / size.height, 2) or 0.01
+        if self.unit == "pixel":
+            return Size(self._rounded(edge * max(1, aspect)), self._rounded(edge / min(1, aspect)))
+        return bucket_size(aspect, edge, self.step)
+
+    def _rounded(self, side: float) -> int:
+        return max(self.step, round(side / self.step) * self.step)
+
+    def transform(self, size: Size, draw: tuple[float, float]) -> "Transform":
+        """The one transform of a picture and its strict references. draw: two numbers in [0, 1) for style random."""
+        bucket = self.bucket(size)
+        width = min(1.0, size.height * bucket.width / bucket.height / size.width)  # shares of the picture's sides
+        height = min(1.0, size.width * bucket.height / bucket.width / size.height)
+        x, y = {"center": (0.5, 0.5), "corner": (0.0, 0.0), "random": draw}[self.style]
+        left, upper = x * (1 - width), y * (1 - height)
+        return Transform(bucket, (left, upper, left + width, upper + height), self._intermediate(size))
+
+    def _intermediate(self, size: Size) -> Size | None:
+        if self.downsample is None or extent(size, self.unit) <= self.downsample[0]:
+            return None
+        shrink = self.downsample[1] / extent(size, self.unit)
+        shrink = shrink**0.5 if self.unit == "area" else shrink
+        return Size(max(1, round(size.width * shrink)), max(1, round(size.height * shrink)))
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Cut out a box (left, upper, right, lower, as shares of the sides) and resize it: the same for any pixel count."""
+
+    size: Size
+    box: tuple[float, float, float, float]
+    first: Size | None = None  # resize the whole picture to this beforehand
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Apply to an RGB picture."""
+        if self.first is not None:
+            image = image.resize(self.first, LANCZOS)
+        if image.size == self.size and self.box == (0, 0, 1, 1):
+            return image
+        width, height = image.size
+        left, upper, right, lower = self.box
+        return image.resize(self.size, LANCZOS, box=(left * width, upper * height, right * width, lower * height))
+
+
+def extent(size: Size, unit: str) -> float:
+    """How large a picture is, in the unit of `Geometry.resolution`."""
+    if unit == "pixel":
+        return min(size)
+    return size.width * size.height / 1e6 if unit == "area" else (size.width * size.height) ** 0.5
+
+
+def bucket_size(aspect: float, edge: float, step: int) -> Size:
+    """The size of about edge^2 pixels nearest to an aspect, both sides multiples of `step`."""
+    edge = max(step, round(edge / step) * step)
+    width = max(step, round(edge * aspect**0.5 / step) * step)
+    height = max(step, round(edge / aspect**0.5 / step) * step)
     return Size(width, height)
+
+
+def same_aspect(a: Size, b: Size) -> bool:
+    """Whether two pictures are one frame at different pixel counts, up to the rounding of a side to whole pixels."""
+    small, large = sorted((a, b), key=lambda size: size.width * size.height)
+    across, down = large.width / small.width, large.height / small.height
+    return abs(small.width - large.width / down) <= 1 or abs(small.height - large.height / across) <= 1
 
 
 def crop_box(size: Size, aspect: Size) -> tuple[float, float, float, float]:
@@ -72,10 +152,11 @@ def open_image(path: Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        return to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error})") from error
+        return to_rgb(ImageOps.exif_transpose(Image.open(path)))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large to be a photograph ({error}); shrink it first") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable picture ({str(error) or type(error).__name__})") from error
 
 
 def oriented_size(path: Path) -> Size:

@@ -4,21 +4,23 @@ An entry is one small safetensors file that appears whole or not at all. Deletin
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kontext_min.checkpoints.load import Component
 
+VERSION = "1"  # of what is kept and how it is made: a change makes new entries
 SAMPLE = 1 << 20  # bytes read at the start, middle and end of a weight file
 
 
 def digest(*parts: str | bytes) -> str:
     """One key for several parts, none of which can run into the next."""
-    h = hashlib.sha256()
+    h = hashlib.sha256(VERSION.encode())
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
         h.update(len(data).to_bytes(8, "little") + data)
@@ -38,8 +40,14 @@ def weights_id(component: Component) -> str:
     return digest(*parts)
 
 
+def checksum(value: Mapping[str, Tensor]) -> str:
+    """Of names and bytes."""
+    parts = [part for name in sorted(value) for part in (name, value[name].view(torch.uint8).numpy().tobytes())]
+    return digest(*parts)
+
+
 class Cache:
-    """A folder of entries, each a mapping of tensors."""
+    """A folder of entries, each a mapping of tensors with a checksum."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -48,23 +56,47 @@ class Cache:
         """Where an entry lies."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def __contains__(self, key: str) -> bool:
-        return self.path(key).is_file()
+    def whole(self, key: str) -> bool:
+        """Whether an entry is there and undamaged; a damaged one is removed, with a line, so that it is made anew."""
+        path = self.path(key)
+        if not path.is_file():
+            return False
+        try:
+            self.get(key)
+        except ValueError:
+            print(f"{path} is damaged; it is made anew")
+            path.unlink()
+            return False
+        return True
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """An entry. FileNotFoundError or ValueError when it is gone or cut short, with the remedy."""
+        """An entry. FileNotFoundError or ValueError when it is gone or damaged, with the remedy."""
         path = self.path(key)
         if not path.is_file():
             raise FileNotFoundError(f"{path} vanished while it was needed; start again, and it is made anew")
         try:
-            return load_file(path)
+            with safe_open(path, framework="pt") as handle:
+                value = {name: handle.get_tensor(name) for name in handle.keys()}
+                expected = (handle.metadata() or {}).get("checksum")
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, and it is made anew") from error
+        if checksum(value) != expected:
+            raise ValueError(f"{path} is damaged (its checksum differs); delete it, and it is made anew")
+        return value
 
     def put(self, key: str, value: Mapping[str, Tensor]):
         """Keep an entry."""
         path = self.path(key)
+        value = {name: tensor.cpu().contiguous() for name, tensor in value.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in value.items()}, temporary)
+        save_file(value, temporary, metadata={"checksum": checksum(value)})
         temporary.replace(path)
+
+    def prune(self, keys: Container[str]) -> tuple[int, int]:
+        """Remove every entry that is not among `keys`. -> (entries, bytes) removed."""
+        unused = [path for path in self.folder.glob("??/*") if path.stem not in keys]
+        size = sum(path.stat().st_size for path in unused)
+        for path in unused:
+            path.unlink()
+        return len(unused), size

@@ -1,81 +1,201 @@
-"""Pairs -> training batches: one geometry per pair, latents and text through the cache, batches of equal shapes."""
+"""Planned pairs -> training batches: views of pictures, what an epoch shows of them, latents and text from the caches.
+
+Everything random is a function of (seed, name, epoch): the same on every machine, with any workers, after resume.
+"""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from kontext_min.checkpoints.load import Checkpoint, load_vae
-from kontext_min.data.buckets import Size, bucket_size, fit, open_image, oriented_size
+from kontext_min.data.buckets import Size, Transform
 from kontext_min.data.cache import Cache, digest, weights_id
-from kontext_min.data.pairs import Pair
+from kontext_min.data.degrade import degrade
+from kontext_min.data.pairs import Picture
 from kontext_min.encoders import TextEncoder, encode_image, free
 from kontext_min.flow import Condition
+from kontext_min.models.vae import VAE
 
-SAME_ASPECT = 0.02  # two pictures whose aspects differ by more cannot be cropped alike
+
+def draw(*parts: str | int) -> np.random.Generator:
+    """A generator whose seed is made of all the parts together."""
+    return np.random.default_rng(int(digest(*map(str, parts)), 16))
+
+
+@dataclass(frozen=True, eq=False)
+class Degradation:
+    """A generator that makes a reference out of its target."""
+
+    name: str
+    parameters: dict
+    seed: tuple[str | int, ...]
+    folder: Path | None  # where it is kept as a lossless file; None: made anew at every use, differently in every epoch
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as the model sees it: which file, how it is cut and resized, and how it is degraded."""
+
+    picture: Picture
+    transform: Transform
+    degradation: Degradation | None = None
+    epoch: int = 0
+    strict: bool = False  # a reference that must show its target's frame
+
+    @property
+    def size(self) -> Size:
+        """In pixels."""
+        return self.transform.size
+
+    @property
+    def fleeting(self) -> bool:
+        """Whether it differs from epoch to epoch, so that keeping its latents would be of no use."""
+        return self.degradation is not None and self.degradation.folder is None
+
+    def key(self) -> str:
+        """Content and everything that shapes the pixels."""
+        content = (self.picture.path.read_bytes(), self.picture.half, repr(self.transform))
+        how = self.degradation
+        return digest(*content) if how is None else digest(*content, how.name, repr(how.parameters), repr(how.seed))
+
+    def open(self) -> Image.Image:
+        """RGB, of the view's size."""
+        if self.degradation is None:
+            return self.transform(self.picture.open())
+        file = self.file()
+        if file is not None and file.is_file():
+            return Image.open(file).convert("RGB")
+        return self.degraded()
+
+    def degraded(self, clean: Image.Image | None = None) -> Image.Image:
+        """The degradation at training size, seeded by name and epoch. clean: the picture at that size, if at hand."""
+        how, clean = self.degradation, clean or self.transform(self.picture.open())
+        return degrade(clean, how.name, how.parameters, draw(*how.seed, self.epoch))
+
+    def file(self) -> Path | None:
+        """Where a kept degradation lies; its name changes with source and parameters."""
+        if self.degradation is None or self.degradation.folder is None:
+            return None
+        return self.degradation.folder / f"{self.picture.path.stem}-{self.key()[:12]}.png"
+
+    def make(self):
+        """Write the degraded picture, whole or not at all, unless it is there."""
+        file = self.file()
+        if file is None or file.is_file():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        self.degraded().save(temporary, "PNG")
+        temporary.replace(file)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A pair with the sizes in which it is trained."""
+    """A target and all that it may be made from."""
 
-    pair: Pair
-    size: Size
-    reference_sizes: tuple[Size, ...]
+    set_id: str
+    name: str  # relative path without extension
+    target: View
+    references: tuple[View, ...]  # one per reference set; () trains text-to-image
+    captions: tuple[str, ...]
+    reference_captions: tuple[tuple[str, ...], ...]  # as references; () where the set has none of its own
     cache_dir: Path  # of the latents
+    repeats: int = 0
+    probability: float = 1.0
+    regularise: bool = False
 
-    def pictures(self) -> list[tuple[Path, Size]]:
-        """Target first, then references."""
-        return [(self.pair.target, self.size), *zip(self.pair.references, self.reference_sizes, strict=True)]
+    def views(self) -> tuple[View, ...]:
+        """Target, then references."""
+        return (self.target, *self.references)
 
-    def open(self) -> list[Image.Image]:
-        """Target and references, cropped and resized: exactly what is encoded."""
-        return [fit(open_image(path), size) for path, size in self.pictures()]
+
+@dataclass(frozen=True)
+class Mix:
+    """What an epoch shows of the examples."""
+
+    seed: int = 42
+    several: str = "random"  # of several reference sets: one at random, or all of them combined
+    caption_dropout: float = 0.0
+    reference_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Use:
+    """One example as it is shown once."""
+
+    index: int
+    repeat: int
+    example: Example
+    references: tuple[View, ...]
+    caption: str
+
+    @property
+    def shape(self) -> tuple:
+        """Uses of one shape can stand in one batch."""
+        return self.example.target.size, tuple(view.size for view in self.references), self.example.regularise
+
+    def views(self) -> tuple[View, ...]:
+        """Target, then the references shown."""
+        return (self.example.target, *self.references)
+
+
+def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) -> Use:
+    """Decide references, caption and dropout of one use.
+
+    A reference set's own captions take the place of the target's when it alone serves the use.
+    """
+    r = draw("use", mix.seed, example.set_id, example.name, epoch, repeat)
+    picked, caption_draw, no_caption, no_reference = r.random(4)
+    references, captions = example.references, example.captions
+    if len(references) > 1 and mix.several == "random":
+        choice = int(picked * len(references))
+        references, own = (references[choice],), example.reference_captions[choice]
+        captions = own or captions
+    elif len(references) == 1:
+        captions = example.reference_captions[0] or captions
+    caption = captions[int(caption_draw * len(captions))] if no_caption >= mix.caption_dropout else ""
+    if no_reference < mix.reference_dropout:
+        references = ()
+    shown = tuple(replace(view, epoch=epoch) if view.fleeting else view for view in references)
+    return Use(index, repeat, example, shown, caption)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of equal shapes: target latents (B, 16, h, w) and what they are made from."""
+    """Uses of equal shapes: target latents (B, 16, h, w) and what they are made from."""
 
     target: Tensor
     condition: Condition
+    regularise: bool = False  # learn the base model's own prediction instead of the target
 
 
-def plan(pair: Pair, resolution: int, step: int, strict: list[bool], cache_dir: Path) -> Example:
-    """Choose the sizes of a pair. strict: per reference, whether it gets the target's crop and size or its own bucket.
-
-    Raises ValueError when a strict reference has another aspect than its target: it cannot be aligned.
-    """
-    original = oriented_size(pair.target)
-    size = bucket_size(original, resolution, step)
-    sizes = []
-    for path, same in zip(pair.references, strict, strict=True):
-        own = oriented_size(path)
-        if same and abs((own.width / own.height) / (original.width / original.height) - 1) > SAME_ASPECT:
-            raise ValueError(
-                f"{path} is {own} and {pair.target} is {original}: with reference_strict both need one aspect; "
-                f"crop them alike, or set conditioning_type to reference_loose"
-            )
-        sizes.append(size if same else bucket_size(own, resolution, step))
-    return Example(pair, size, tuple(sizes), cache_dir)
-
-
+@dataclass
 class Examples:
     """All examples of a run, encoded once and read from the caches when a batch is made."""
 
-    def __init__(self, examples: list[Example], checkpoint: Checkpoint, texts: Cache, dtype: torch.dtype):
-        self.examples, self.checkpoint, self.texts, self.dtype = examples, checkpoint, texts, dtype
-        self.vae_id = weights_id(checkpoint.components["vae"])
-        text_parts = [weights_id(checkpoint.components[part]) for part in ("text_encoder", "text_encoder_2")]
-        self.text_id = digest(*text_parts, *tokenizer_files(checkpoint.folder), str(dtype))
-        self.latent_keys = [[self._latent_key(*picture) for picture in example.pictures()] for example in examples]
+    examples: list[Example]
+    checkpoint: Checkpoint
+    texts: Cache
+    dtype: torch.dtype
+    mix: Mix = field(default_factory=Mix)
+    vae: VAE | None = None  # needed for views that are made anew at every use
 
-    def _latent_key(self, path: Path, size: Size) -> str:
-        return digest("latents", self.vae_id, str(size), path.read_bytes())
+    def __post_init__(self):
+        self.vae_id = weights_id(self.checkpoint.components["vae"])
+        parts = [weights_id(self.checkpoint.components[part]) for part in ("text_encoder", "text_encoder_2")]
+        self.text_id = digest(*parts, *tokenizer_files(self.checkpoint.folder), str(self.dtype))
+        self.keys = {view: self._latent_key(view) for e in self.examples for view in e.views() if not view.fleeting}
+
+    def _latent_key(self, view: View) -> str:
+        return digest("latents", self.vae_id, view.key())
 
     def _text_key(self, caption: str) -> str:
         return digest("text", self.text_id, caption)
@@ -83,70 +203,114 @@ class Examples:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def encode(self, device: torch.device):
-        """Fill the cache: text first, then pictures; each network is loaded only if something is missing."""
-        self._encode_texts(device)
-        self._encode_pictures(device)
+    # -------------------------------------------------------------------------------------------- encoding
 
-    def _encode_texts(self, device: torch.device):
-        captions = dict.fromkeys(example.pair.caption for example in self.examples)
-        missing = [caption for caption in captions if self._text_key(caption) not in self.texts]
-        if not missing:
-            return
-        encode = TextEncoder(self.checkpoint, device, self.dtype)
-        for caption in tqdm(missing, desc="encoding captions"):
-            txt, vec = encode(caption)
-            self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
-        del encode
-        free(device)
+    def captions(self) -> list[str]:
+        """Every caption that may be shown, once."""
+        kept = {c: None for e in self.examples for group in (e.captions, *e.reference_captions) for c in group}
+        return [*kept, ""] if self.mix.caption_dropout else list(kept)
 
-    def _encode_pictures(self, device: torch.device):
-        missing = {}
-        for example, keys in zip(self.examples, self.latent_keys, strict=True):
+    def encode(self, device: torch.device) -> tuple[int, int]:
+        """Fill the caches: text first, then pictures; each network is loaded only if something is missing.
+
+        -> how many captions and pictures had to be encoded.
+        """
+        captions = [caption for caption in self.captions() if not self.texts.whole(self._text_key(caption))]
+        if captions:
+            encode = TextEncoder(self.checkpoint, device, self.dtype)
+            for caption in tqdm(captions, desc="encoding captions"):
+                txt, vec = encode(caption)
+                self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
+            del encode
+            free(device)
+        views = {}
+        for example in self.examples:
             cache = Cache(example.cache_dir)
-            for key, picture in zip(keys, example.pictures(), strict=True):
-                if key not in cache:
-                    missing[cache.path(key)] = (cache, key, *picture)
-        if not missing:
-            return
-        vae = load_vae(self.checkpoint, device, torch.float32)
-        for cache, key, path, size in tqdm(missing.values(), desc="encoding pictures"):
-            cache.put(key, {"latents": encode_image(vae, fit(open_image(path), size))})
-        del vae
-        free(device)
+            views |= {
+                self.keys[v]: (cache, v) for v in example.views() if not v.fleeting and not cache.whole(self.keys[v])
+            }
+        if views:
+            vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
+            for key, (cache, view) in tqdm(views.items(), desc="encoding pictures"):
+                cache.put(key, {"latents": finite(encode_image(vae, view.open()), view)})
+            del vae
+            free(device)
+        return len(captions), len(views)
 
-    def latents(self, index: int) -> list[Tensor]:
-        """Target and references of an example from the cache, each (1, 16, h, w) fp32."""
-        cache = Cache(self.examples[index].cache_dir)
-        return [cache.get(key)["latents"] for key in self.latent_keys[index]]
+    def prune(self, *others: "Examples") -> str:
+        """Remove from the caches what neither this nor `others` use. -> one sentence on what went."""
+        together = (self, *others)
+        texts = {part._text_key(caption) for part in together for caption in part.captions()}
+        latents = {key for part in together for key in part.keys.values()}
+        removed = [self.texts.prune(texts)]
+        removed += [
+            Cache(folder).prune(latents) for folder in {e.cache_dir for part in together for e in part.examples}
+        ]
+        entries, size = (sum(column) for column in zip(*removed, strict=True))
+        return f"removed {entries} unused entries, {size / 1e6:.1f} MB"
 
-    def text(self, index: int) -> tuple[Tensor, Tensor]:
-        """txt (1, L, D) and vec (1, D') of an example."""
-        entry = self.texts.get(self._text_key(self.examples[index].pair.caption))
+    # -------------------------------------------------------------------------------------------- reading
+
+    def latents(self, example: Example, view: View) -> Tensor:
+        """(1, 16, h, w) fp32: from the cache, or encoded now if the view is made anew at every use."""
+        if view.fleeting:
+            assert self.vae is not None, "views that are made anew need the VAE"
+            return finite(encode_image(self.vae, view.open()), view).cpu()
+        return Cache(example.cache_dir).get(self.keys[view])["latents"]
+
+    def text(self, caption: str) -> tuple[Tensor, Tensor]:
+        """txt (1, L, D) and vec (1, D') of a caption."""
+        entry = self.texts.get(self._text_key(caption))
         return entry["txt"], entry["vec"]
 
-    def batch(self, indices: list[int], device: torch.device) -> Batch:
-        """Examples of equal shapes as one batch on the device."""
-        columns = zip(*map(self.latents, indices), strict=True)
+    def batch(self, uses: list[Use], device: torch.device) -> Batch:
+        """Uses of equal shapes as one batch on the device."""
+        columns = zip(*([self.latents(use.example, view) for view in use.views()] for use in uses), strict=True)
         target, *references = (torch.cat(column).to(device) for column in columns)
-        txt, vec = (torch.cat(column).to(device) for column in zip(*map(self.text, indices), strict=True))
-        return Batch(target, Condition(txt, vec, references))
+        texts = zip(*(self.text(use.caption) for use in uses), strict=True)
+        txt, vec = (torch.cat(column).to(device) for column in texts)
+        return Batch(target, Condition(txt, vec, references), uses[0].example.regularise)
 
-    def epoch(self, number: int, batch_size: int, seed: int) -> list[list[int]]:
-        """Every example once, in batches of equal shapes (the last of a shape may be smaller), shuffled."""
-        generator = seeded("order", seed, number)
-        by_shape = defaultdict(list)
-        for index in torch.randperm(len(self), generator=generator).tolist():
-            example = self.examples[index]
-            by_shape[example.size, example.reference_sizes].append(index)
-        starts = [(group, i) for group in by_shape.values() for i in range(0, len(group), batch_size)]
+    def uses(self, number: int) -> list[Use]:
+        """Everything that an epoch shows, in the examples' order."""
+        uses = []
+        for index, example in enumerate(self.examples):
+            for repeat in range(example.repeats + 1):
+                chance = draw("share", self.mix.seed, example.set_id, example.name, number, repeat).random()
+                if chance < example.probability:
+                    uses.append(use_of(index, example, self.mix, number, repeat))
+        return uses
+
+    def epoch(self, number: int, batch_size: int) -> list[list[Use]]:
+        """What one epoch shows, in batches of equal shapes (the last of a shape may be smaller), shuffled."""
+        r = draw("order", self.mix.seed, number)
+        uses = self.uses(number)
+        groups = defaultdict(list)
+        for i in r.permutation(len(uses)):
+            groups[uses[i].shape].append(uses[i])
+        starts = [(group, i) for group in groups.values() for i in range(0, len(group), batch_size)]
         batches = [group[i : i + batch_size] for group, i in starts]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return [batches[i] for i in r.permutation(len(batches))]
 
 
-def seeded(*parts: str | int) -> torch.Generator:
-    """A CPU generator whose seed is made of all the parts together."""
-    return torch.Generator().manual_seed(int(digest(*map(str, parts))[:15], 16))
+def make_all(views: list[View], workers: int | None = None):
+    """Write every kept degradation that is not there yet, on several processes; the result does not depend on them."""
+    missing = {file: view for view in views if (file := view.file()) is not None and not file.is_file()}
+    if not missing:
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        made = pool.map(View.make, missing.values(), chunksize=8)
+        for _ in tqdm(made, total=len(missing), desc="making references"):
+            pass
+
+
+def finite(latents: Tensor, view: View) -> Tensor:
+    """The latents themselves. ValueError naming the file when there is a NaN or an infinity among them."""
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            f"{view.picture.path}: its latents are not finite; the picture or the VAE's weights are broken"
+        )
+    return latents
 
 
 def tokenizer_files(folder: Path) -> list[bytes]:

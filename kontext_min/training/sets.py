@@ -1,54 +1,282 @@
-"""The data list of a config -> planned examples, for training and for validation. All problems are raised at once."""
+"""The data list of a config -> planned examples. Whatever is wrong with any set is gathered and said at once."""
 
-from kontext_min.config import Config, Dataset
+from collections import Counter
+from dataclasses import dataclass
+
+from kontext_min.config import Config, Dataset, Generator
+from kontext_min.data import pairs
+from kontext_min.data.buckets import Geometry, extent, same_aspect
 from kontext_min.data.cache import Cache
-from kontext_min.data.examples import Example, plan
-from kontext_min.data.pairs import find_pairs
+from kontext_min.data.captions import captions_of
+from kontext_min.data.degrade import check as check_generator
+from kontext_min.data.examples import Degradation, Example, Mix, View, draw
+from kontext_min.data.pairs import Picture, Pictures
+from kontext_min.data.problems import Problems, near_miss
 
 
-def read_sets(config: Config, step: int) -> tuple[list[Example], list[Example]]:
-    """-> (training examples, validation examples). step: training sizes are multiples of it, in pixels.
+@dataclass(frozen=True)
+class Sets:
+    """What a config's data list comes to."""
 
-    Without a set of dataset_type eval, validation takes the first pairs that are trained on.
-    """
-    datasets = config.datasets()
-    by_id = {entry.id: entry for entry in datasets}
-    if len(by_id) < len(datasets):
-        raise ValueError(f"data: every id may stand only once; got {', '.join(entry.id for entry in datasets)}")
-    found, problems = {"image": [], "eval": []}, []
-    for entry in datasets:
-        if entry.role in found:
-            try:
-                found[entry.role] += examples_of(config, entry, by_id, step)
-            except (ValueError, FileNotFoundError) as error:
-                problems.append(str(error))
-    if not any(entry.role == "image" for entry in datasets):
-        problems.append("data: no set of targets; one entry needs instance_data_dir and conditioning_data")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return found["image"], (found["eval"] or found["image"])[: config.num_eval_images]
+    training: list[Example]
+    validation: list[Example]
+    notes: list[str]  # for the screen: counts, where captions come from, what is made
 
 
-def examples_of(config: Config, entry: Dataset, by_id: dict[str, Dataset], step: int) -> list[Example]:
-    """One target set with its reference sets."""
-    unknown = [name for name in entry.conditioning_data if name not in by_id]
-    if unknown:
-        raise ValueError(f"data: {entry.id} names conditioning_data {', '.join(unknown)}, which is no id in the list")
-    if not entry.conditioning_data:
-        raise ValueError(f"data: {entry.id} has no conditioning_data; name the id of its reference set")
-    sources = [by_id[name] for name in entry.conditioning_data]
-    without_folder = [e.id for e in (entry, *sources) if e.instance_data_dir is None]
-    if without_folder:
-        raise ValueError(f"data: {', '.join(without_folder)} needs an instance_data_dir")
-    if entry.caption_strategy is None:
-        raise ValueError(f"data: {entry.id} holds targets, so its caption_strategy must be textfile")
-    pairs = find_pairs(entry.instance_data_dir, [source.instance_data_dir for source in sources])
-    cache_dir = entry.cache_dir_vae or config.cache_dir / "latents"
-    strict = [source.conditioning_type != "reference_loose" for source in sources]
-    return [plan(pair, entry.resolution, step, strict, cache_dir) for pair in pairs]
+@dataclass(frozen=True)
+class References:
+    """One reference set of a target set: pictures and captions by the targets' names, and their geometry."""
+
+    id: str
+    pictures: Pictures
+    captions: dict[str, tuple[str, ...]]
+    geometry: Geometry | None = None  # None: strict, by the target's own transform
+    generator: Generator | None = None  # the pictures are the targets, degraded by it
+
+
+def mix_of(config: Config) -> Mix:
+    """What an epoch shows."""
+    several, dropout = config.conditioning_multidataset_sampling, config.caption_dropout_probability
+    return Mix(config.seed, several, dropout, config.reference_dropout_probability)
 
 
 def text_cache(config: Config) -> Cache:
     """Where encoded captions are kept: the text_embeds entry's cache_dir, else a folder of the run's cache."""
     named = [entry.cache_dir for entry in config.datasets() if entry.role == "text_embeds" and entry.cache_dir]
     return Cache(named[0] if named else config.cache_dir / "text")
+
+
+def read_sets(config: Config, step: int) -> Sets:
+    """Find, check and plan every pair; step: training sizes are multiples of it, in pixels. ValueError says all.
+
+    Without a set of dataset_type eval, validation takes the first pairs that are trained on.
+    """
+    reader = Reader(config, config.aspect_bucket_alignment or step)
+    found = {role: [e for entry in reader.of(role) for e in reader.plan(entry)] for role in ("image", "eval")}
+    reader.problems.raise_any()
+    shown = [e for e in found["eval"] or found["image"] if not reader.by_id[e.set_id].disable_validation]
+    return Sets(found["image"], shown[: config.num_eval_images], reader.notes)
+
+
+class Reader:
+    """Reads all sets of one config; `problems` and `notes` grow as it goes."""
+
+    def __init__(self, config: Config, step: int):
+        self.config, self.step = config, step
+        self.problems, self.notes = Problems(), []
+        self.entries = [entry for entry in config.datasets() if not entry.disabled]
+        self.by_id = {entry.id: entry for entry in self.entries}
+        twice = [name for name, count in Counter(entry.id for entry in self.entries).items() if count > 1]
+        for name in twice:
+            self.problems.add("ids that stand twice", name)
+        if not self.of("image"):
+            self.problems.add("missing sets", "no entry holds targets: give one instance_data_dir")
+        if len(self.of("text_embeds")) > 1:
+            self.problems.add("ids that stand twice", "there can only be one text_embeds entry")
+        self.check_use()
+
+    def of(self, role: str) -> list[Dataset]:
+        """The entries of a role."""
+        return [entry for entry in self.entries if entry.role == role]
+
+    def check_use(self):
+        """Every reference set serves a target set, so that none is left out by a forgotten or mistyped id."""
+        named = {name for entry in self.entries for name in entry.conditioning_data}
+        made = {generated_id(entry, generator) for entry in self.entries for generator in entry.conditioning}
+        for entry in self.of("conditioning") if named <= self.by_id.keys() | made else []:  # else: said in `named`
+            if entry.id not in named:
+                self.problems.add("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
+
+    # ------------------------------------------------------------------------------------------- finding
+
+    def plan(self, entry: Dataset) -> list[Example]:
+        """The examples of one target set; [] when something is wrong with it."""
+        known = self.problems.count()
+        targets, captions, sets = self.find(entry)
+        self.check_captions(entry, sets)
+        geometry = self.geometry(entry)
+        if self.problems.count() > known:
+            return []
+        large, small = {}, []
+        for name, picture in sorted(targets.items()):
+            if entry.minimum_image_size and extent(picture.size(), entry.resolution_type) < entry.minimum_image_size:
+                small.append(name)
+            else:
+                large[name] = picture
+        if not large:
+            self.problems.add("sets without pictures", f"{entry.id}: all are below minimum_image_size")
+        examples = [self.example(entry, geometry, name, large[name], captions[name], sets) for name in large]
+        self.notes += described(entry, examples, sets, small)
+        return examples
+
+    def find(self, entry: Dataset) -> tuple[Pictures, dict[str, tuple[str, ...]], list[References]]:
+        """Targets, their captions, and complete reference sets."""
+        if entry.strategy == "instanceprompt" and not entry.instance_prompt:
+            self.problems.add(
+                "incomplete entries", f"{entry.id}: caption_strategy instanceprompt needs instance_prompt"
+            )
+        if (entry.instance_data_dir is None) == (entry.pairs_file is None):
+            self.problems.add("incomplete entries", f"{entry.id} needs instance_data_dir or pairs_file, one of them")
+            return {}, {}, []
+        if entry.pairs_file is not None:
+            targets, captions, sets = self.from_file(entry)
+        else:
+            targets, sets = self.from_folder(entry)
+            captions = {name: self.captions(entry, picture) for name, picture in targets.items()}
+        for name in entry.conditioning_data:
+            if name not in [generated_id(entry, generator) for generator in entry.conditioning]:
+                sets += self.named(entry, name)
+        for references in sets:
+            pairs.match(targets, references.pictures, references.id, self.problems)
+        return targets, captions, sets + [self.generated(entry, g, targets) for g in entry.conditioning]
+
+    def captions(self, entry: Dataset, picture: Picture) -> tuple[str, ...]:
+        """A picture's captions by its set's strategy."""
+        return captions_of(picture.path, entry.strategy, tuple(entry.instance_prompt), self.problems)
+
+    def from_folder(self, entry: Dataset) -> tuple[Pictures, list[References]]:
+        """Targets of a folder, and the references that lie in the same folder, if the entry says so."""
+        pictures = pairs.check_readable(pairs.in_folder(entry.instance_data_dir, self.problems), self.problems)
+        if entry.side_by_side:
+            targets, references = pairs.side_by_side(pictures, entry.side_by_side.removeprefix("reference_"))
+            return targets, [References(f"{entry.id} (other half)", references, {})]
+        if entry.reference_suffix:
+            targets, references = pairs.by_suffix(pictures, entry.reference_suffix)
+            return targets, [References(f"{entry.id} (*{entry.reference_suffix})", references, {})]
+        return pictures, []
+
+    def from_file(self, entry: Dataset) -> tuple[Pictures, dict[str, tuple[str, ...]], list[References]]:
+        """Targets, captions and reference sets of a pairs file."""
+        rows = pairs.from_file(entry.pairs_file, self.problems)
+        targets = pairs.check_readable({name: row.target for name, row in rows.items()}, self.problems)
+        sets = []
+        for i in range(min((len(row.references) for row in rows.values()), default=0)):
+            column = {name: row.references[i] for name, row in rows.items()}
+            title = f"{entry.pairs_file.name}, reference {i + 1}"
+            sets.append(References(title, pairs.check_readable(column, self.problems), {}))
+        return targets, {name: row.captions for name, row in rows.items()}, sets
+
+    def named(self, entry: Dataset, name: str) -> list[References]:
+        """A reference set by its id."""
+        if name not in self.by_id:
+            off = name in [other.id for other in self.config.datasets() if other.disabled]
+            hint = "; it is disabled" if off else near_miss(name, self.by_id)
+            self.problems.add(
+                "unknown ids", f"{entry.id}: conditioning_data names {name}, which is no id in the list{hint}"
+            )
+            return []
+        source = self.by_id[name]
+        if name == entry.id or source.conditioning_data or source.role in ("eval", "text_embeds"):
+            what = "itself" if name == entry.id else f"{name}, which is no reference set: it has conditioning_data"
+            what = what if source.role not in ("eval", "text_embeds") else f"{name}, which is a set of {source.role}"
+            self.problems.add("circular references", f"{entry.id}: conditioning_data names {what}")
+            return []
+        if source.role == "image":
+            self.problems.add("incomplete entries", f"{name} is named as references: it needs conditioning_type")
+            return []
+        if source.instance_data_dir is None:
+            self.problems.add("incomplete entries", f"{name} needs an instance_data_dir")
+            return []
+        pictures = pairs.check_readable(pairs.in_folder(source.instance_data_dir, self.problems), self.problems)
+        captions = {stem: self.captions(source, picture) for stem, picture in pictures.items()}
+        loose = source.conditioning_type == "reference_loose"
+        if (
+            "resolution" not in source.model_fields_set
+        ):  # a loose set is as large as its targets unless it says otherwise
+            size = {"resolution": entry.resolution, "resolution_type": entry.resolution_type}
+            source = source.model_copy(update=size)
+        return [References(name, pictures, captions, self.geometry(source) if loose else None)]
+
+    def generated(self, entry: Dataset, generator: Generator, targets: Pictures) -> References:
+        """The set that a generator makes: the targets, degraded."""
+        try:
+            check_generator(generator.type, generator.parameters)
+        except ValueError as error:
+            self.problems.add("generators", f"{entry.id}: {error}")
+        captions = [generator.captions] if isinstance(generator.captions, str) else generator.captions or []
+        return References(
+            generated_id(entry, generator), targets, dict.fromkeys(targets, tuple(captions)), None, generator
+        )
+
+    def check_captions(self, entry: Dataset, sets: list[References]):
+        """Every use needs a caption, and it must be clear whose it is."""
+        with_own = [s.id for s in sets if any(s.captions.values())]
+        combined = self.config.conditioning_multidataset_sampling == "combined"
+        if combined and len(sets) > 1 and with_own:
+            self.problems.add(
+                "captions", f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot"
+            )
+        every_set_has = sets and len(with_own) == len(sets)
+        if entry.strategy is None and entry.pairs_file is None and not every_set_has:
+            self.problems.add("captions", f"{entry.id} has caption_strategy null, and so have its references")
+        names = Counter(s.id for s in sets)
+        for name in (name for name, count in names.items() if count > 1):
+            self.problems.add("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
+
+    # ------------------------------------------------------------------------------------------- planning
+
+    def geometry(self, entry: Dataset) -> Geometry:
+        """How a set's pictures are brought to size."""
+        if (entry.maximum_image_size is None) != (entry.target_downsample_size is None):
+            self.problems.add("incomplete entries", f"{entry.id}: maximum_image_size needs target_downsample_size too")
+        downsample = entry.maximum_image_size and (entry.maximum_image_size, entry.target_downsample_size)
+        square = entry.crop and entry.crop_aspect == "square"
+        style = entry.crop_style.replace("centre", "center")
+        return Geometry(entry.resolution, entry.resolution_type, self.step, square, style, downsample)
+
+    def example(self, entry: Dataset, geometry: Geometry, name: str, picture: Picture, captions, sets) -> Example:
+        """One target with one view per reference set."""
+        seed = (self.config.seed, entry.id, name)
+        transform = geometry.transform(picture.size(), tuple(draw("crop", *seed).random(2)))
+        views = []
+        for references in sets:
+            other = references.pictures[name]
+            if references.generator is not None:
+                views.append(View(picture, transform, self.degradation(references.generator, references.id, seed)))
+                continue
+            size, own = other.size(), transform
+            if references.geometry is not None:
+                own = references.geometry.transform(size, tuple(draw("crop", *seed, references.id).random(2)))
+            elif not same_aspect(size, picture.size()):
+                self.problems.add(
+                    "strict references of another aspect",
+                    f"{other.path} is {size}, {picture.path} {picture.size()}; crop them alike or use reference_loose",
+                )
+            views.append(View(other, own, strict=references.geometry is None))
+        own_captions = tuple(references.captions.get(name, ()) for references in sets)
+        folder = entry.cache_dir_vae or self.config.cache_dir / "latents"
+        often = (entry.repeats, entry.probability, entry.is_regularisation_data)
+        return Example(entry.id, name, View(picture, transform), tuple(views), captions, own_captions, folder, *often)
+
+    def degradation(self, generator: Generator, set_id: str, seed: tuple) -> Degradation:
+        """How one target is degraded, and where the result is kept."""
+        kept = generator.instance_data_dir or self.config.cache_dir / "conditioning_data" / set_id
+        return Degradation(
+            generator.type, generator.parameters, (*seed, set_id), kept if generator.when == "start" else None
+        )
+
+
+def generated_id(entry: Dataset, generator: Generator) -> str:
+    """The id of a generator's set: ENTRY_conditioning_TYPE, as SimpleTuner calls it."""
+    return f"{entry.id}_conditioning_{generator.name or generator.type}"
+
+
+def described(entry: Dataset, examples: list[Example], sets: list[References], small: list[str]) -> list[str]:
+    """What the screen says of a target set."""
+    source = f"of the set ({entry.strategy})" if entry.strategy else "of its references"
+    source = f"of {entry.pairs_file.name}" if entry.pairs_file else source
+    lines = [f"{entry.id}: {key} is ignored: {why}" for key, why in entry.ignored.items()]
+    kind = "" if sets else "; no references: text-to-image"
+    lines.append(f"{entry.id}: {len(examples)} targets, captions {source}{kind}")
+    for references in sets:
+        how = "own size (loose)" if references.geometry else "cut like the target (strict)"
+        made = references.generator
+        if made:
+            how = f"made from the targets by {made.type}, {'once' if made.when == 'start' else 'anew at every use'}"
+        own = "; its own captions take the place of the targets'" if any(references.captions.values()) else ""
+        lines.append(f"  reference {references.id}: {len(references.pictures)} pictures, {how}{own}")
+        if made:
+            lines.append("    the degraded picture is the reference, the original is the target")
+    if small:
+        lines.append(f"  {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}")
+    return lines

@@ -13,32 +13,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kontext_min import flow
+from kontext_min.adapters.inject import muted
 from kontext_min.config import Config
-from kontext_min.data.examples import Batch, Examples, seeded
+from kontext_min.data.cache import digest
+from kontext_min.data.examples import Batch, Examples, Use
 from kontext_min.models.flux import Flux
 from kontext_min.training.optim import make_optimizer, warmup
 from kontext_min.training.track import Tracker
 
 
-def batches(examples: Examples, config: Config) -> Iterator[list[int]]:
-    """The indices of batch 0, 1, 2, …: epoch after epoch."""
+def batches(examples: Examples, config: Config) -> Iterator[list[Use]]:
+    """Batch 0, 1, 2, …: epoch after epoch."""
     for epoch in count():
-        yield from examples.epoch(epoch, config.train_batch_size, config.seed)
+        yield from examples.epoch(epoch, config.train_batch_size)
 
 
-def draw(batch: Batch, indices: list[int], number: int, seed: int, shift: float) -> tuple[Tensor, Tensor]:
-    """Noise (B, 16, h, w) and times (B,) of a batch, each example's from its own generator, on the batch's device."""
-    generators = [seeded("noise", seed, number, index) for index in indices]
+def draw(batch: Batch, uses: list[Use], number: int, seed: int, shift: float) -> tuple[Tensor, Tensor]:
+    """Noise (B, 16, h, w) and times (B,) of batch `number` on its device, each use's by a generator of its own."""
+    parts = [digest("noise", str(seed), str(number), str(use.index), str(use.repeat)) for use in uses]
+    generators = [torch.Generator().manual_seed(int(part[:15], 16)) for part in parts]
     t = torch.cat([flow.sample_time(1, generator, shift) for generator in generators])
     noise = torch.cat([flow.draw_noise((1, *batch.target.shape[1:]), generator) for generator in generators])
     return noise.to(batch.target.device), t.to(batch.target.device)
 
 
 def flow_loss(flux: Flux, batch: Batch, noise: Tensor, t: Tensor, guidance: float) -> Tensor:
-    """fp32 mean squared error of the velocity, over the target's latents."""
+    """fp32 mean squared error of the velocity, over the target's latents.
+
+    The velocity to learn is noise - target; of regularisation data it is the base model's own, at the same x_t and t.
+    """
     x_t = flow.mix(batch.target, noise, t)
-    v = flow.velocity(flux, x_t, t, batch.condition, torch.full_like(t, guidance))
-    return F.mse_loss(v.float(), noise - batch.target)
+    guidance = torch.full_like(t, guidance)
+    wanted = noise - batch.target
+    if batch.regularise:
+        with torch.no_grad(), muted(flux):
+            wanted = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
+    return F.mse_loss(flow.velocity(flux, x_t, t, batch.condition, guidance).float(), wanted)
 
 
 def shift_factor(config: Config, shift: flow.Shift, batch: Batch) -> float:
@@ -70,9 +80,9 @@ def train(
         for step in range(config.max_train_steps):
             start = time.perf_counter()
             loss = 0.0
-            for number, indices in islice(numbered, config.gradient_accumulation_steps):
-                batch = examples.batch(indices, device)
-                noise, t = draw(batch, indices, number, config.seed, shift_factor(config, shift, batch))
+            for number, uses in islice(numbered, config.gradient_accumulation_steps):
+                batch = examples.batch(uses, device)
+                noise, t = draw(batch, uses, number, config.seed, shift_factor(config, shift, batch))
                 part = flow_loss(flux, batch, noise, t, config.flux_guidance_value) / config.gradient_accumulation_steps
                 part.backward()
                 loss += part.item()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from kontext_min.adapters.inject import muted
-from kontext_min.data.examples import Examples
+from kontext_min.data.examples import Examples, use_of
 from kontext_min.edit import Editor, edit
 from kontext_min.sampler import Sampling
 
@@ -54,6 +54,7 @@ class Validator:
 
     def __init__(self, editor: Editor, examples: Examples, sampling: Sampling, folder: Path):
         self.editor, self.examples, self.sampling, self.folder = editor, examples, sampling, folder
+        self.uses = [use_of(i, example, examples.mix, epoch=0) for i, example in enumerate(examples.examples)]
         self.base: list[Image.Image] = []
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "psnr.jsonl").unlink(missing_ok=True)
@@ -61,31 +62,32 @@ class Validator:
     def pictures(self) -> list[Image.Image]:
         """One edit per validation pair, with what the model holds now."""
         made = []
-        for index, example in enumerate(self.examples.examples):
-            text = tuple(part.to(self.editor.device) for part in self.examples.text(index))
-            made.append(edit(self.editor, text, example.open()[1:], example.size, self.sampling))
+        for use in self.uses:
+            text = tuple(part.to(self.editor.device) for part in self.examples.text(use.caption))
+            references = [view.open() for view in use.references]
+            made.append(edit(self.editor, text, references, use.example.target.size, self.sampling))
         return made
 
     @torch.no_grad()
     def run(self, step: int) -> str:
         """Write validation/STEP.png and a line of psnr.jsonl. -> one sentence on how it stands."""
-        if not len(self.examples):
+        if not self.uses:
             return "no validation pairs"
         if not self.base:
             with muted(self.editor.flux):
                 self.base = self.pictures()
         rows, scores = [], []
-        for example, base, lora in zip(self.examples.examples, self.base, self.pictures(), strict=True):
-            target, *references = example.open()
+        for use, base, lora in zip(self.uses, self.base, self.pictures(), strict=True):
+            target = use.example.target.open()
             score = {"base": psnr(base, target), "lora": psnr(lora, target)}
             scores.append(score)
-            cells = [("input", reference) for reference in references]
+            cells = [("input", view.open()) for view in use.references]
             cells += [
                 (f"base {score['base']:.1f} dB", base),
                 (f"LoRA {score['lora']:.1f} dB", lora),
                 ("target", target),
             ]
-            rows.append((f"{example.pair.target.name}: {example.pair.caption}", cells))
+            rows.append((f"{use.example.name}: {use.caption}", cells))
         sheet(rows).save(self.folder / f"{step:06d}.png")
         mean = {kind: sum(score[kind] for score in scores) / len(scores) for kind in ("base", "lora")}
         with open(self.folder / "psnr.jsonl", "a", encoding="utf-8") as file:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_min.data.buckets import Size, bucket_size, crop_box, fit, open_image, oriented_size, parse_size, share_cut
+from kontext_min.data.buckets import Geometry, Size, crop_box, fit, open_image, oriented_size, parse_size, share_cut
 
 
 @pytest.mark.parametrize(
@@ -12,7 +12,37 @@ from kontext_min.data.buckets import Size, bucket_size, crop_box, fit, open_imag
                      ((1920, 1080), (1344, 768)), ((1080, 1920), (768, 1344))]
 )  # fmt: skip
 def test_buckets_at_1024_are_simpletuners(size, bucket):
-    assert bucket_size(Size(*size), 1024, 64) == bucket
+    assert Geometry().bucket(Size(*size)) == bucket
+
+
+def test_resolution_is_an_area_a_shorter_side_or_megapixels():
+    assert Geometry(512, "pixel").bucket(Size(2000, 1000)) == (1024, 512)
+    assert Geometry(0.25, "area").bucket(Size(500, 500)) == (512, 512)
+    assert Geometry(96, step=16).bucket(Size(400, 300)) == (112, 80)
+    assert Geometry(512, square=True).bucket(Size(2000, 1000)) == (512, 512)
+
+
+@pytest.mark.parametrize("style", ["center", "corner", "random"])
+@pytest.mark.parametrize("square", [True, False])
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (1920, 1080), (333, 1000), (97, 96)])
+def test_a_transform_does_to_two_sizes_of_one_frame_the_same(style, square, size):
+    """The box is one of shares: a reference of twice the pixels shows the same part of the frame."""
+    transform = Geometry(64, step=16, square=square, style=style).transform(Size(*size), (0.3, 0.8))
+    assert transform.size == Geometry(64, step=16, square=square).bucket(Size(*size))
+    gradient = Image.linear_gradient("L").convert("RGB")
+    one = np.asarray(transform(gradient.resize(size)), float)
+    two = np.asarray(transform(gradient.resize((2 * size[0], 2 * size[1]))), float)
+    assert one.shape == two.shape and abs(one - two).max() <= 3
+    left, upper, right, lower = transform.box
+    assert 0 <= left < right <= 1 and 0 <= upper < lower <= 1
+    cut = (right - left) * size[0] / ((lower - upper) * size[1])
+    assert cut == pytest.approx(transform.size.width / transform.size.height)
+
+
+def test_large_pictures_are_brought_down_first():
+    transform = Geometry(64, step=16, downsample=(100, 80)).transform(Size(400, 100), (0, 0))
+    assert transform.first == (160, 40)
+    assert Geometry(64, step=16, downsample=(100, 80)).transform(Size(90, 90), (0, 0)).first is None
 
 
 @pytest.mark.parametrize("size", [(640, 480), (101, 333), (96, 96), (50, 49)])

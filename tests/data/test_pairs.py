@@ -1,61 +1,87 @@
-"""Pairing is complete or nothing starts."""
+"""Four ways to give pairs; what is incomplete is a problem by name. The table of broken sets is in test_broken.py."""
+
+import json
 
 import pytest
 from PIL import Image
 
-from kontext_min.data.pairs import find_pairs
+from kontext_min.data import pairs
+from kontext_min.data.buckets import same_aspect
+from kontext_min.data.captions import captions_of
+from kontext_min.data.pairs import Picture
+from kontext_min.data.problems import Problems
 
 
-@pytest.fixture
-def folders(tmp_path):
-    """Three targets, one in a sub-folder, their references (one with another extension) and captions."""
-    target, reference = tmp_path / "target", tmp_path / "reference"
-    for folder, extension in ((target, "png"), (reference, "jpg")):
-        (folder / "sub").mkdir(parents=True)
-        for name in ("a", "b", "sub/c"):
-            Image.new("RGB", (8, 8)).save(folder / f"{name}.{extension}")
-    for name in ("a", "b", "sub/c"):
-        (target / f"{name}.txt").write_text(f"edit {name}\n")
-    return target, reference
+def save(path, size=(8, 8), colour="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
 
 
-def test_partners_have_the_same_relative_path_whatever_the_extension(folders):
-    target, reference = folders
-    pairs = find_pairs(target, [reference])
-    assert [p.caption for p in pairs] == ["edit a", "edit b", "edit sub/c"]
-    assert pairs[2].target == target / "sub/c.png" and pairs[2].references == (reference / "sub/c.jpg",)
+def test_pictures_are_known_by_their_relative_path_without_extension(tmp_path):
+    for name in ("a.png", "sub/b.JPG", ".hidden.png", "note.txt"):
+        save(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("x")
+    problems = Problems()
+    found = pairs.in_folder(tmp_path, problems)
+    assert found == {"a": Picture(tmp_path / "a.png"), "sub/b": Picture(tmp_path / "sub/b.JPG")}
+    assert not problems.count()
 
 
-def test_every_problem_is_listed_at_once_and_nothing_of_the_users_changes(folders):
-    target, reference = folders
-    (reference / "a.jpg").unlink()
-    Image.new("RGB", (8, 8)).save(reference / "A.jpg")
-    (target / "b.txt").write_text("  \n")
-    (target / "sub/c.txt").unlink()
-    (reference / "sub/c.jpg").write_bytes(b"not a picture")
-    Image.new("RGB", (8, 8)).save(target / "b.webp")
-    before = sorted(target.rglob("*")) + sorted(reference.rglob("*"))
-    with pytest.raises(ValueError) as raised:
-        find_pairs(target, [reference])
-    message = str(raised.value)
-    for part in ("a.png (nothing in", "did you mean A?", "A.jpg", "b.txt is empty", "c.txt is missing",
-                 "c.jpg (cannot identify", "b.png, ", "1 references without a target"):  # fmt: skip
-        assert part in message, (part, message)
-    assert sorted(target.rglob("*")) + sorted(reference.rglob("*")) == before
+def test_side_by_side_pictures_are_cut_in_two(tmp_path):
+    picture = Image.new("RGB", (21, 8), "red")
+    picture.paste("blue", (10, 0, 21, 8))
+    picture.save(tmp_path / "both.png")
+    targets, references = pairs.side_by_side({"both": Picture(tmp_path / "both.png")}, "left")
+    assert targets["both"].open().size == references["both"].open().size == references["both"].size() == (10, 8)
+    assert references["both"].open().getcolors() == [(80, (255, 0, 0))]
+    assert targets["both"].open().getcolors() == [(80, (0, 0, 255))]
 
 
-def test_long_lists_are_cut_after_twenty(tmp_path):
-    for name in ("target", "reference"):
-        (tmp_path / name).mkdir()
+def test_suffixes_tell_references_from_targets_in_one_folder(tmp_path):
+    pictures = {name: Picture(tmp_path / f"{name}.png") for name in ("a", "a_ref", "sub/b", "sub/b_ref")}
+    targets, references = pairs.by_suffix(pictures, "_ref")
+    assert list(targets) == ["a", "sub/b"]
+    assert references == {"a": pictures["a_ref"], "sub/b": pictures["sub/b_ref"]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_file_gives_targets_references_and_captions(tmp_path, kind):
+    file = tmp_path / f"pairs.{kind}"
+    if kind == "jsonl":
+        rows = [{"target": "t/a.png", "references": ["r/a.png", "s/x.png"], "caption": "one\ntwo"}]
+        file.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    else:
+        file.write_text('target,reference,caption\nt/a.png,r/a.png,"do, it"\n')
+    problems = Problems()
+    rows = pairs.from_file(file, problems)
+    assert not problems.count(), problems.found
+    assert rows["t/a"].target == Picture(tmp_path / "t/a.png")
+    assert len(rows["t/a"].references) == (2 if kind == "jsonl" else 1)
+    assert rows["t/a"].captions == (("one", "two") if kind == "jsonl" else ("do, it",))
+
+
+def test_captions_come_from_text_files_names_or_prompts(tmp_path):
+    (tmp_path / "red_hat.txt").write_text("\ufeffmake it red \n\n paint it red\n", encoding="utf-8")
+    problems, picture = Problems(), tmp_path / "red_hat.png"
+    assert captions_of(picture, "textfile", (), problems) == ("make it red", "paint it red")
+    assert captions_of(picture, "filename", (), problems) == ("red hat",)
+    assert captions_of(picture, "instanceprompt", ("a", "b"), problems) == ("a", "b")
+    assert captions_of(picture, None, (), problems) == ()
+    assert not problems.count()
+
+
+def test_long_lists_of_problems_are_cut_after_twenty_and_counted():
+    problems = Problems()
     for i in range(30):
-        Image.new("RGB", (8, 8)).save(tmp_path / "target" / f"{i:02}.png")
-        (tmp_path / "target" / f"{i:02}.txt").write_text("x")
-    with pytest.raises(ValueError, match="30 targets without a reference:(.|\n)*… and 10 more"):
-        find_pairs(tmp_path / "target", [tmp_path / "reference"])
+        problems.add("broken things", f"thing {i}")
+    with pytest.raises(ValueError, match="30 broken things:(.|\n)*thing 19\n    … and 10 more"):
+        problems.raise_any()
 
 
-def test_a_missing_or_empty_folder_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="instance_data_dir"):
-        find_pairs(tmp_path / "none", [tmp_path])
-    with pytest.raises(ValueError, match="folders without pictures"):
-        find_pairs(tmp_path, [tmp_path])
+@pytest.mark.parametrize("a, b, same", [((1000, 667), (500, 333), True), ((1000, 667), (500, 334), True),
+                                        ((300, 200), (150, 100), True), ((300, 200), (150, 104), False)])  # fmt: skip
+def test_aspects_are_the_same_up_to_the_rounding_of_a_side(a, b, same):
+    from kontext_min.data.buckets import Size
+
+    assert same_aspect(Size(*a), Size(*b)) is same
+    assert same_aspect(Size(*b), Size(*a)) is same

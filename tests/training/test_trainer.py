@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from tiny import CPU, FP32, error, read_part
 from kontext_min.adapters.formats import read_lora
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
 from kontext_min.checkpoints.load import find, load_flux
-from kontext_min.config import Config
+from kontext_min.config import Config, Dataset
 from kontext_min.data.examples import Examples
-from kontext_min.flow import Shift, token_count
+from kontext_min.flow import Shift, mix, token_count, velocity
 from kontext_min.memory import apply_checkpointing
-from kontext_min.training.sets import read_sets, text_cache
+from kontext_min.training.sets import mix_of, read_sets, text_cache
 from kontext_min.training.trainer import batches, draw, flow_loss, shift_factor, train
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the doors, train.py and infer.py, are not part of the package
@@ -46,7 +47,7 @@ def config(kontext, tmp_path):
 def prepared(config):
     """The model with fresh adapters, and the encoded examples."""
     checkpoint = find(config.pretrained_model_name_or_path)
-    examples = Examples(read_sets(config, 16)[0], checkpoint, text_cache(config), FP32)
+    examples = Examples(read_sets(config, 16).training, checkpoint, text_cache(config), FP32, mix_of(config))
     examples.encode(CPU)
     config.output_dir.mkdir(exist_ok=True)
     flux = load_flux(checkpoint, CPU, FP32)
@@ -79,10 +80,10 @@ def twin_losses(config, twin, examples) -> list[float]:
     parameters = [p for p in twin.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     losses, shift = [], Shift()
-    for number, indices in zip(range(config.max_train_steps), batches(examples, config), strict=False):
-        batch = examples.batch(indices, CPU)
+    for number, uses in zip(range(config.max_train_steps), batches(examples, config), strict=False):
+        batch = examples.batch(uses, CPU)
         b, c, h, w = batch.target.shape
-        noise, t = draw(batch, indices, number, config.seed, shift.factor(token_count(h, w)))
+        noise, t = draw(batch, uses, number, config.seed, shift.factor(token_count(h, w)))
         x_t = (1 - t)[:, None, None, None] * batch.target + t[:, None, None, None] * noise
 
         def tokens(z):
@@ -143,9 +144,9 @@ def test_a_run_can_be_repeated_to_the_last_bit_and_checkpointing_does_not_change
 def test_accumulated_batches_give_the_mean_of_their_gradients(config):
     flux, parameters, examples = prepared(config)
     losses = []
-    for number, indices in zip(range(2), batches(examples, config), strict=False):
-        batch = examples.batch(indices, CPU)
-        noise, t = draw(batch, indices, number, config.seed, shift_factor(config, Shift(), batch))
+    for number, uses in zip(range(2), batches(examples, config), strict=False):
+        batch = examples.batch(uses, CPU)
+        noise, t = draw(batch, uses, number, config.seed, shift_factor(config, Shift(), batch))
         loss = flow_loss(flux, batch, noise, t, config.flux_guidance_value)
         (loss / 2).backward()
         losses.append(loss.item())
@@ -195,3 +196,32 @@ def test_the_tiny_model_is_not_changed_by_training(config, kontext):
     train(config, flux, parameters, examples, Shift())
     assert all(torch.equal(tensor, before[name]) for name, tensor in read_part(kontext / "transformer").items())
     assert not any(p.requires_grad for name, p in flux.named_parameters() if "updates" not in name)
+
+
+def test_regularisation_learns_the_base_models_own_prediction_at_the_same_time(config):
+    flux, parameters, examples = prepared(config)
+    batch = examples.batch(examples.uses(0)[:1], CPU)
+    noise, t = torch.randn_like(batch.target), torch.tensor([0.4])
+    regular = replace(batch, regularise=True)
+    assert flow_loss(flux, regular, noise, t, 1.0).item() == 0  # fresh adapters change nothing
+    for p in parameters:
+        p.data += 0.05
+    base = load_flux(find(config.pretrained_model_name_or_path), CPU, FP32)
+    x_t, guidance = mix(batch.target, noise, t), torch.ones(1)
+    wanted = velocity(base, x_t, t, batch.condition, guidance)
+    expected = (velocity(flux, x_t, t, batch.condition, guidance) - wanted).pow(2).mean()
+    loss = flow_loss(flux, regular, noise, t, 1.0)
+    assert expected > 0 and torch.allclose(loss, expected)
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_text_to_image_data_trains_beside_pairs_and_alone(config, tmp_path):
+    alone = Dataset(id="alone", instance_data_dir=tmp_path / "target", resolution=48)
+    for datasets in ([alone], [alone, *config.data_backend_config]):
+        run = config.model_copy(update={"data_backend_config": datasets, "max_train_steps": 4})
+        flux, parameters, examples = prepared(run)
+        train(run, flux, parameters, examples, Shift())
+        assert len(losses_of(run)) == 4
+    shapes = {len(use.references) for use in examples.uses(0)}
+    assert shapes == {0, 1}

@@ -1,0 +1,80 @@
+"""Whether two pictures show the same frame: the shift between them, measured by phase correlation."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+LOOKED_AT = 512  # pixels of the longer side that a shift is measured on
+SMOOTHING = 0.12  # cycles per pixel: finer detail counts less, so that blurred and noisy pictures can be measured
+PEAK, LEAD = (
+    20,
+    2,
+)  # a sure peak is 20 times the rest's root mean square and twice the next one: measured, see the tests
+MISALIGNED = 1.5  # pixels
+
+
+class Shift(NamedTuple):
+    """How far the second picture's content lies to the right of and below the first's, in pixels."""
+
+    dx: float
+    dy: float
+    confidence: float  # of at least 1: it can be believed
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the two are surely not one frame."""
+        return self.confidence >= 1 and math.hypot(self.dx, self.dy) >= MISALIGNED
+
+    def __str__(self) -> str:
+        if self.confidence < 1:
+            return "unknown"
+        return "none" if max(abs(self.dx), abs(self.dy)) < 0.05 else f"{self.dx:+.1f}, {self.dy:+.1f} px"
+
+
+def shift_between(a: Image.Image, b: Image.Image) -> Shift:
+    """Measure the shift between two pictures of one size by phase correlation, to a fraction of a pixel.
+
+    Brightness, colours and inversion do not matter. Where an edit left too little of the picture, or it repeats
+    itself, the confidence is below 1. Source: Kuglin and Hines 1975, "The phase correlation image alignment method".
+    """
+    assert a.size == b.size, (a.size, b.size)
+    factor = math.ceil(max(a.size) / LOOKED_AT)
+    spectra = [np.fft.rfft2(windowed(image.convert("L").reduce(factor))) for image in (a, b)]
+    cross = spectra[0].conj() * spectra[1]
+    strength = np.abs(cross)
+    if not strength.any():  # a flat picture
+        return Shift(0.0, 0.0, 0.0)
+    height, width = -(-a.height // factor), -(-a.width // factor)
+    squared = np.fft.fftfreq(height)[:, None] ** 2 + np.fft.rfftfreq(width)[None] ** 2
+    phases = np.where(strength > 1e-6 * strength.max(), cross / np.maximum(strength, 1e-12), 0)
+    surface = np.abs(np.fft.irfft2(phases * np.exp(-squared / (2 * SMOOTHING**2)), s=(height, width)))
+    y, x = np.unravel_index(surface.argmax(), surface.shape)
+    surface = np.roll(surface, (height // 2 - y, width // 2 - x), (0, 1))  # the peak is brought to the middle
+    dy = (y + below_pixel(surface[:, width // 2], height // 2) + height / 2) % height - height / 2
+    dx = (x + below_pixel(surface[height // 2], width // 2) + width / 2) % width - width / 2
+    return Shift(float(dx * factor), float(dy * factor), confidence(surface))
+
+
+def windowed(image: Image.Image) -> np.ndarray:
+    """A grey picture as numbers about 0 that fade towards the borders, which would else be taken for content."""
+    window = np.hanning(image.height)[:, None] * np.hanning(image.width)[None]
+    values = np.asarray(image, np.float64)
+    return (values - np.average(values, weights=window)) * window
+
+
+def below_pixel(line: np.ndarray, at: int) -> float:
+    """Where, from -0.5 to 0.5 pixels off, the Gaussian through a peak and its two neighbours is highest."""
+    left, peak, right = np.log(np.maximum(line[at - 1 : at + 2], 1e-12))
+    curvature = left - 2 * peak + right
+    return 0.5 * (left - right) / curvature if curvature < 0 else 0.0
+
+
+def confidence(surface: np.ndarray) -> float:
+    """How far the middle of a correlation surface stands out: at least 1 is a sure peak."""
+    rest = surface.copy()
+    (y, x), near = (side // 2 for side in rest.shape), min(6, min(rest.shape) // 4)
+    peak = rest[y, x]
+    rest[y - near : y + near + 1, x - near : x + near + 1] = 0
+    return float(min(peak / math.sqrt(np.mean(rest**2)) / PEAK, peak / rest.max() / LEAD))
