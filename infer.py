@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ from kontext_min import presets
 from kontext_min.adapters.formats import read_lora
 from kontext_min.adapters.inject import apply_weights
 from kontext_min.checkpoints import load
-from kontext_min.data.buckets import Size, open_image, share_cut
+from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import Editor, edit, output_size, prepare_reference
 from kontext_min.encoders import encode_texts, pixels_per_token
 from kontext_min.sampler import Sampling
@@ -92,7 +92,10 @@ def fingerprint(path: Path) -> str:
 
 def recall(path: Path) -> dict:
     """The settings of a picture made by this program; files it was made from must still be the same."""
-    chunk = Image.open(path).info.get(CHUNK) if path.is_file() else None
+    try:
+        chunk = Image.open(path).info.get(CHUNK) if path.is_file() else None
+    except UnidentifiedImageError:
+        chunk = None
     if chunk is None:
         raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings")
     settings = json.loads(chunk)
@@ -122,6 +125,9 @@ def gather(given: argparse.Namespace) -> dict:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
     if settings["steps"] < 1 or settings["num_images"] < 1:
         raise ValueError("--steps and --num-images must be at least 1")
+    for text, words in ((settings["size"], ["auto"]), (settings["reference_size"], ["auto", "keep", "match"])):
+        if text not in words:
+            parse_size(text)  # said now, not after the model is loaded
     return settings
 
 
@@ -188,9 +194,7 @@ def paths_for(out: Path, count: int) -> list[Path]:
     if out.suffix:
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: pictures are written as .png, which keeps how they were made")
-        out.parent.mkdir(parents=True, exist_ok=True)
         return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
-    out.mkdir(parents=True, exist_ok=True)
     used = [int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()]
     return [out / f"{max(used, default=0) + i + 1:04d}.png" for i in range(count)]
 
@@ -198,12 +202,16 @@ def paths_for(out: Path, count: int) -> list[Path]:
 def save(image: Image.Image, path: Path, settings: dict):
     """A PNG with everything needed to make it again."""
     files = [str(Path(p).resolve()) for p in settings["image"]]
-    loras = [(split_lora(text)[0].resolve(), split_lora(text)[1]) for text in settings["lora"]]
+    strengths = [split_lora(text)[1] for text in settings["lora"]]
+    loras = [(lora.path.resolve(), strength) for lora, strength in zip(settings["adapters"], strengths, strict=True)]
     kept = {key: settings[key] for key in DEFAULTS}
+    if presets.locate(kept["model"]) == kept["model"] and Path(kept["model"]).is_dir():
+        kept["model"] = str(Path(kept["model"]).resolve())
     kept |= {"image": files, "lora": [f"{file}:{scale:g}" for file, scale in loras], "num_images": 1}
     kept["sha256"] = {str(file): fingerprint(Path(file)) for file in [*files, *(file for file, _ in loras)]}
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(kept, ensure_ascii=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, pnginfo=info)
     print(path)
 

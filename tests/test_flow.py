@@ -73,7 +73,12 @@ def test_no_two_tokens_of_several_references_share_a_place():
 
 @torch.no_grad()
 def test_reference_index_matters(flux, monkeypatch):  # trap 2
-    x, reference, t, guidance = random(1, 16, 6, 8), random(1, 16, 8, 6, seed=2), torch.tensor([0.7]), torch.tensor([2.5])
+    x, reference, t, guidance = (
+        random(1, 16, 6, 8),
+        random(1, 16, 8, 6, seed=2),
+        torch.tensor([0.7]),
+        torch.tensor([2.5]),
+    )
     right = flow.velocity(flux, x, t, condition(reference), guidance)
     ids = flow.sequence_ids(x, [reference])
     monkeypatch.setattr(flow, "sequence_ids", lambda *_: ids * torch.tensor([0, 1, 1]))
@@ -86,9 +91,7 @@ def test_order_of_target_and_reference_is_irrelevant_when_ids_follow(flux):  # t
     t, guidance = torch.tensor([0.7]), torch.tensor([2.5])
     ids, txt_ids, split = flow.sequence_ids(x, [reference]), torch.zeros(7, 3), 12
     tokens = torch.cat([flow.pack(x), flow.pack(reference)], dim=1)
-    turned = flux(
-        tokens.roll(-split, 1), ids.roll(-split, 0), c.txt, txt_ids, timesteps=t, y=c.vec, guidance=guidance
-    )
+    turned = flux(tokens.roll(-split, 1), ids.roll(-split, 0), c.txt, txt_ids, timesteps=t, y=c.vec, guidance=guidance)
     right = flow.velocity(flux, x, t, condition(reference), guidance)
     assert error(flow.unpack(turned[:, -split:], 6, 8), right) < 1e-6
 

@@ -97,7 +97,9 @@ def clip(vocab: int, seed: int = 0, eos_token_id: int = 2, **settings) -> nn.Mod
     """transformers' CLIP text tower; eos_token_id 2 is what the published config.json says."""
     transformers = pytest.importorskip("transformers")
     ids = {"bos_token_id": 0, "eos_token_id": eos_token_id, "pad_token_id": 1}
-    model = randomise(transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=vocab, **ids, **{**CLIP, **settings})), seed)
+    model = randomise(
+        transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=vocab, **ids, **{**CLIP, **settings})), seed
+    )
     for name, parameter in model.named_parameters():
         parameter.data *= 8 if "embedding" in name else 1
     return model
@@ -153,7 +155,7 @@ def write_clip_tokenizer(folder: Path) -> int:
 
 
 def write_t5_tokenizer(folder: Path) -> int:
-    """spiece.model trained on a few words and the tokenizer.json that says the same. -> vocab size with 100 extra ids."""
+    """spiece.model trained on a few words and the tokenizer.json of the same. -> vocab size with 100 extra ids."""
     sentencepiece = pytest.importorskip("sentencepiece")
     folder.mkdir(parents=True)
     model = io.BytesIO()
@@ -175,10 +177,9 @@ def write_t5_tokenizer(folder: Path) -> int:
 
 def unigram_json(vocab: list[tuple[str, float]]):
     """T5's tokenizer.json, made with the `tokenizers` library."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     fast = Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=False))
-    fast.normalizer = normalizers.NFKC()
     words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
     fast.pre_tokenizer = pre_tokenizers.Sequence(words)
     fast.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])

@@ -40,7 +40,7 @@ def matching_modules(config: FluxConfig, endings: tuple[str, ...]) -> list[str]:
 
 
 def add_lora(flux: Flux, names: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
-    """Put a fresh update on every named module. -> the new parameters on the model's device, in the order of `flux_linears`.
+    """Put a fresh update on every named module. -> the new parameters on the model's device, in the table's order.
 
     The draws come from torch's global generator: seed it first.
     """

@@ -67,7 +67,7 @@ def find(model: str | Path, download: bool = True) -> Checkpoint:
 
 def hub_folder(repo_id: str, download: bool) -> Path:
     """A hub id -> its folder in the local cache, downloaded if need be and allowed."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
         raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -148,7 +148,7 @@ def flux_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> Flu
         values = {"out_channels": config["in_channels"], **settings(keys.FLUX_SETTINGS, config)}
         return FluxConfig(**values, hidden_size=config["num_attention_heads"] * config["attention_head_dim"])
     hidden, head_dim = shapes["img_in.weight"][0], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
-    if head_dim % 16:
+    if head_dim % 32:  # the axes are 1/8, 7/16 and 7/16 of it, all even
         raise ValueError(f"rotary axes for heads of {head_dim} channels are unknown; put a config.json in transformer/")
     return FluxConfig(
         in_channels=shapes["img_in.weight"][1],

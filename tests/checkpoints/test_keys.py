@@ -17,7 +17,12 @@ from kontext_min.models.vae import VAE, VAEConfig
 def full():
     """The full-size models: no memory, only names and shapes."""
     with torch.device("meta"):
-        return {"flux": Flux(FluxConfig()), "vae": VAE(VAEConfig()), "t5": T5Encoder(T5Config()), "clip": CLIPText(CLIPConfig())}
+        return {
+            "flux": Flux(FluxConfig()),
+            "vae": VAE(VAEConfig()),
+            "t5": T5Encoder(T5Config()),
+            "clip": CLIPText(CLIPConfig()),
+        }
 
 
 def shapes(tensors) -> dict[str, list[int]]:

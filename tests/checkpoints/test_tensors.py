@@ -80,7 +80,11 @@ def as_nf4(tensors):
 
 def with_block_scales(tensors):
     name = "double_blocks.0.img_mlp.0.weight"
-    return {**tensors, name: tensors[name].to(torch.float8_e4m3fn), name.replace("weight", "weight_scale"): torch.ones(4)}
+    return {
+        **tensors,
+        name: tensors[name].to(torch.float8_e4m3fn),
+        name.replace("weight", "weight_scale"): torch.ones(4),
+    }
 
 
 def with_a_scale_of_nothing(tensors):
@@ -88,7 +92,9 @@ def with_a_scale_of_nothing(tensors):
 
 
 @pytest.mark.parametrize(
-    "change", [as_int8, as_nvfp4, as_nf4, with_block_scales, with_a_scale_of_nothing], ids=lambda change: change.__name__
+    "change",
+    [as_int8, as_nvfp4, as_nf4, with_block_scales, with_a_scale_of_nothing],
+    ids=lambda change: change.__name__,
 )
 def test_other_quantised_files_are_refused_by_name(change, singles):
     tiny.rewrite(singles / "flux1-kontext-dev.safetensors", change)

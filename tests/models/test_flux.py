@@ -1,5 +1,7 @@
 """The transformer against diffusers' FluxTransformer2DModel, and its golden numbers."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -14,7 +16,8 @@ SIZES = {
     "tiny kontext": {},
     "schnell": {"guidance_embeds": False, "num_layers": 1, "num_single_layers": 3},
     "narrow heads": {"num_attention_heads": 5, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
-    "kontext heads": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128, "axes_dims_rope": (16, 56, 56)},
+    "kontext heads": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 128,
+                      "axes_dims_rope": (16, 56, 56)},
     "no double blocks": {"num_layers": 0, "joint_attention_dim": 32, "pooled_projection_dim": 24, "in_channels": 16},
 }  # fmt: skip
 
@@ -143,6 +146,14 @@ def test_rope_angles_are_the_golden_ones():  # trap 11
     golden_sin = [0.841471, 0.310984, 0.000316, 0.379608, 0.63998, -0.158623, -0.943414, 0.005697]
     assert torch.allclose(cos[0, index], torch.tensor(golden_cos), atol=1e-6)
     assert torch.allclose(sin[0, index], torch.tensor(golden_sin), atol=1e-6)
+
+
+def test_rope_angles_are_computed_in_fp64():  # trap 11
+    """In fp32 the cosines would be off by up to 5e-6 at far positions."""
+    position = torch.arange(256.0)
+    cos, _ = rope_angles(torch.stack([position] * 3, dim=1), (16, 56, 56), 10_000)
+    omega = torch.tensor([math.pow(10_000, -2 * j / 56) for j in range(28)], dtype=torch.float64)
+    assert (cos[:, 8:36] - torch.cos(position.double()[:, None] * omega)).abs().max() < 2e-7
 
 
 def test_rotated_query_is_the_golden_one():  # trap 11

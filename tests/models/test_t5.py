@@ -64,7 +64,10 @@ def erf_gelu(patch):
 
 
 def bias_in_the_first_layer_only(patch):
-    forward, first = t5_module.Block.forward, lambda block: hasattr(block.layer[0].SelfAttention, "relative_attention_bias")
+    forward, first = (
+        t5_module.Block.forward,
+        lambda block: hasattr(block.layer[0].SelfAttention, "relative_attention_bias"),
+    )
     patch.setattr(t5_module.Block, "forward", lambda self, x, bias: forward(self, x, bias if first(self) else 0 * bias))
 
 

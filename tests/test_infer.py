@@ -1,0 +1,357 @@
+"""infer.py against diffusers' FluxKontextPipeline, its flags, and what it says when it cannot."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import infer
+from kontext_min.adapters.formats import write_lora
+from kontext_min.adapters.inject import add_lora, updates
+from kontext_min.checkpoints.load import load_flux
+
+PROMPT, OTHER = "make the sky red", "turn it into night, please!"
+
+
+@pytest.fixture(scope="module")
+def pipeline(kontext):
+    """diffusers' pipeline of the tiny Kontext."""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.FluxKontextPipeline.from_pretrained(kontext, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def small(kontext, tmp_path_factory):
+    """The same model, but with nano's preferred sizes, so that automatic sizes stay small."""
+    folder = Path(shutil.copytree(kontext, tmp_path_factory.mktemp("models") / "small"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_name_or_path": "nano"}))
+    return folder
+
+
+def picture(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    """A random picture with large shapes and fine grain."""
+    generator = np.random.default_rng(seed)
+    shapes = Image.fromarray(generator.integers(0, 255, (5, 6, 3), dtype=np.uint8)).resize((width, height))
+    grain = Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8))
+    Image.blend(shapes, grain, 0.5).save(path)
+    return path
+
+
+def run(*flags) -> list[Path]:
+    """infer.py with --out's folder -> its pictures."""
+    infer.main([str(flag) for flag in flags])
+    out = Path(flags[flags.index("--out") + 1])
+    return sorted(out.glob("*.png")) if out.is_dir() else [out]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=float)
+
+
+def assert_same_picture(ours: Path, theirs: Image.Image):
+    """Mean difference at most 0.05/255, no value more than 2/255 away."""
+    difference = abs(pixels(ours) - np.asarray(theirs, dtype=float))
+    assert difference.mean() <= 0.05 and difference.max() <= 2
+
+
+def of_diffusers(
+    pipeline, width: int, height: int, image: Path | None = None, seed: int = 0, **settings
+) -> Image.Image:
+    """Its picture at our settings."""
+    call = {"prompt": PROMPT, "guidance_scale": 2.5, "num_inference_steps": 3, **settings}
+    reference = None if image is None else Image.open(image).convert("RGB")
+    return pipeline(
+        image=reference, width=width, height=height, max_area=width * height, _auto_resize=False,
+        generator=torch.Generator().manual_seed(seed), **call,
+    ).images[0]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ parity
+
+CASES = {  # picture, our flags, the pipeline's settings, output size
+    "no reference": (None, ["--size", "64x48"], {}, (64, 48)),
+    "reference": ((64, 48), [], {}, (64, 48)),
+    "odd and wide": ((75, 50), [], {}, (64, 48)),
+    "odd and tall": ((41, 103), [], {}, (32, 96)),
+    "small": ((17, 31), [], {}, (16, 16)),
+    "other size": ((64, 48), ["--size", "32x80"], {}, (32, 80)),
+    "true cfg": ((75, 50), ["--cfg-scale", "3", "--negative-prompt", "blue hat"],
+                 {"true_cfg_scale": 3.0, "negative_prompt": "blue hat"}, (64, 48)),
+    "true cfg, no reference": (None, ["--size", "48x64", "--cfg-scale", "2"],
+                               {"true_cfg_scale": 2.0, "negative_prompt": ""}, (48, 64)),
+    "guidance, steps, seed": ((64, 48), ["--guidance", "4", "--steps", "5", "--seed", "7"],
+                              {"guidance_scale": 4.0, "num_inference_steps": 5, "seed": 7}, (64, 48)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_picture_equals_that_of_diffusers(case, kontext, pipeline, tmp_path):  # trap 3, trap 10, trap 15
+    shape, flags, settings, (width, height) = CASES[case]
+    image = None if shape is None else picture(tmp_path / "photo.png", *shape)
+    given = [] if image is None else ["--image", image]
+    base = ["--model", kontext, "--prompt", PROMPT, "--steps", 3, "--precision", "fp32", "--device", "cpu"]
+    (ours,) = run(*base, "--reference-size", "keep", *given, *flags, "--out", tmp_path / "ours.png")
+    theirs = of_diffusers(pipeline, width, height, image, **settings)
+    assert Image.open(ours).size == theirs.size == (width, height)
+    assert_same_picture(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def lora(pipeline, tmp_path_factory):
+    """A LoRA of peft on every linear of the transformer, alpha half of the rank, as the pipeline saves it."""
+    peft = pytest.importorskip("peft")
+    transformer = pipeline.transformer
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=linears)
+    transformer.add_adapter(config, adapter_name="made")
+    for seed, (name, parameter) in enumerate(transformer.named_parameters()):
+        if "lora_" in name:
+            parameter.data = 0.12 * tiny.random(*parameter.shape, seed=seed)
+    folder = tmp_path_factory.mktemp("lora")
+    layers = peft.get_peft_model_state_dict(transformer, adapter_name="made")
+    settings = {key: list(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    type(pipeline).save_lora_weights(folder, layers, transformer_lora_adapter_metadata=settings)
+    transformer.delete_adapters("made")
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("scale", ["", ":0.5"])
+def test_picture_with_a_lora_of_peft_equals_that_of_diffusers(scale, lora, kontext, pipeline, tmp_path):  # trap 13
+    image = picture(tmp_path / "photo.png", 75, 50)
+    base = ["--model", kontext, "--prompt", PROMPT, "--steps", 3, "--precision", "fp32", "--device", "cpu"]
+    base += ["--reference-size", "keep", "--image", image]
+    (ours,) = run(*base, "--lora", f"{lora}{scale}", "--out", tmp_path / "ours.png")
+    pipeline.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="loaded")
+    pipeline.set_adapters("loaded", 0.5 if scale else 1.0)
+    try:
+        theirs = of_diffusers(pipeline, 64, 48, image)
+    finally:
+        pipeline.unload_lora_weights()
+    assert_same_picture(ours, theirs)
+    (without,) = run(*base, "--out", tmp_path / "without.png")
+    assert abs(pixels(ours) - pixels(without)).mean() > 2
+
+
+# ------------------------------------------------------------------------------------------------ flags
+
+
+@pytest.fixture
+def quick(small, tmp_path):
+    """The flags of a quick run, ending in --out."""
+    return ["--model", small, "--steps", 2, "--device", "cpu", "--out", tmp_path / "out"]
+
+
+@pytest.mark.parametrize("reference_size", ["auto", "keep", "match", "32x64"])
+@pytest.mark.parametrize("with_image", [True, False])
+def test_every_flag_is_accepted_with_and_without_a_reference(with_image, reference_size, quick, lora, tmp_path):
+    image = ["--image", picture(tmp_path / "photo.png", 75, 50)] if with_image else []
+    flags = [
+        "--lora",
+        f"{lora}:0.5",
+        "--negative-prompt",
+        "blue",
+        "--cfg-scale",
+        2,
+        "--cfg-range",
+        "0-0.5",
+        "--guidance",
+        3,
+    ]
+    flags += ["--seed", 5, "--num-images", 1, "--size", "48x32", "--precision", "fp32", "--prompt", PROMPT]
+    (made,) = run(*image, *flags, "--reference-size", reference_size, *quick)
+    assert Image.open(made).size == (48, 32)
+
+
+def test_output_follows_the_references_aspect(quick, tmp_path, capsys):  # trap 15
+    (made,) = run("--image", picture(tmp_path / "photo.png", 200, 100), "--prompt", PROMPT, *quick)
+    assert Image.open(made).size == (128, 64)
+    (made,) = run("--image", picture(tmp_path / "photo.png", 150, 110), "--prompt", PROMPT, *quick)[1:]
+    assert Image.open(made).size == (112, 80)
+    assert "150x110 -> 112x80, 2.6% cut off" in capsys.readouterr().out
+
+
+def test_without_reference_the_output_has_the_presets_size(quick):
+    (made,) = run("--prompt", PROMPT, *quick)
+    assert Image.open(made).size == (96, 96)
+
+
+def test_size_that_is_no_multiple_of_16_is_floored_aloud(quick, capsys):  # trap 15
+    (made,) = run("--prompt", PROMPT, "--size", "50x47", *quick)
+    assert Image.open(made).size == (48, 32)
+    assert "size 50x47 is made 48x32" in capsys.readouterr().out
+
+
+def test_several_prompts_and_pictures_are_what_single_runs_make(quick, tmp_path):
+    flags = ["--size", "32x32", "--seed", 3]
+    made = run("--prompt", PROMPT, "--prompt", OTHER, "--num-images", 2, *flags, *quick)
+    assert len(made) == 4
+    single = ["--size", "32x32", *quick[:-1], tmp_path / "single.png"]
+    for path, (prompt, seed) in zip(made, [(PROMPT, 3), (PROMPT, 4), (OTHER, 3), (OTHER, 4)], strict=True):
+        assert (pixels(path) == pixels(*run("--prompt", prompt, "--seed", seed, *single))).all()
+    assert len({pixels(path).tobytes() for path in made}) == 4
+
+
+def test_several_references_all_matter_in_their_order(quick, tmp_path):
+    images = [picture(tmp_path / f"{i}.png", 64, 48 + 16 * i, seed=i) for i in range(2)]
+    flags = ["--size", "48x48", "--reference-size", "keep", "--prompt", PROMPT, *quick[:-1]]
+    orders = [images, images[:1], images[1:], images[::-1]]
+    pictures = []
+    for i, order in enumerate(orders):
+        given = [flag for image in order for flag in ("--image", image)]
+        pictures.append(pixels(*run(*given, *flags, tmp_path / f"out{i}.png")))
+    assert len({made.tobytes() for made in pictures}) == 4
+
+
+def test_cfg_range_chooses_the_steps(quick, tmp_path):
+    flags = ["--prompt", PROMPT, "--size", "32x32", "--cfg-scale", 4, *quick[:-1]]
+    made = {
+        span: pixels(*run("--cfg-range", span, *flags, tmp_path / "x.png")) for span in ("0-1", "0-0.5", "0.5-1", "0-0")
+    }
+    assert len({picture.tobytes() for picture in made.values()}) == 4
+    off = run("--prompt", PROMPT, "--size", "32x32", *quick[:-1], tmp_path / "off.png")
+    assert (made["0-0"] == pixels(*off)).all()
+
+
+def test_bf16_is_close_to_fp32(quick, tmp_path):
+    flags = ["--prompt", PROMPT, "--size", "32x32", *quick[:-1]]
+    fp32, bf16 = (pixels(*run(*flags, tmp_path / "x.png", "--precision", p)) for p in ("fp32", "bf16"))
+    assert 0 < abs(fp32 - bf16).mean() < 6
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "CMYK", "I;16", "turned"])
+def test_pictures_of_every_kind_are_references(mode, quick, tmp_path):  # trap 15
+    original = Image.open(picture(tmp_path / "photo.png", 64, 48))
+    path, equal = tmp_path / "kind.png", tmp_path / "equal.png"
+    if mode == "turned":
+        exif = original.getexif()
+        exif[0x0112] = 6  # shown a quarter turn clockwise
+        original.save(path, exif=exif)
+        original.transpose(Image.Transpose.ROTATE_270).save(equal)
+    elif mode == "I;16":
+        grey = original.convert("L")
+        Image.fromarray(np.asarray(grey).astype(np.uint16) * 256).save(path)
+        grey.convert("RGB").save(equal)
+    else:
+        path = path.with_suffix(".tif")
+        original.convert(mode).save(path)
+        Image.open(path).convert("RGB").save(equal)
+    flags = ["--prompt", PROMPT, "--reference-size", "keep", *quick[:-1]]
+    (a,), (b,) = (run("--image", p, *flags, tmp_path / f"{p.stem}-out.png") for p in (path, equal))
+    assert Image.open(a).size == ((48, 64) if mode == "turned" else (64, 48))
+    assert (pixels(a) == pixels(b)).all()
+
+
+def test_again_makes_the_same_picture(quick, small, lora, tmp_path, monkeypatch):
+    monkeypatch.chdir(small.parent)
+    photo = picture(tmp_path / "photo.png", 64, 48)
+    flags = [
+        "--image",
+        os.path.relpath(photo),
+        "--lora",
+        f"{os.path.relpath(lora.parent)}:0.5",
+        "--cfg-scale",
+        2,
+        "--reference-size",
+        "keep",
+        "--seed",
+        9,
+    ]
+    first, second = run(*flags, "--num-images", 2, "--prompt", PROMPT, *quick, "--model", small.name)
+    for made in (first, second):
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        monkeypatch.chdir(elsewhere)  # paths in the picture do not depend on where one stands
+        (again,) = run("--again", made, "--out", tmp_path / "again.png")
+        assert (pixels(again) == pixels(made)).all()
+    (other,) = run("--again", made, "--seed", 1, "--out", tmp_path / "other.png")
+    assert (pixels(other) != pixels(made)).any()
+
+
+def test_again_notices_that_a_file_has_changed(quick, tmp_path):
+    image = picture(tmp_path / "photo.png", 64, 48)
+    (made,) = run("--image", image, "--prompt", PROMPT, "--size", "32x32", *quick)
+    picture(image, 64, 48, seed=1)
+    with pytest.raises(ValueError, match="photo.png, which has changed since"):
+        run("--again", made, *quick)
+    image.unlink()
+    with pytest.raises(FileNotFoundError, match="photo.png, which is no longer there"):
+        run("--again", made, *quick)
+
+
+def test_a_lora_file_alone_says_everything_else(small, tmp_path):
+    image, file = picture(tmp_path / "photo.png", 100, 50), tmp_path / "lora.safetensors"
+    flux = load_flux(tiny.part(small, "transformer"), tiny.CPU, tiny.FP32)
+    for parameter in add_lora(flux, ["transformer_blocks.0.attn.to_q", "proj_out"], 4, 4):
+        parameter.data = 0.2 * tiny.random(*parameter.shape)
+    recipe = {"model": str(small), "prompt": [PROMPT], "image": [str(image)], "steps": 2, "guidance": 3.0, "title": "x"}
+    write_lora(file, list(updates(flux)), recipe, torch.float32)
+    (alone,) = run("--lora", file, "--out", tmp_path / "alone.png")
+    full = ["--model", small, "--prompt", PROMPT, "--image", image, "--steps", 2, "--guidance", 3, "--lora", file]
+    (spelled,) = run(*full, "--out", tmp_path / "spelled.png")
+    assert (pixels(alone) == pixels(spelled)).all()
+    (own,) = run("--lora", file, "--prompt", OTHER, "--out", tmp_path / "own.png")
+    assert Image.open(own).size == (96, 96)  # a prompt of one's own is not about the sample picture
+    image.unlink()
+    with pytest.raises(FileNotFoundError, match="sample picture .*photo.png is not on this machine"):
+        run("--lora", file, "--out", tmp_path / "x.png")
+
+
+def test_out_is_a_png_or_a_folder_whose_pictures_are_kept(quick, tmp_path):
+    flags = ["--prompt", PROMPT, "--size", "16x16", *quick]
+    assert [path.name for path in run(*flags)] == ["0001.png"]
+    assert [path.name for path in run(*flags, "--num-images", "2")] == ["0001.png", "0002.png", "0003.png"]
+    run(*flags[:-1], tmp_path / "new" / "named.png", "--num-images", "2")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["named-1.png", "named-2.png"]
+    with pytest.raises(ValueError, match="written as .png"):
+        run(*flags[:-1], tmp_path / "x.jpg")
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+ABSENT_DEVICE = "mps" if not torch.backends.mps.is_available() else "cuda"
+REFUSED = {
+    "no prompt": ([], "--prompt"),
+    "absent image": (["--prompt", "x", "--image", "gone.png"], "gone.png does not exist"),
+    "absent lora": (["--prompt", "x", "--lora", "gone.safetensors"], "gone.safetensors does not exist"),
+    "bad size": (["--prompt", "x", "--size", "64"], "WIDTHxHEIGHT.*'64'"),
+    "bad reference size": (["--prompt", "x", "--reference-size", "big", "--image", "photo.png"], "WIDTHxHEIGHT.*'big'"),
+    "bad reference size without a reference": (["--prompt", "x", "--reference-size", "big"], "WIDTHxHEIGHT.*'big'"),
+    "bad range": (["--prompt", "x", "--cfg-range", "0.5"], "cfg-range"),
+    "backward range": (["--prompt", "x", "--cfg-range", "0.5-0.2"], "cfg-range"),
+    "absent device": (["--prompt", "x", "--device", ABSENT_DEVICE], f"--device {ABSENT_DEVICE}"),
+    "no steps": (["--prompt", "x", "--steps", "0"], "--steps"),
+    "no model": (["--prompt", "x", "--model", "./gone"], "neither a folder nor a hub id"),
+    "text as image": (["--prompt", "x", "--image", "text.png"], "text.png is not a readable picture"),
+    "again of another program": (["--again", "photo.png"], "photo.png is not a PNG made by infer.py"),
+    "again of text": (["--again", "text.png"], "text.png is not a PNG made by infer.py"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_done_is_said_in_one_sentence(case, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture(Path("photo.png"), 32, 32)
+    Path("text.png").write_text("not a picture")
+    flags, sentence = REFUSED[case]
+    model = [] if "--model" in flags else ["--model", str(small)]
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as refusal:
+        infer.main([*model, "--steps", "1", *flags, "--out", "out"])
+    assert "\n" not in str(refusal.value)
+    assert not Path("out").exists()
+
+
+def test_a_refusal_is_one_line_and_exit_code_1(tmp_path):
+    program = [sys.executable, infer.__file__, "--prompt", "x", "--image", "gone.png"]
+    result = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr == "infer.py: gone.png does not exist or is not a file\n"
