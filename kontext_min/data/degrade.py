@@ -8,7 +8,7 @@ Names and defaults of `superresolution` and `jpeg_artifacts` are SimpleTuner's (
 import difflib
 import inspect
 import io
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -31,7 +31,7 @@ QUALITY_MODES = ("fixed", "range", "random")
 
 
 def blur(image: Picture, rng: np.random.Generator, *, blur_type="gaussian", blur_radius=2.0) -> Picture:
-    """Blur by a radius in pixels: a Gaussian's standard deviation, half a box; `both` is box, then Gaussian, 0.7 each."""
+    """Blur by a radius in pixels, a Gaussian's deviation or a box's reach; both: box, then Gaussian, 0.7 of it each."""
     for kind, share in BLURS[blur_type]:
         image = image.filter(kind(share * blur_radius))
     return image
@@ -203,10 +203,10 @@ def degrade(image: Picture, name: str, parameters: Mapping, rng: np.random.Gener
 # Checks
 
 
-def number(low: float, high=math.inf, *, whole=False) -> Callable[[object], bool]:
+def number(low: float, high=sys.float_info.max, *, whole=False) -> Callable[[object], bool]:
     """A test for a finite number from low to high."""
     kinds = int if whole else int | float
-    return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and low <= v <= high and math.isfinite(v)
+    return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and low <= v <= high
 
 
 def several(test: Callable[[object], bool], value: object) -> bool:
@@ -214,27 +214,30 @@ def several(test: Callable[[object], bool], value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(test, value))
 
 
-level, radius, quality_of_jpeg = number(0, 1), number(0), number(1, 100, whole=True)
+RADIUS = number(0), "a number of at least 0, in pixels"
+LEVEL = number(0, 1), "a number from 0 to 1, a share of full brightness"
+QUALITY = number(1, 100, whole=True), "a whole number from 1 to 100"
 RULES: dict[str, tuple[Callable[[object], bool], str]] = {  # parameter -> test, and what passes it in words
     "downscale_factor":    (number(1), "a number of at least 1"),
-    "blur_radius":         (radius, "a number of at least 0, in pixels"),
-    "pre_blur_radius":     (radius, "a number of at least 0, in pixels"),
-    "noise_level":         (level, "a number from 0 to 1, a share of full brightness"),
-    "block_noise_level":   (level, "a number from 0 to 1, a share of full brightness"),
-    "quality":             (quality_of_jpeg, "a whole number from 1 to 100"),
-    "jpeg_quality":        (quality_of_jpeg, "a whole number from 1 to 100"),
-    "quality_range":       (lambda v: several(quality_of_jpeg, v) and len(v) == 2 and v[0] <= v[1],
+    "blur_radius":         RADIUS,
+    "pre_blur_radius":     RADIUS,
+    "noise_level":         LEVEL,
+    "block_noise_level":   LEVEL,
+    "quality":             QUALITY,
+    "jpeg_quality":        QUALITY,
+    "quality_range":       (lambda v: several(QUALITY[0], v) and len(v) == 2 and v[0] <= v[1],
                             "[lowest, highest], two whole numbers from 1 to 100"),
-    "quality_list":        (lambda v: several(quality_of_jpeg, v), "a list of whole numbers from 1 to 100"),
+    "quality_list":        (lambda v: several(QUALITY[0], v), "a list of whole numbers from 1 to 100"),
     "compression_rounds":  (number(1, whole=True), "a whole number of at least 1"),
-    "round_quality_decay": (lambda v: level(v) and v > 0, "a number above 0, at most 1"),
+    "round_quality_decay": (lambda v: LEVEL[0](v) and v > 0, "a number above 0, at most 1"),
     "shift":               (lambda v: isinstance(v, bool) or number(0, GRID - 1, whole=True)(v),
                             "true, false or a whole number from 0 to 7, in pixels"),
     "steps":               (lambda v: several(lambda step: isinstance(step, Mapping), v),
                             'a list of at least one step such as {"type": "blur"}'),
 }  # fmt: skip
+SWITCH = (lambda v: isinstance(v, bool)), "true or false"  # the rule of every other parameter
 CHOICES = {"blur_type": BLURS, "quality_mode": QUALITY_MODES, "subsampling": SUBSAMPLINGS}
-SWITCHES = {  # of jpeg_artifacts: without the second, whose default leaves it off, the first would silently do nothing
+SWITCHED_BY = {  # of jpeg_artifacts: by default the second leaves the first without effect
     "quality_range": "quality_mode",
     "quality_list": "quality_mode",
     "pre_blur_radius": "pre_blur",
@@ -247,8 +250,8 @@ def check(name: str, parameters: Mapping) -> None:
     """Whether `degrade` would take these. Raises ValueError: what was given, and what is allowed."""
     if isinstance(name, str) and name in REFUSED:
         raise ValueError(
-            f"type {name!r} is not generated here: {REFUSED[name]}; make those pictures yourself and name their dataset "
-            "in conditioning_data"
+            f"type {name!r} is not generated here: {REFUSED[name]}; make those pictures yourself and name their dataset"
+            " in conditioning_data"
         )
     check_choice("type", name, [*GENERATORS, *ALIASES])
     function = GENERATORS[ALIASES.get(name, name)]
@@ -271,7 +274,7 @@ def check_parameters(where: str, function: Callable, parameters: Mapping):
         if key in CHOICES:
             check_choice(f"{where}: {key}", value, CHOICES[key])
             continue
-        test, allowed = RULES.get(key, (lambda v: isinstance(v, bool), "true or false"))
+        test, allowed = RULES.get(key, SWITCH)
         if not test(value):
             raise ValueError(f"{where}: {key} is {value!r}; it should be {allowed}")
     for key, parameter in known.items():
@@ -282,9 +285,9 @@ def check_parameters(where: str, function: Callable, parameters: Mapping):
 
 def check_used(where: str, function: Callable, parameters: Mapping):
     """No parameter is given that another one makes useless."""
-    if function is jpeg and {"quality", "quality_range"} <= parameters.keys():
+    if function is jpeg and "quality" in parameters and parameters.get("quality_range") is not None:
         raise ValueError(f"{where}: give quality or quality_range, not both")
-    for key, switch in SWITCHES.items() if function is jpeg_artifacts else ():
+    for key, switch in SWITCHED_BY.items() if function is jpeg_artifacts else ():
         if key in parameters and switch not in parameters:
             raise ValueError(f"{where}: {key} does nothing unless {switch} is given too")
 
@@ -296,6 +299,6 @@ def check_choice(what: str, value: object, allowed: Collection[str]):
 
 
 def nearest(given: object, known: Collection[str]) -> str:
-    """What was perhaps meant, and all that could have been."""
+    """All that could have been meant, and what perhaps was."""
     near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.6)
-    return "".join(f"did you mean {name}? " for name in near) + f"Known: {', '.join(known)}"
+    return f"known are {', '.join(known)}" + "".join(f"; did you mean {name}?" for name in near)

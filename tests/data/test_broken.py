@@ -1,7 +1,7 @@
 """Everything that can be wrong with a data list is refused in one message that names the file or the key.
 
-Each function of the table breaks a good dataset: it gets the folder of the pictures and the entries of the list, and may
-return other values of the config. The parts that the message must hold stand above it.
+Each function of the table breaks a good dataset: it gets the folder of the pictures and the entries of the list, and
+may return other values of the config. The parts that the message must hold stand above it.
 """
 
 import json
