@@ -102,9 +102,8 @@ def encode(config: Config, sets: Sets, checkpoint: load.Checkpoint, place: tuple
     validation = Examples(
         sets.validation, checkpoint, texts, dtype, replace(mix, caption_dropout=0, reference_dropout=0)
     )
-    for part in (examples, validation):
-        captions, pictures = part.encode(device)
-        print(f"encoded {captions} captions and {pictures} pictures; the rest was cached")
+    captions, pictures = (sum(made) for made in zip(examples.encode(device), validation.encode(device), strict=True))
+    print(f"encoded {captions} captions and {pictures} pictures; all else was cached")
     return examples, validation
 
 

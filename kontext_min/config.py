@@ -168,7 +168,7 @@ class Config(Strict):
     # optimizer
     optimizer: Literal["adamw", "optimi-lion"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: Literal["constant", "constant_with_warmup"] = "constant"
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly from 0")
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

@@ -30,7 +30,7 @@ class Shift(NamedTuple):
     def __str__(self) -> str:
         if self.confidence < 1:
             return "unknown"
-        return "none" if max(abs(self.dx), abs(self.dy)) < 0.05 else f"{self.dx:+.1f}, {self.dy:+.1f} px"
+        return "none" if max(abs(self.dx), abs(self.dy)) < 0.25 else f"{self.dx:+.1f}, {self.dy:+.1f} px"
 
 
 def shift_between(a: Image.Image, b: Image.Image) -> Shift:

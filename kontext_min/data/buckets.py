@@ -1,5 +1,6 @@
 """Picture sizes, and the one geometric transform: centre-crop to an aspect, then resize. Nothing is stretched."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def share_cut(size: Size, aspect: Size) -> float:
 
 def open_image(path: Path) -> Image.Image:
     """A picture as RGB, turned as its EXIF says; transparency is laid on white. One sentence if it cannot be read."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for names that no disk could hold
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     try:
         return to_rgb(ImageOps.exif_transpose(Image.open(path)))

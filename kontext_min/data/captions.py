@@ -14,7 +14,10 @@ def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], prob
     if strategy == "textfile":
         return read_textfile(path.with_suffix(".txt"), path, problems)
     if strategy == "filename":
-        return (path.stem.replace("_", " ").strip(),)
+        caption = path.stem.replace("_", " ").strip()
+        if not caption:
+            problems.add("pictures without a caption", f"{path} (its name says nothing)")
+        return (caption,) if caption else ()
     return prompts if strategy == "instanceprompt" else ()
 
 

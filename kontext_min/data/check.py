@@ -16,8 +16,7 @@ from kontext_min.data.buckets import Size
 from kontext_min.data.examples import Example, Mix, View, use_of
 
 WIDTH, MARGIN, GAP, LINE = 2400, 16, 4, 26  # pixels of the page
-DRAWN = 400  # examples on one page at most; all of them are measured
-AMPLIFIED = 4
+DRAWN, AMPLIFIED = 400, 4  # examples on one page at most (all of them are measured); differences
 RED, GREY, PALE, BLACK = (200, 0, 0), (110, 110, 110), (236, 236, 236), (0, 0, 0)
 
 
@@ -37,8 +36,7 @@ class Layout:
         references = len(examples[0].references)
         columns = next((c for most, c in ((6, 1), (24, 2), (60, 3), (120, 4)) if len(examples) <= most), 6)
         cells = references + (3 if references else 2)
-        width = (WIDTH - 2 * MARGIN) // columns - 3 * MARGIN // 2
-        width = min(360, width // cells - GAP)
+        width = min(360, ((WIDTH - 2 * MARGIN) // columns - 3 * MARGIN // 2) // cells - GAP)
         shapes = sorted(e.target.size.height / e.target.size.width for e in examples)
         height = round(width * min(1.25, max(0.5, shapes[len(shapes) // 2])))
         return cls(columns, Size(width, height), references, 17 if columns <= 2 else 14, 2 if columns <= 4 else 1)
@@ -96,8 +94,7 @@ def framed(original: Image.Image, view: View) -> Image.Image:
     mask = Image.new("L", small.size, 90)
     ImageDraw.Draw(mask).rectangle(box, fill=255)
     shown = Image.composite(small, Image.new("RGB", small.size, "white"), mask)
-    line = max(1, min(small.size) // 80)
-    ImageDraw.Draw(shown).rectangle(box, outline=(255, 150, 0), width=line)
+    ImageDraw.Draw(shown).rectangle(box, outline=(255, 150, 0), width=max(1, min(small.size) // 80))
     return shown
 
 
@@ -121,8 +118,7 @@ def contact_sheet(examples: list[Example], mix: Mix) -> tuple[Image.Image, list[
     top = MARGIN + LINE * (len(head) + 2)
     rows = math.ceil(len(cards) / layout.columns)
     size = (max(1000, 2 * MARGIN + layout.columns * layout.card.width), top + rows * layout.card.height)
-    page = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(page)
+    pen = ImageDraw.Draw(page := Image.new("RGB", size, "white"))
     for i, (line, colour) in enumerate(head):
         place = (MARGIN, MARGIN + LINE * i + (10 if i else 0))  # the title is larger
         write(pen, place, line, (size[0] - 2 * MARGIN, 17 if i else 28), colour)

@@ -32,6 +32,8 @@ class Picture:
         image = open_image(self.path)
         if not self.half:
             return image
+        if image.width < 2:
+            raise ValueError(f"{self.path} is too narrow to hold two pictures")
         left = 0 if self.half == "left" else image.width - image.width // 2
         return image.crop((left, 0, left + image.width // 2, image.height))
 

@@ -1,5 +1,7 @@
 """Optimizers by the names that users know, and the learning rate over time."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -17,6 +19,16 @@ def make_optimizer(
     raise ValueError(f"unknown optimizer {name!r}")
 
 
-def warmup(step: int, steps: int) -> float:
-    """The learning rate's factor at a step counted from 0: linear up over `steps`, then 1."""
-    return min(1.0, (step + 1) / steps) if steps else 1.0
+SCHEDULES = {  # lr_scheduler -> factor of the learning rate by the share of the run that is done, after the warm-up
+    "constant": lambda done: 1.0,
+    "constant_with_warmup": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+def rate(name: str, step: int, total: int, warmup: int) -> float:
+    """The learning rate's factor at a step counted from 0: linear up over `warmup` steps, then by the schedule."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return SCHEDULES[name]((step - warmup) / max(1, total - warmup))

@@ -111,7 +111,7 @@ class Reader:
 
     def find(self, entry: Dataset) -> tuple[Pictures, dict[str, tuple[str, ...]], list[References]]:
         """Targets, their captions, and complete reference sets."""
-        if entry.strategy == "instanceprompt" and not entry.instance_prompt:
+        if entry.strategy == "instanceprompt" and not all(map(str.strip, entry.instance_prompt or [""])):
             self.problems.add(
                 "incomplete entries", f"{entry.id}: caption_strategy instanceprompt needs instance_prompt"
             )
@@ -136,10 +136,12 @@ class Reader:
 
     def from_folder(self, entry: Dataset) -> tuple[Pictures, list[References]]:
         """Targets of a folder, and the references that lie in the same folder, if the entry says so."""
-        pictures = pairs.check_readable(pairs.in_folder(entry.instance_data_dir, self.problems), self.problems)
+        pictures = pairs.in_folder(entry.instance_data_dir, self.problems)
         if entry.side_by_side:
             targets, references = pairs.side_by_side(pictures, entry.side_by_side.removeprefix("reference_"))
+            pairs.check_readable(targets, self.problems)
             return targets, [References(f"{entry.id} (other half)", references, {})]
+        pairs.check_readable(pictures, self.problems)
         if entry.reference_suffix:
             targets, references = pairs.by_suffix(pictures, entry.reference_suffix)
             return targets, [References(f"{entry.id} (*{entry.reference_suffix})", references, {})]
@@ -194,6 +196,8 @@ class Reader:
         except ValueError as error:
             self.problems.add("generators", f"{entry.id}: {error}")
         captions = [generator.captions] if isinstance(generator.captions, str) else generator.captions or []
+        if not all(map(str.strip, captions)):
+            self.problems.add("generators", f"{entry.id}: one of the captions of {generator.type} is empty")
         return References(
             generated_id(entry, generator), targets, dict.fromkeys(targets, tuple(captions)), None, generator
         )
@@ -219,6 +223,9 @@ class Reader:
         """How a set's pictures are brought to size."""
         if (entry.maximum_image_size is None) != (entry.target_downsample_size is None):
             self.problems.add("incomplete entries", f"{entry.id}: maximum_image_size needs target_downsample_size too")
+        if entry.resolution > (67 if entry.resolution_type == "area" else 8192):
+            unit = {"area": "megapixels", "pixel": "pixels", "pixel_area": "pixels"}[entry.resolution_type]
+            self.problems.add("sizes that no model takes", f"{entry.id}: resolution {entry.resolution:g} {unit}")
         downsample = entry.maximum_image_size and (entry.maximum_image_size, entry.target_downsample_size)
         square = entry.crop and entry.crop_aspect == "square"
         style = entry.crop_style.replace("centre", "center")
@@ -227,7 +234,7 @@ class Reader:
     def example(self, entry: Dataset, geometry: Geometry, name: str, picture: Picture, captions, sets) -> Example:
         """One target with one view per reference set."""
         seed = (self.config.seed, entry.id, name)
-        transform = geometry.transform(picture.size(), tuple(draw("crop", *seed).random(2)))
+        transform = geometry.transform(picture.size(), tuple(draw("crop", *seed).random(2).tolist()))
         views = []
         for references in sets:
             other = references.pictures[name]
@@ -236,7 +243,7 @@ class Reader:
                 continue
             size, own = other.size(), transform
             if references.geometry is not None:
-                own = references.geometry.transform(size, tuple(draw("crop", *seed, references.id).random(2)))
+                own = references.geometry.transform(size, tuple(draw("crop", *seed, references.id).random(2).tolist()))
             elif not same_aspect(size, picture.size()):
                 self.problems.add(
                     "strict references of another aspect",

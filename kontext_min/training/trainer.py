@@ -18,7 +18,7 @@ from kontext_min.config import Config
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Batch, Examples, Use
 from kontext_min.models.flux import Flux
-from kontext_min.training.optim import make_optimizer, warmup
+from kontext_min.training.optim import make_optimizer, rate
 from kontext_min.training.track import Tracker
 
 
@@ -91,7 +91,8 @@ def train(
                 raise ValueError(
                     f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; lower learning_rate"
                 )
-            lr = config.learning_rate * warmup(step, config.lr_warmup_steps)
+            share = rate(config.lr_scheduler, step, config.max_train_steps, config.lr_warmup_steps)
+            lr = config.learning_rate * share
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()

@@ -158,6 +158,17 @@ def folder_below_a_file(data, entries):
     del entries[1]
 
 
+@broken("1 unreadable pictures", "target/a.png is too narrow to hold two pictures")
+def half_of_one_pixel(data, entries):
+    save(data / "target/a.png", (1, 1))
+    entries[:] = [{**entries[0], "conditioning_data": [], "side_by_side": "reference_left"}]
+
+
+@broken("1 unreadable pictures", "does not exist or is not a file")
+def impossible_name(data, entries):
+    rows(data, entries, {**GOOD, "target": "a" * 500 + ".png"})
+
+
 @broken("sets without pictures", "edits", "minimum_image_size")
 def all_too_small(data, entries):
     entries[0]["minimum_image_size"] = 500
@@ -192,6 +203,18 @@ def captions_with_combined(data, entries):
 @broken("edits: caption_strategy instanceprompt needs instance_prompt")
 def no_instance_prompt(data, entries):
     entries[0]["caption_strategy"] = "instanceprompt"
+
+
+@broken("edits: caption_strategy instanceprompt needs instance_prompt")
+def blank_instance_prompt(data, entries):
+    entries[0] |= {"caption_strategy": "instanceprompt", "instance_prompt": ["make it red", " "]}
+
+
+@broken("1 pictures without a caption", "target/_.png (its name says nothing)")
+def name_without_letters(data, entries):
+    entries[0]["caption_strategy"] = "filename"
+    for kind in ("target", "reference"):
+        (data / kind / "a.png").rename(data / kind / "_.png")
 
 
 @broken("edits has caption_strategy null")
@@ -267,6 +290,11 @@ def two_generators_of_one_type(data, entries):
     generated(entries, {"type": "superresolution"}, {"type": "superresolution", "blur_radius": 5})
 
 
+@broken("1 generators", "edits: one of the captions of superresolution is empty")
+def blank_generator_caption(data, entries):
+    generated(entries, {"type": "superresolution", "captions": ["sharpen", ""]})
+
+
 @broken("1 generators", "edits: type is 'jpeg_artefacts'", "did you mean jpeg_artifacts?")
 def unknown_generator(data, entries):
     generated(entries, {"type": "jpeg_artefacts"})
@@ -277,7 +305,7 @@ def refused_generator(data, entries):
     generated(entries, {"type": "canny"})
 
 
-@broken("1 generators", "blur_type is 'gausian'; did you mean gaussian?")
+@broken("1 generators", "blur_type is 'gausian'", "did you mean gaussian?")
 def unknown_blur_type(data, entries):
     generated(entries, {"type": "superresolution", "blur_type": "gausian"})
 
@@ -287,7 +315,7 @@ def reversed_quality_range(data, entries):
     generated(entries, {"type": "jpeg_artifacts", "quality_mode": "range", "quality_range": [30, 10]})
 
 
-@broken("1 generators", "has no parameter 'blur_radios'; did you mean blur_radius?")
+@broken("1 generators", "has no parameter 'blur_radios'", "did you mean blur_radius?")
 def unknown_generator_parameter(data, entries):
     generated(entries, {"type": "superresolution", "blur_radios": 3})
 
@@ -368,6 +396,11 @@ def unknown_key(data, entries):
 @broken("edits: maximum_image_size needs target_downsample_size too")
 def downsample_size_missing(data, entries):
     entries[0]["maximum_image_size"] = 100
+
+
+@broken("1 sizes that no model takes", "edits: resolution 1024 megapixels")
+def megapixels_instead_of_pixels(data, entries):
+    entries[0] |= {"resolution_type": "area", "resolution": 1024}
 
 
 @broken("data.json, entry 1: resolution = -3")
