@@ -1,0 +1,1 @@
+"""nano: the tiny Kontext that ships with the repository: its scenes, tokenizers, pretraining and evaluation."""

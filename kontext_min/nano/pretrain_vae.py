@@ -1,0 +1,120 @@
+"""Stage one: the autoencoder, on drawn scenes, their edits and photographs, at 64 px."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from kontext_min.data.buckets import Size
+from kontext_min.models.vae import VAE, VAEConfig
+from kontext_min.nano.edits import example, photo_crop
+from kontext_min.nano.held_out import TARGETS
+from kontext_min.nano.muon import optimizers
+from kontext_min.nano.scenes import Picture, pick
+
+CONFIG = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, groups=8, scaling_factor=1.0, shift_factor=0.0)
+SIZE = Size(64, 64)
+BATCH = 8
+LEARNING_RATE = 2e-3
+KL_WEIGHT = 4e-3
+SAVE_EVERY = 200
+FIRST_INDEX = 10**8  # the transformer's examples count from 0
+
+
+def to_tensor(pictures: list[Picture]) -> Tensor:
+    """Pictures (H, W, 3) in 0..1 -> (B, 3, H, W) in -1..1, channels last in memory as convolutions like it."""
+    return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w") * 2 - 1
+
+
+def training_picture(index: int) -> Picture:
+    """Picture number `index`: a photograph (35 %), or one side of an edit; a tenth of them in a held-out style."""
+    r = np.random.default_rng([3, index])
+    if r.random() < 0.35:
+        picture = photo_crop(r, "train", SIZE)
+    else:
+        task = example("train", FIRST_INDEX + index, SIZE)
+        picture = task.target if task.reference is None or r.random() < 0.5 else task.reference
+    return pick(r, TARGETS.values())[1](picture).astype(np.float32) if r.random() < 0.1 else picture
+
+
+def batch(step: int) -> Tensor:
+    """The pictures of one step. (BATCH, 3, 64, 64) in -1..1"""
+    return to_tensor([training_picture(step * BATCH + i) for i in range(BATCH)])
+
+
+def loss_of(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Absolute and squared error, error of the gradients, and a little KL so that latents have a known scale."""
+    mean, logvar = vae.moments(x)
+    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+    error = vae.decoder(z) - x
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges + KL_WEIGHT * kl
+
+
+def psnr(output: Tensor, target: Tensor) -> Tensor:
+    """Per picture, dB, of (B, 3, H, W) in -1..1. Returns (B,)."""
+    error = ((output.clamp(-1, 1) - target) / 2).square().flatten(1).mean(1)
+    return -10 * torch.log10(error.clamp(min=1e-8))
+
+
+@torch.no_grad()
+def quality(vae: VAE, size: Size = SIZE) -> dict[str, float]:
+    """PSNR in dB of pictures it never saw: scenes and photographs of the validation split."""
+    r = np.random.default_rng(7)
+    sets = {
+        "scenes": to_tensor([example("validation", i, size, "recolour").target for i in range(24)]),
+        "photographs": to_tensor([photo_crop(r, "validation", size) for _ in range(24)]),
+    }
+    return {name: psnr(vae.decode(vae.encode(x)), x).mean().item() for name, x in sets.items()}
+
+
+@torch.no_grad()
+def normalised(vae: VAE, pictures: int = 512) -> VAE:
+    """The same weights with the shift and scale that make latents of training pictures N(0, 1)."""
+    z = torch.cat([vae.moments(batch(10**6 + i))[0] for i in range(pictures // BATCH)])
+    config = replace(vae.config, shift_factor=round(z.mean().item(), 5), scaling_factor=round(1 / z.std().item(), 5))
+    result = VAE(config)
+    result.load_state_dict(vae.state_dict())
+    return result.eval().requires_grad_(False)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Warm-up over 50 steps, then half a cosine down to zero."""
+    return LEARNING_RATE * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def pretrain_vae(folder: Path, steps: int) -> VAE:
+    """Train, or go on from `folder`/vae.pt, or read the finished one. Returns it frozen, with normalised latents."""
+    torch.manual_seed(1)
+    vae, file, first = VAE(CONFIG).to(memory_format=torch.channels_last), folder / "vae.pt", 0
+    optims = optimizers([vae], LEARNING_RATE, LEARNING_RATE)
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        for optim, saved in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+        first = state["step"]
+    started = time.process_time()
+    for step in range(first, steps):
+        for group in (group for optim in optims for group in optim.param_groups):
+            group["lr"] = learning_rate(step, steps)
+        loss = loss_of(vae, batch(step), torch.Generator().manual_seed(step))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad()
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            report = " ".join(f"{name} {db:.2f} dB" for name, db in quality(vae).items())
+            cpu = (time.process_time() - started) / 60
+            print(f"vae step {step + 1}/{steps} loss {loss.item():.4f} {report} cpu {cpu:.2f} min", flush=True)
+            torch.save(
+                {"vae": vae.state_dict(), "optims": [optim.state_dict() for optim in optims], "step": step + 1}, file
+            )
+    return normalised(vae)

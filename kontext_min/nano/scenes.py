@@ -1,0 +1,205 @@
+"""Drawn scenes: one to three coloured shapes on a plain or patterned background.
+
+Coordinates: x and y run from -1 to 1 over the picture's width and height; radii are in halves of its short side.
+Pictures are float32 arrays (H, W, 3) in 0..1. Every random draw comes from the generator that is passed in.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw
+
+from kontext_min.data.buckets import Size
+
+Picture = np.ndarray  # (H, W, 3) float32 in 0..1
+Rgb = tuple[float, float, float]
+
+# fmt: off
+COLOURS: dict[str, Rgb] = {
+    "red":    (0.86, 0.12, 0.13),
+    "orange": (0.98, 0.55, 0.08),
+    "yellow": (0.98, 0.88, 0.15),
+    "green":  (0.13, 0.65, 0.25),
+    "blue":   (0.12, 0.30, 0.85),
+    "purple": (0.58, 0.18, 0.75),
+    "white":  (0.97, 0.97, 0.97),
+    "black":  (0.06, 0.06, 0.07),
+}
+# cell (column, row) of the 3 x 3 grid: its name
+PLACES = {
+    (-1, -1): "top left corner",    (0, -1): "top",    (1, -1): "top right corner",
+    (-1,  0): "left",               (0,  0): "center", (1,  0): "right",
+    (-1,  1): "bottom left corner", (0,  1): "bottom", (1,  1): "bottom right corner",
+}
+# fmt: on
+CELL = 0.6  # distance of the outer cells' centres from the middle
+RADIUS = 0.34  # of objects that an edit adds; drawn ones vary around it
+PATTERNS = ("plain", "plain", "vertical gradient", "horizontal gradient", "stripes", "checker", "dots")
+SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Object:
+    """A shape of one colour. `rgb` may differ a little from the colour's canonical value."""
+
+    shape: str
+    colour: str
+    rgb: Rgb
+    cell: tuple[int, int]
+    centre: tuple[float, float]
+    radius: float
+
+    @property
+    def name(self) -> str:
+        """As instructions call it, e.g. "red circle"."""
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Background:
+    """A pattern that mixes `rgb` with a shade of it; `angle` in radians, `frequency` in radians per unit."""
+
+    pattern: str
+    colour: str
+    rgb: Rgb
+    angle: float = 0.0
+    frequency: float = 10.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background and the objects on it, the last one on top."""
+
+    background: Background
+    objects: tuple[Object, ...]
+
+    def free_cells(self) -> list[tuple[int, int]]:
+        """Cells of the grid that hold no object."""
+        return [cell for cell in PLACES if cell not in {thing.cell for thing in self.objects}]
+
+
+def pick(r: np.random.Generator, options):
+    """One of `options`, uniformly."""
+    options = list(options)
+    return options[r.integers(len(options))]
+
+
+def circle_points(count: int, radius: float = 1.0, start: float = 0.0) -> np.ndarray:
+    """`count` points on a circle, clockwise from the top. (count, 2)"""
+    angles = start + np.arange(count) * (2 * np.pi / count)
+    return radius * np.stack([np.sin(angles), -np.cos(angles)], axis=-1)
+
+
+def star_points() -> np.ndarray:
+    """A five-pointed star. (10, 2)"""
+    outer, inner = circle_points(5, 1.12), circle_points(5, 0.5, start=np.pi / 5)
+    return rearrange([outer, inner], "ring point xy -> (point ring) xy")
+
+
+def heart_points() -> np.ndarray:
+    """The usual parametric heart, scaled to the unit disc. (48, 2)"""
+    s = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    x = 16 * np.sin(s) ** 3
+    y = -(13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s))
+    return np.stack([x, y - 2.5], axis=-1) / 15.5
+
+
+def cross_points() -> np.ndarray:
+    """An upright plus sign. (12, 2)"""
+    a, b = 0.34, 1.0
+    points = [
+        (a, -b),
+        (a, -a),
+        (b, -a),
+        (b, a),
+        (a, a),
+        (a, b),
+        (-a, b),
+        (-a, a),
+        (-b, a),
+        (-b, -a),
+        (-a, -a),
+        (-a, -b),
+    ]
+    return np.array(points)
+
+
+# name: polygon inside (about) the unit disc, (points, 2)
+SHAPES: dict[str, np.ndarray] = {
+    "circle": circle_points(48, 0.95),
+    "square": circle_points(4, 1.15, start=np.pi / 4),
+    "triangle": circle_points(3, 1.15),
+    "star": star_points(),
+    "heart": heart_points(),
+    "cross": cross_points(),
+}
+
+
+def draw_pattern(background: Background, size: Size) -> Picture:
+    """The background alone. Returns (H, W, 3)."""
+    x = ((np.arange(size.width, dtype=np.float32) + 0.5) / size.width * 2 - 1)[None, :]
+    y = ((np.arange(size.height, dtype=np.float32) + 0.5) / size.height * 2 - 1)[:, None]
+    f = background.frequency
+    match background.pattern:
+        case "plain":
+            share = np.zeros_like(x * y)
+        case "vertical gradient":
+            share = (y + 1) / 2 + 0 * x
+        case "horizontal gradient":
+            share = (x + 1) / 2 + 0 * y
+        case "stripes":
+            wave = np.sin((x * np.cos(background.angle) + y * np.sin(background.angle)) * f)
+            share = np.clip(wave * 2 + 0.5, 0, 1)
+        case "checker":
+            share = np.clip(np.sin(x * f) * np.sin(y * f) * 6 + 0.5, 0, 1)
+        case "dots":
+            distance = np.hypot((x * f / 4) % 1 - 0.5, (y * f / 4) % 1 - 0.5)
+            share = np.clip(2.2 - 8 * distance, 0, 1)
+    first = np.array(background.rgb, np.float32)
+    second = first * 0.62 if first.mean() > 0.25 else first + 0.22
+    return first + (second - first) * share[..., None].astype(np.float32)
+
+
+def draw(scene: Scene, size: Size) -> Picture:
+    """The whole scene, with antialiased edges. Returns (H, W, 3)."""
+    picture = draw_pattern(scene.background, size)
+    fine = Size(size.width * SUPERSAMPLING, size.height * SUPERSAMPLING)
+    for thing in scene.objects:
+        middle = (np.array(thing.centre) + 1) / 2 * np.array(fine)
+        corners = middle + SHAPES[thing.shape] * thing.radius * min(fine) / 2
+        mask = Image.new("L", fine)
+        ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
+        cover = np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
+        picture = picture * (1 - cover) + np.array(thing.rgb, np.float32) * cover
+    return np.clip(picture, 0, 1).astype(np.float32)
+
+
+def jitter(r: np.random.Generator, colour: str) -> Rgb:
+    """The colour's canonical value, moved by up to 0.04 per channel."""
+    return tuple(np.clip(np.array(COLOURS[colour]) + r.uniform(-0.04, 0.04, 3), 0, 1).tolist())
+
+
+def place_of(cell: tuple[int, int]) -> tuple[float, float]:
+    """Centre of a grid cell."""
+    return cell[0] * CELL, cell[1] * CELL
+
+
+def random_background(r: np.random.Generator, colour: str) -> Background:
+    """A background of the named colour with any pattern."""
+    return Background(pick(r, PATTERNS), colour, jitter(r, colour), r.uniform(0, np.pi), r.uniform(7, 14))
+
+
+def random_scene(r: np.random.Generator, max_objects: int = 3) -> Scene:
+    """One to `max_objects` objects in different cells, no two alike, none in the background's colour."""
+    background = random_background(r, pick(r, COLOURS))
+    kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS if colour != background.colour]
+    cells = list(PLACES)
+    count = int(r.integers(1, max_objects + 1))
+    objects = []
+    for kind, cell in zip(r.permutation(len(kinds))[:count], r.permutation(len(cells))[:count], strict=True):
+        shape, colour = kinds[kind]
+        x, y = np.array(place_of(cells[cell])) + r.uniform(-0.06, 0.06, 2)
+        radius = RADIUS * r.uniform(0.85, 1.12)
+        objects.append(Object(shape, colour, jitter(r, colour), cells[cell], (x, y), radius))
+    return Scene(background, tuple(objects))

@@ -1,0 +1,95 @@
+"""nano's optimizer, its stages and its success rule."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kontext_min.models.vae import VAE
+from kontext_min.nano.evaluate import success
+from kontext_min.nano.model import Tokenizers
+from kontext_min.nano.muon import orthogonalise
+from kontext_min.nano.pretrain_flux import PHASES, pretrain_flux, token_weights
+from kontext_min.nano.pretrain_vae import CONFIG
+from kontext_min.nano.vocabulary import CLIP_TOKENS, LENGTH, write_clip, write_t5
+
+PROMPTS = ["Make the red circle blue.", "add a crimson dinosaur at the top", "", "  Put a hat on  the cat, please!"]
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
+def test_orthogonalise_brings_all_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrix))
+    assert 0.6 < values.min() and values.max() < 1.25
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano")
+    write_t5(folder / "tokenizer_2")
+    write_clip(folder / "tokenizer")
+    return folder, Tokenizers.read(folder)
+
+
+def test_tokenizers_give_the_ids_of_transformers(tokenizers):
+    transformers = pytest.importorskip("transformers")
+    folder, own = tokenizers
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
+    t5 = transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
+    clip = transformers.CLIPTokenizerFast.from_pretrained(folder / "tokenizer")
+    ids = own(PROMPTS)
+    assert torch.equal(ids[0], t5(PROMPTS, **options).input_ids)
+    assert torch.equal(ids[1], clip(PROMPTS, **options).input_ids)
+    assert ids[1].max() == CLIP_TOKENS - 1
+
+
+def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tmp_path):
+    torch.manual_seed(0)
+    vae = VAE(CONFIG).requires_grad_(False)
+    phase = replace(PHASES[0], examples=40, steps=4, batch=2)
+
+    phases = (phase, replace(phase, name="later", steps=2))
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+
+    def weights(name, report):
+        nano = pretrain_flux(tmp_path / name, vae, tokenizers[1], phases, report)
+        return torch.cat([p.detach().flatten() for p in nano.parameters()])
+
+    def interrupt(nano, step):
+        raise KeyboardInterrupt
+
+    whole = weights("whole", report=lambda nano, step: None)
+    with pytest.raises(KeyboardInterrupt):
+        weights("parts", interrupt)
+    assert torch.load(tmp_path / "parts" / "flux.pt", weights_only=True)["step"] == 4
+    assert torch.equal(whole, weights("parts", report=lambda nano, step: None))
+
+
+def test_changed_tokens_weigh_more_and_text_to_image_tokens_alike():
+    target = torch.zeros(1, 16, 4, 4)
+    reference = target.clone()
+    reference[..., :2, :2] = 1
+    assert token_weights(target, [reference]).flatten().tolist() == [6, 1, 1, 1]
+    assert token_weights(target, []).flatten().tolist() == [1, 1, 1, 1]
+
+
+def test_success_looks_at_the_pixels_that_should_change():
+    reference = torch.zeros(3, 3, 8, 8)
+    target = reference.clone()
+    target[:2, :, :4] = 1
+    output = target.clone()
+    output[1] = 0  # nothing done
+    output[2] = 0.5  # something done where nothing should be
+    assert success(output, reference, target).tolist() == [True, False, False]
+
+
+@pytest.mark.slow
+def test_smoke_pretraining_writes_a_whole_model_folder(tmp_path):
+    command = [sys.executable, "-m", "kontext_min.nano", "pretrain", "--smoke"]
+    subprocess.run([*command, "--folder", tmp_path / "model", "--work", tmp_path / "work"], check=True, timeout=300)
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    assert all((tmp_path / "model" / part).is_dir() for part in parts)
+    assert (tmp_path / "model" / "metrics.json").exists()
