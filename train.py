@@ -75,7 +75,7 @@ def report_data(config: Config):
 
 
 def recipe(config: Config, shown: Use) -> dict:
-    """What infer.py needs to show this LoRA with no other argument than its file: its references are copied beside it."""
+    """What infer.py needs to show this LoRA with no other argument than its file; references are copied beside it."""
     files = []
     for i, view in enumerate(shown.references):
         files.append(config.output_dir / f"sample-reference-{i + 1}.png")

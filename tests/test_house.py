@@ -17,8 +17,8 @@ LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of 
     3: ["edit", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.formats", "quantize", "memory", "parallel", "study"],
-    1: ["models", "flow", "adapters.layers", "checkpoints.keys", "data.buckets", "data.captions", "data.align", "data.degrade", "data.problems",
-        "training.optim", "training.ema"],
+    1: ["models", "flow", "adapters.layers", "checkpoints.keys", "data.align", "data.buckets", "data.captions",
+        "data.degrade", "data.problems", "training.optim", "training.ema"],
     0: ["config", "foreign"],
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import infer
+import train
 from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import add_lora, updates
 from kontext_min.checkpoints.load import load_flux
@@ -144,6 +145,43 @@ def test_picture_with_a_lora_of_peft_equals_that_of_diffusers(scale, lora, konte
 
 
 # ------------------------------------------------------------------------------------------------ flags
+
+
+def test_a_lora_of_train_py_loads_in_diffusers_and_gives_infer_pys_picture(kontext, pipeline, tmp_path):
+    for i in range(2):
+        for folder in ("t", "r"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture(tmp_path / folder / f"{i}.png", 64, 64, seed=i + 5 * (folder == "r"))
+        (tmp_path / "t" / f"{i}.txt").write_text(PROMPT)
+    data = [
+        {"id": "t", "instance_data_dir": str(tmp_path / "t"), "conditioning_data": "r", "resolution": 64},
+        {"id": "r", "instance_data_dir": str(tmp_path / "r"), "conditioning_type": "reference_strict"},
+    ]
+    config = {"pretrained_model_name_or_path": str(kontext), "data_backend_config": data, "mixed_precision": "no"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    overrides = [
+        "max_train_steps=3",
+        "learning_rate=0.05",
+        "flux_lora_target=ai-toolkit",
+        "lora_alpha=5",
+        "lora_rank=4",
+    ]
+    overrides += ["validation_num_inference_steps=1", "num_eval_images=1", f"cache_dir={tmp_path / 'cache'}"]
+    train.main([str(tmp_path / "config.json"), f"output_dir={tmp_path / 'out'}", *overrides])
+    file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    image = picture(tmp_path / "reference.png", 80, 64)
+    base = of_diffusers(pipeline, 80, 64, image)
+    pipeline.load_lora_weights(file)
+    try:
+        theirs = of_diffusers(pipeline, 80, 64, image)
+    finally:
+        pipeline.unload_lora_weights()
+    ours = run(
+        "--model", kontext, "--lora", file, "--image", image, "--prompt", PROMPT, "--steps", 3, "--precision", "fp32",
+        "--reference-size", "keep", "--device", "cpu", "--out", tmp_path / "ours.png",
+    )[0]  # fmt: skip
+    assert_same_picture(ours, theirs)
+    assert abs(np.asarray(base, float) - np.asarray(theirs, float)).mean() > 1
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The training step against diffusers + peft, and what a run leaves behind."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from tiny import CPU, FP32, error, read_part
 
+import train as train_py
 from kontext_min.adapters.formats import read_lora
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
 from kontext_min.checkpoints.load import find, load_flux
@@ -19,9 +19,6 @@ from kontext_min.flow import Shift, mix, token_count, velocity
 from kontext_min.memory import apply_checkpointing
 from kontext_min.training.sets import mix_of, read_sets, text_cache
 from kontext_min.training.trainer import batches, draw, flow_loss, shift_factor, train
-
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the doors, train.py and infer.py, are not part of the package
-import train as door  # noqa: E402
 
 
 @pytest.fixture
@@ -169,7 +166,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_one_sentence(config):
 def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path):
     path = tmp_path / "config.json"
     path.write_text("// a comment\n" + config.model_dump_json(exclude_defaults=True))
-    door.main([str(path), "max_train_steps=6", f"--output_dir={tmp_path / 'named'}"])
+    train_py.main([str(path), "max_train_steps=6", f"--output_dir={tmp_path / 'named'}"])
     out = tmp_path / "named"
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert json.loads((out / "config.json").read_text())["max_train_steps"] == 6
@@ -185,7 +182,7 @@ def test_model_and_data_problems_are_said_together(config, tmp_path):
     (tmp_path / "reference" / "1.png").unlink()
     broken = config.model_copy(update={"pretrained_model_name_or_path": "nobody/nothing", "flux_lora_target": "some"})
     with pytest.raises(ValueError) as raised:
-        door.check(broken)
+        train_py.check(broken)
     for part in ("flux_lora_target 'some'", "1 targets without a reference", "hf download nobody/nothing"):
         assert part in str(raised.value)
 
