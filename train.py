@@ -62,7 +62,9 @@ def check(config: Config) -> tuple[load.Checkpoint, Sets]:
 def report_data(config: Config):
     """--check: all that can be said of the data without weights or a GPU; a contact sheet per set in output_dir."""
     sets = check_data(config)
-    print(*sets.notes, *summary(sets.training), sep="\n")
+    tokens, channels = presets.named(config.pretrained_model_name_or_path).text_shape
+    text = (tokens, channels, 2 if config.mixed_precision == "bf16" else 4)
+    print(*sets.notes, *summary(sets.training, text), sep="\n")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     by_set: dict[str, dict[str, Example]] = {}
     for example in (*sets.training, *sets.validation):  # pairs of both stand once
@@ -161,7 +163,7 @@ def main(argv: list[str]):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

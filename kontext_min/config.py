@@ -6,10 +6,10 @@ and `training/` know this module. Unknown keys are errors, with the nearest know
 
 import difflib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import json5
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from kontext_min import foreign
 
@@ -76,6 +76,9 @@ class Dataset(Strict):
     crop: bool = Field(False, description="cut to crop_aspect; else only what a bucket's size needs is cut")
     crop_aspect: Literal["square", "preserve"] = "square"
     crop_style: Literal["center", "centre", "random", "corner"] = "center"
+    vae_cache_clear_each_epoch: bool = Field(
+        False, description="with crop_style random: cut anew in every epoch, with latents that are not kept"
+    )
     minimum_image_size: float | None = Field(None, description="smaller targets are left out, with their references")
     maximum_image_size: float | None = Field(None, description="larger pictures are first resized to the next key")
     target_downsample_size: float | None = None
@@ -119,6 +122,12 @@ class Dataset(Strict):
         return self.caption_strategy if stated or self.role == "conditioning" else "textfile"
 
 
+DataList = Annotated[  # the discriminator only keeps error messages to the form that was given
+    Annotated[Path, Tag("<file>")] | Annotated[list[Dataset], Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<file>"),
+]
+
+
 class Config(Strict):
     """One training run."""
 
@@ -136,7 +145,7 @@ class Config(Strict):
     )
 
     # data
-    data_backend_config: Path | list[Dataset] = Field(description="the data list, or the path of its JSON file")
+    data_backend_config: DataList = Field(description="the data list, or the path of its JSON file")
     cache_dir: Path = Field(Path("cache"), description="latents and encoded text, by content; safe to delete")
     aspect_bucket_alignment: Literal[16, 64] | None = Field(
         None, description="training sizes are multiples of it, in pixels; default 64, and 16 for nano"
@@ -239,7 +248,7 @@ def checked(kind: type[Strict], values: dict, where: str):
 
 def problem(kind: type[Strict], entry: dict) -> str:
     """One of pydantic's findings in one line."""
-    name = ".".join(str(part) for part in entry["loc"])
+    name = ".".join(str(part) for part in entry["loc"] if part not in ("<file>", "<list>"))
     if not name:
         return f"{entry['input']!r} should be one object, {{...}}"
     if entry["type"] == "extra_forbidden":

@@ -5,7 +5,6 @@ DATASET_IGNORED = {
     "hash_filenames": "caches are keyed by content",
     "preserve_data_backend_cache": "caches are keyed by content and never cleared",
     "skip_file_discovery": "files are always looked at; that is fast",
-    "vae_cache_clear_each_epoch": "latents are of the picture's mode and do not change",
     "vae_cache_ondemand": "everything is encoded before training starts",
     "text_embeds": "there is one text cache",
     "metadata_backend": "nothing is kept beside the pictures",

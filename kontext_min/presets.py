@@ -17,6 +17,7 @@ class Preset:
     default: Size  # of a picture made without a reference
     sizes: tuple[Size, ...]
     bucket_step: int  # training sizes are multiples of it
+    text_shape: tuple[int, int]  # of one encoded instruction: tokens, channels
 
 
 def both_ways(*sizes: tuple[int, int]) -> tuple[Size, ...]:
@@ -27,8 +28,8 @@ def both_ways(*sizes: tuple[int, int]) -> tuple[Size, ...]:
 KONTEXT_SIZES = both_ways(
     (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104), (1024, 1024)
 )  # fmt: skip
-KONTEXT_DEV = Preset("kontext", Size(1024, 1024), KONTEXT_SIZES, bucket_step=64)
-NANO = Preset("nano", Size(96, 96), both_ways((64, 128), (80, 112), (96, 96)), bucket_step=16)
+KONTEXT_DEV = Preset("kontext", Size(1024, 1024), KONTEXT_SIZES, bucket_step=64, text_shape=(512, 4096))
+NANO = Preset("nano", Size(96, 96), both_ways((64, 128), (80, 112), (96, 96)), bucket_step=16, text_shape=(24, 128))
 
 
 def locate(model: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kontext_min.checkpoints.load import Checkpoint, load_vae
-from kontext_min.data.buckets import Size, Transform
+from kontext_min.data.buckets import Geometry, Size, Transform
 from kontext_min.data.cache import Cache, digest, weights_id
 from kontext_min.data.degrade import degrade
 from kontext_min.data.pairs import Picture
@@ -41,14 +41,28 @@ class Degradation:
 
 
 @dataclass(frozen=True)
+class Crop:
+    """How a picture's crop is found: by geometry and size, and for random ones by a draw of (seed, epoch)."""
+
+    geometry: Geometry
+    size: Size  # of the picture that is cut
+    seed: tuple[str | int, ...]
+
+    def at(self, epoch: int) -> Transform:
+        """The transform of an epoch."""
+        return self.geometry.transform(self.size, tuple(draw("crop", *self.seed, epoch).random(2).tolist()))
+
+
+@dataclass(frozen=True)
 class View:
     """A picture as the model sees it: which file, how it is cut and resized, and how it is degraded."""
 
     picture: Picture
     transform: Transform
     degradation: Degradation | None = None
-    epoch: int = 0
     strict: bool = False  # a reference that must show its target's frame
+    crop: Crop | None = None  # cut anew in every epoch
+    epoch: int = 0
 
     @property
     def size(self) -> Size:
@@ -58,7 +72,13 @@ class View:
     @property
     def fleeting(self) -> bool:
         """Whether it differs from epoch to epoch, so that keeping its latents would be of no use."""
-        return self.degradation is not None and self.degradation.folder is None
+        return self.crop is not None or (self.degradation is not None and self.degradation.folder is None)
+
+    def at(self, epoch: int) -> "View":
+        """The view of an epoch: itself unless it is made anew at every use."""
+        if not self.fleeting:
+            return self
+        return replace(self, epoch=epoch, transform=self.crop.at(epoch) if self.crop else self.transform)
 
     def key(self) -> str:
         """Content and everything that shapes the pixels."""
@@ -134,6 +154,7 @@ class Use:
     index: int
     repeat: int
     example: Example
+    target: View
     references: tuple[View, ...]
     caption: str
 
@@ -144,7 +165,7 @@ class Use:
 
     def views(self) -> tuple[View, ...]:
         """Target, then the references shown."""
-        return (self.example.target, *self.references)
+        return (self.target, *self.references)
 
 
 def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) -> Use:
@@ -164,8 +185,7 @@ def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) 
     caption = captions[int(caption_draw * len(captions))] if no_caption >= mix.caption_dropout else ""
     if no_reference < mix.reference_dropout:
         references = ()
-    shown = tuple(replace(view, epoch=epoch) if view.fleeting else view for view in references)
-    return Use(index, repeat, example, shown, caption)
+    return Use(index, repeat, example, example.target.at(epoch), tuple(v.at(epoch) for v in references), caption)
 
 
 @dataclass(frozen=True)

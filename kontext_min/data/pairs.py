@@ -18,6 +18,7 @@ from kontext_min.data.buckets import Size, open_image, oriented_size
 from kontext_min.data.problems import Problems, near_miss
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+NOT_READ = {".gif", ".avif", ".heic", ".heif", ".jxl", ".psd", ".svg"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Picture:
             raise ValueError(f"{self.path} is too narrow to hold two pictures")
         left = 0 if self.half == "left" else image.width - image.width // 2
         return image.crop((left, 0, left + image.width // 2, image.height))
+
+    def has_alpha(self) -> bool:
+        """Whether the file holds transparency, by its header."""
+        with Image.open(self.path) as image:
+            return image.has_transparency_data
 
     def size(self) -> Size:
         """Of the opened picture, from the file's header."""
@@ -66,6 +72,8 @@ def in_folder(folder: Path, problems: Problems) -> Pictures:
     for path in sorted(Path(parent, name) for parent, _, names in tree for name in names):
         if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
             found[path.relative_to(folder).with_suffix("").as_posix()].append(path)
+        elif path.suffix.lower() in NOT_READ:
+            problems.add("pictures of a kind that is not read", f"{path}; save it as .png")
     for error in locked:
         problems.add("folders that cannot be read", f"{error.filename} ({error.strerror}); check its permissions")
     if not found and not locked:
@@ -82,6 +90,7 @@ def check_readable(pictures: Pictures, problems: Problems) -> Pictures:
     for picture in pictures.values():
         try:
             picture.open()
+            problems.remarks["pictures with an alpha channel are laid on white"] += picture.has_alpha()
         except (ValueError, FileNotFoundError) as error:
             problems.add("unreadable pictures", str(error))
     return pictures

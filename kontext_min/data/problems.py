@@ -1,7 +1,7 @@
 """Everything that is wrong with the data, gathered so that it can be said at once."""
 
 import difflib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 SHOWN = 20  # of each kind
@@ -12,6 +12,7 @@ class Problems:
 
     def __init__(self):
         self.found: dict[str, list[str]] = defaultdict(list)
+        self.remarks: Counter[str] = Counter()  # what is no problem but should be said once
 
     def add(self, kind: str, text: str):
         """One finding, naming the file or the key."""

@@ -9,7 +9,7 @@ from kontext_min.data.buckets import Geometry, extent, same_aspect
 from kontext_min.data.cache import Cache
 from kontext_min.data.captions import captions_of
 from kontext_min.data.degrade import check as check_generator
-from kontext_min.data.examples import Degradation, Example, Mix, View, draw
+from kontext_min.data.examples import Crop, Degradation, Example, Mix, View
 from kontext_min.data.pairs import Picture, Pictures
 from kontext_min.data.problems import Problems, near_miss
 
@@ -55,7 +55,8 @@ def read_sets(config: Config, step: int) -> Sets:
     found = {role: [e for entry in reader.of(role) for e in reader.plan(entry)] for role in ("image", "eval")}
     reader.problems.raise_any()
     shown = [e for e in found["eval"] or found["image"] if not reader.by_id[e.set_id].disable_validation]
-    return Sets(found["image"], shown[: config.num_eval_images], reader.notes)
+    notes = reader.notes + [f"{count} {remark}" for remark, count in reader.problems.remarks.items() if count]
+    return Sets(found["image"], shown[: config.num_eval_images], notes)
 
 
 class Reader:
@@ -66,6 +67,7 @@ class Reader:
         self.problems, self.notes = Problems(), []
         self.entries = [entry for entry in config.datasets() if not entry.disabled]
         self.by_id = {entry.id: entry for entry in self.entries}
+        self.named_ids = {name for entry in self.entries for name in entry.conditioning_data if name != entry.id}
         twice = [name for name, count in Counter(entry.id for entry in self.entries).items() if count > 1]
         for name in twice:
             self.problems.add("ids that stand twice", name)
@@ -76,12 +78,13 @@ class Reader:
         self.check_use()
 
     def of(self, role: str) -> list[Dataset]:
-        """The entries of a role."""
-        return [entry for entry in self.entries if entry.role == role]
+        """The entries of a role. A set that another names as its references is one, whether it says so or not."""
+        named = [e.id for e in self.entries if e.role == "image" and e.id in self.named_ids and not e.conditioning_data]
+        return [e for e in self.entries if ("conditioning" if e.id in named else e.role) == role]
 
     def check_use(self):
         """Every reference set serves a target set, so that none is left out by a forgotten or mistyped id."""
-        named = {name for entry in self.entries for name in entry.conditioning_data}
+        named = self.named_ids
         made = {generated_id(entry, generator) for entry in self.entries for generator in entry.conditioning}
         for entry in self.of("conditioning") if named <= self.by_id.keys() | made else []:  # else: said in `named`
             if entry.id not in named:
@@ -173,18 +176,15 @@ class Reader:
             what = what if source.role not in ("eval", "text_embeds") else f"{name}, which is a set of {source.role}"
             self.problems.add("circular references", f"{entry.id}: conditioning_data names {what}")
             return []
-        if source.role == "image":
-            self.problems.add("incomplete entries", f"{name} is named as references: it needs conditioning_type")
-            return []
         if source.instance_data_dir is None:
             self.problems.add("incomplete entries", f"{name} needs an instance_data_dir")
             return []
         pictures = pairs.check_readable(pairs.in_folder(source.instance_data_dir, self.problems), self.problems)
+        if source.role == "image" and "caption_strategy" not in source.model_fields_set:
+            source = source.model_copy(update={"conditioning_type": "reference_strict"})  # its captions are not needed
         captions = {stem: self.captions(source, picture) for stem, picture in pictures.items()}
         loose = source.conditioning_type == "reference_loose"
-        if (
-            "resolution" not in source.model_fields_set
-        ):  # a loose set is as large as its targets unless it says otherwise
+        if "resolution" not in source.model_fields_set:  # as large as its targets unless it says otherwise
             size = {"resolution": entry.resolution, "resolution_type": entry.resolution_type}
             source = source.model_copy(update=size)
         return [References(name, pictures, captions, self.geometry(source) if loose else None)]
@@ -195,6 +195,10 @@ class Reader:
             check_generator(generator.type, generator.parameters)
         except ValueError as error:
             self.problems.add("generators", f"{entry.id}: {error}")
+        if entry.vae_cache_clear_each_epoch and generator.when == "start":
+            self.problems.add(
+                "generators", f"{entry.id}: vae_cache_clear_each_epoch needs {generator.type} with when: step"
+            )
         captions = [generator.captions] if isinstance(generator.captions, str) else generator.captions or []
         if not all(map(str.strip, captions)):
             self.problems.add("generators", f"{entry.id}: one of the captions of {generator.type} is empty")
@@ -234,26 +238,31 @@ class Reader:
     def example(self, entry: Dataset, geometry: Geometry, name: str, picture: Picture, captions, sets) -> Example:
         """One target with one view per reference set."""
         seed = (self.config.seed, entry.id, name)
-        transform = geometry.transform(picture.size(), tuple(draw("crop", *seed).random(2).tolist()))
+        crop = Crop(geometry, picture.size(), seed)
         views = []
         for references in sets:
-            other = references.pictures[name]
+            other, own = references.pictures[name], crop
             if references.generator is not None:
-                views.append(View(picture, transform, self.degradation(references.generator, references.id, seed)))
+                made = self.degradation(references.generator, references.id, seed)
+                views.append(self.view(entry, picture, crop, degradation=made))
                 continue
-            size, own = other.size(), transform
             if references.geometry is not None:
-                own = references.geometry.transform(size, tuple(draw("crop", *seed, references.id).random(2).tolist()))
-            elif not same_aspect(size, picture.size()):
-                self.problems.add(
-                    "strict references of another aspect",
-                    f"{other.path} is {size}, {picture.path} {picture.size()}; crop them alike or use reference_loose",
-                )
-            views.append(View(other, own, strict=references.geometry is None))
+                own = Crop(references.geometry, other.size(), (*seed, references.id))
+            elif not same_aspect(other.size(), picture.size()):
+                one, two = f"{other.path} is {other.size()}", f"{picture.path} {picture.size()}"
+                text = f"{one}, {two}; crop them alike or use reference_loose"
+                self.problems.add("strict references of another aspect", text)
+            views.append(self.view(entry, other, own, strict=references.geometry is None))
         own_captions = tuple(references.captions.get(name, ()) for references in sets)
         folder = entry.cache_dir_vae or self.config.cache_dir / "latents"
         often = (entry.repeats, entry.probability, entry.is_regularisation_data)
-        return Example(entry.id, name, View(picture, transform), tuple(views), captions, own_captions, folder, *often)
+        target = self.view(entry, picture, crop)
+        return Example(entry.id, name, target, tuple(views), captions, own_captions, folder, *often)
+
+    def view(self, entry: Dataset, picture: Picture, crop: Crop, **more) -> View:
+        """A picture by its crop, of epoch 0 or anew in every epoch."""
+        fresh = entry.vae_cache_clear_each_epoch and entry.crop_style == "random"
+        return View(picture, crop.at(0), crop=crop if fresh else None, **more)
 
     def degradation(self, generator: Generator, set_id: str, seed: tuple) -> Degradation:
         """How one target is degraded, and where the result is kept."""
@@ -274,7 +283,8 @@ def described(entry: Dataset, examples: list[Example], sets: list[References], s
     source = f"of {entry.pairs_file.name}" if entry.pairs_file else source
     lines = [f"{entry.id}: {key} is ignored: {why}" for key, why in entry.ignored.items()]
     kind = "" if sets else "; no references: text-to-image"
-    lines.append(f"{entry.id}: {len(examples)} targets, captions {source}{kind}")
+    count = sum(len(example.captions) for example in examples)
+    lines.append(f"{entry.id}: {len(examples)} targets, {count} captions {source}{kind}")
     for references in sets:
         how = "own size (loose)" if references.geometry else "cut like the target (strict)"
         made = references.generator

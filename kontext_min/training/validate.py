@@ -65,7 +65,7 @@ class Validator:
         for use in self.uses:
             text = tuple(part.to(self.editor.device) for part in self.examples.text(use.caption))
             references = [view.open() for view in use.references]
-            made.append(edit(self.editor, text, references, use.example.target.size, self.sampling))
+            made.append(edit(self.editor, text, references, use.target.size, self.sampling))
         return made
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class Validator:
                 self.base = self.pictures()
         rows, scores = [], []
         for use, base, lora in zip(self.uses, self.base, self.pictures(), strict=True):
-            target = use.example.target.open()
+            target = use.target.open()
             score = {"base": psnr(base, target), "lora": psnr(lora, target)}
             scores.append(score)
             cells = [("input", view.open()) for view in use.references]

@@ -240,11 +240,6 @@ def unused_reference_set(data, entries):
     del entries[0]["conditioning_data"]
 
 
-@broken("1 incomplete entries", "refs is named as references: it needs conditioning_type")
-def references_that_are_targets(data, entries):
-    entries[1] = {"id": "refs", "instance_data_dir": str(data / "reference"), "caption_strategy": "filename"}
-
-
 @broken("1 circular references", "edits: conditioning_data names itself")
 def self_reference(data, entries):
     entries[0]["conditioning_data"] = ["edits"]

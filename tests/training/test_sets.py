@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from kontext_min.config import Config, Dataset, checked
+from kontext_min.data.examples import Mix, use_of
 from kontext_min.training.sets import read_sets
 
 
@@ -128,3 +129,59 @@ def test_the_defaults_of_an_entry(tmp_path):
     assert Dataset(id="x").strategy == "textfile"
     assert Dataset(id="x", conditioning_type="reference_strict").strategy is None
     assert Dataset(id="x", conditioning_type="reference_strict", caption_strategy="textfile").strategy == "textfile"
+
+
+def test_a_set_that_another_names_as_references_is_one_without_saying_so(tmp_path):
+    folder(tmp_path / "t")
+    folder(tmp_path / "r", captions=False)
+    target = {"id": "t", "instance_data_dir": tmp_path / "t", "conditioning_data": "r", "resolution": 48}
+    sets = sets_of(tmp_path, target, {"id": "r", "instance_data_dir": tmp_path / "r"})
+    assert len(sets.training) == 3 and all(len(e.references) == 1 and e.references[0].strict for e in sets.training)
+
+
+def test_random_crops_are_of_the_pair_and_fixed_or_drawn_anew_in_every_epoch(tmp_path):
+    folder(tmp_path / "t", size=(120, 60))
+    folder(tmp_path / "r", captions=False, size=(120, 60))
+    target = {"id": "t", "instance_data_dir": tmp_path / "t", "conditioning_data": "r", "resolution": 48,
+              "crop": True, "crop_style": "random"}  # fmt: skip
+    reference = {"id": "r", "instance_data_dir": tmp_path / "r", "conditioning_type": "reference_strict"}
+    for fresh in (False, True):
+        examples = sets_of(tmp_path, {**target, "vae_cache_clear_each_epoch": fresh}, reference).training
+        uses = [use_of(0, examples[0], Mix(), epoch) for epoch in range(5)]
+        assert len({use.target.transform.box for use in uses}) == (5 if fresh else 1)
+        assert all(use.target.transform == use.references[0].transform for use in uses)
+        assert all(np.array_equal(use.target.open(), use.references[0].open()) for use in uses)
+        assert {use.target.size for use in uses} == {(48, 48)}
+        assert uses[0].target.fleeting is fresh
+    assert len({e.target.transform.box for e in examples}) == 3
+
+
+def test_a_reference_that_is_stored_turned_is_cut_like_its_upright_target(tmp_path):
+    folder(tmp_path / "t", size=(90, 50))
+    (tmp_path / "r").mkdir()
+    for i in range(3):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        turned = Image.open(tmp_path / "t" / f"{i}.png").transpose(Image.Transpose.ROTATE_90)
+        turned.save(tmp_path / "r" / f"{i}.png", exif=exif)
+    for style in ("center", "corner", "random"):
+        target = {"id": "t", "instance_data_dir": tmp_path / "t", "conditioning_data": "r", "resolution": 48,
+                  "crop": True, "crop_style": style}  # fmt: skip
+        reference = {"id": "r", "instance_data_dir": tmp_path / "r", "conditioning_type": "reference_strict"}
+        for example in sets_of(tmp_path, target, reference).training:
+            assert np.array_equal(example.target.open(), example.references[0].open())
+
+
+def test_transparency_is_said_once_with_a_count(tmp_path):
+    folder(tmp_path / "t")
+    for i in range(2):
+        Image.open(tmp_path / "t" / f"{i}.png").convert("RGBA").save(tmp_path / "t" / f"{i}.png")
+    notes = sets_of(tmp_path, {"id": "t", "instance_data_dir": tmp_path / "t"}).notes
+    assert "2 pictures with an alpha channel are laid on white" in notes
+
+
+def test_animations_and_other_kinds_are_named_instead_of_overlooked(tmp_path):
+    folder(tmp_path / "t")
+    Image.new("RGB", (9, 9)).save(tmp_path / "t" / "x.gif")
+    with pytest.raises(ValueError, match="x.gif; save it as .png"):
+        sets_of(tmp_path, {"id": "t", "instance_data_dir": tmp_path / "t"})
