@@ -118,9 +118,11 @@ def main(argv: list[str]):
     if "--check" in options:
         return report_data(config)
     checkpoint, sets = check(config)
-    print(*sets.notes, sep="\n")
+    print(*(f"{key} is ignored: {why}" for key, why in config.ignored.items()), *sets.notes, sep="\n")
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (config.output_dir / "config.json").write_text(
+        config.model_dump_json(indent=2, exclude={"ignored"}) + "\n", encoding="utf-8"
+    )
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     examples, validation = encode(config, sets, checkpoint, (device, dtype))

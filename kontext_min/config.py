@@ -6,7 +6,7 @@ and `training/` know this module. Unknown keys are errors, with the nearest know
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import json5
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -18,6 +18,19 @@ class Strict(BaseModel):
     """Frozen, and no key that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    LEFT_OUT: ClassVar[dict[str, str]] = {}  # key without a meaning here that does no harm -> why
+    REFUSED: ClassVar[dict[str, str]] = {}  # key that is not used here -> what to do instead
+
+    ignored: dict[str, str] = Field({}, description="not to be set: keys that were left out, and why")
+
+    @model_validator(mode="before")
+    @classmethod
+    def leave_out(cls, values):
+        """Take out the keys of LEFT_OUT, remembering them."""
+        if not isinstance(values, dict):
+            return values
+        ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values}
+        return {key: value for key, value in values.items() if key not in ignored} | {"ignored": ignored}
 
 
 class Generator(BaseModel):
@@ -41,6 +54,8 @@ class Generator(BaseModel):
 
 class Dataset(Strict):
     """One entry of the data list: targets (edited pictures), references, or the text cache's place."""
+
+    LEFT_OUT, REFUSED = foreign.DATASET_IGNORED, foreign.DATASET_REFUSED
 
     id: str
     type: Literal["local"] = "local"
@@ -93,16 +108,6 @@ class Dataset(Strict):
     cache_dir: Path | None = Field(None, description="text_embeds: of encoded captions; default cache_dir/text")
     cache_dir_vae: Path | None = Field(None, description="latents of this set's pairs; default cache_dir/latents")
     default: Literal[True] = Field(True, description="text_embeds: there is one such entry at most")
-    ignored: dict[str, str] = Field({}, description="not to be set: keys of SimpleTuner's left out, and why")
-
-    @model_validator(mode="before")
-    @classmethod
-    def leave_out(cls, values):
-        """Take out keys that have no meaning here but do no harm."""
-        if not isinstance(values, dict):
-            return values
-        ignored = {key: why for key, why in foreign.DATASET_IGNORED.items() if key in values}
-        return {key: value for key, value in values.items() if key not in ignored} | {"ignored": ignored}
 
     @field_validator("conditioning_data", "instance_prompt", "conditioning", mode="before")
     @classmethod
@@ -130,6 +135,8 @@ DataList = Annotated[  # the discriminator only keeps error messages to the form
 
 class Config(Strict):
     """One training run."""
+
+    LEFT_OUT, REFUSED = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED
 
     # model
     model_family: Literal["flux"] = "flux"
@@ -253,10 +260,10 @@ def problem(kind: type[Strict], entry: dict) -> str:
         return f"{entry['input']!r} should be one object, {{...}}"
     if entry["type"] == "extra_forbidden":
         key = str(entry["loc"][-1])
-        of_dataset = kind is Dataset or len(entry["loc"]) > 1
-        if of_dataset and key in foreign.DATASET_REFUSED:
-            return f"{name} is not used here: {foreign.DATASET_REFUSED[key]}"
-        known = (Dataset if of_dataset else kind).model_fields
+        owner = Dataset if len(entry["loc"]) > 1 else kind
+        if key in owner.REFUSED:
+            return f"{name} is not used here: {owner.REFUSED[key]}"
+        known = owner.model_fields.keys() - {"ignored"}
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         return f"unknown key {name}" + (f", did you mean {near[0]}?" if near else "")
     if entry["type"] == "missing":

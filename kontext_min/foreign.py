@@ -1,5 +1,33 @@
 """Keys of SimpleTuner's that have no knob here: what happens to each, and why. One table instead of code per key."""
 
+# key of a config -> why it can be left out without harm; the run says so once
+CONFIG_IGNORED = {
+    "fuse_qkv_projections": "projections are always fused, and a LoRA on them still trains separate q, k, v",
+    "num_train_epochs": "max_train_steps says how long",
+    "validation_resolution": "validation pictures have the sizes of their pairs",
+    "offload_during_startup": "the encoders are always let go before the transformer is loaded",
+    "aspect_bucket_rounding": "aspects are rounded to 2 decimals",
+    "vae_batch_size": "pictures are encoded one by one",
+    "write_batch_size": "cache entries are written one by one",
+    "read_batch_size": "batches are read as they are needed",
+    "max_workers": "as many as there are cores",
+    "image_processing_batch_size": "pictures are encoded one by one",
+    "aspect_bucket_worker_count": "sizes are read from the files' headers",
+    "override_dataset_config": "caches are keyed by content, so a changed dataset is never confused with the old one",
+    "compress_disk_cache": "latents hardly compress",
+    "tracker_project_name": "the run's folder is its name",
+    "tracker_run_name": "the run's folder is its name",
+}
+# key of a config -> what to do instead; the run refuses to start
+CONFIG_REFUSED = {
+    "flow_schedule_auto_shift": "use flow_schedule_shift: auto",
+    "caption_dropout": "use caption_dropout_probability",
+    "peft_lora_target_modules": "use flux_lora_target",
+    "delete_problematic_images": "nothing of yours is ever deleted; the messages name such pictures",
+    "delete_unwanted_images": "nothing of yours is ever deleted; the messages name such pictures",
+    "grad_clip_method": "gradients are always clipped by norm, by max_grad_norm",
+    "data_backend": "use data_backend_config",
+}
 # key of a dataset -> why it can be left out without harm; the run says so once
 DATASET_IGNORED = {
     "hash_filenames": "caches are keyed by content",

@@ -52,3 +52,14 @@ def test_the_shipped_configs_are_valid():
     for path in sorted((ROOT / "configs").glob("*.json")):
         assert isinstance(read_config(path, []), Config)
         read_config(path, []).datasets()
+
+
+def test_the_quickstarts_keys_are_used_or_named_with_what_becomes_of_them(tmp_path):
+    keys = """{"model_family": "flux", "model_flavour": "kontext", "gradient_checkpointing": true,
+      "fuse_qkv_projections": false, "lora_rank": 16, "learning_rate": 1e-5, "optimizer": "optimi-lion",
+      "max_train_steps": 10000, "validation_guidance": 2.5, "validation_resolution": "1024x1024",
+      "conditioning_multidataset_sampling": "random", "data_backend_config": []}"""
+    config = read_config(write(tmp_path, keys), [])
+    assert set(config.ignored) == {"fuse_qkv_projections", "validation_resolution"}
+    with pytest.raises(ValueError, match="flow_schedule_auto_shift is not used here: use flow_schedule_shift: auto"):
+        read_config(write(tmp_path, keys), ["flow_schedule_auto_shift=true"])
