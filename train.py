@@ -9,23 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from kontext_min import presets
-from kontext_min.adapters.formats import write_lora
-from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
+from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, read_config
 from kontext_min.data.check import contact_sheet, summary
-from kontext_min.data.examples import Example, Examples, Use, make_all
+from kontext_min.data.examples import Example, Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.sampler import Sampling
+from kontext_min.training.optim import make_optimizer
+from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
-from kontext_min.training.trainer import train
 from kontext_min.training.validate import Validator
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
 
 
@@ -76,25 +74,6 @@ def report_data(config: Config):
         print(*warnings, f"look at {file}", sep="\n")
 
 
-def recipe(config: Config, shown: Use) -> dict:
-    """What infer.py needs to show this LoRA with no other argument than its file; references are copied beside it."""
-    files = []
-    for i, view in enumerate(shown.references):
-        files.append(config.output_dir / f"sample-reference-{i + 1}.png")
-        view.open().save(files[-1])
-    return {
-        "title": config.output_dir.name,
-        "model": config.pretrained_model_name_or_path,
-        "prompt": [shown.caption],
-        "image": [str(file.resolve()) for file in files],
-        "guidance": config.validation_guidance,
-        "steps": config.validation_num_inference_steps,
-        "trained_steps": config.max_train_steps,
-        "lora_rank": config.lora_rank,
-        "flux_lora_target": config.flux_lora_target,
-    }
-
-
 def encode(config: Config, sets: Sets, checkpoint: load.Checkpoint, place: tuple) -> tuple[Examples, Examples]:
     """Make what is made once, then text and latents, cached by content; the encoders are let go again."""
     make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
@@ -139,27 +118,14 @@ def main(argv: list[str]):
         apply_checkpointing(flux)
 
     # loop
-    vae = load.load_vae(checkpoint, device, torch.float32)
+    vae = examples.vae = load.load_vae(checkpoint, device, torch.float32)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
     sampling = Sampling(config.validation_num_inference_steps, config.validation_guidance, seed=config.validation_seed)
     validator = Validator(editor, validation, sampling, config.output_dir / "validation")
-    examples.vae = vae  # for references that are made anew at every use
-    shown = recipe(config, (validator.uses or examples.uses(0))[0])
-    file = config.output_dir / LORA_FILE
-
-    def each_step(step: int):
-        last = step == config.max_train_steps
-        if last or (config.validation_steps and step % config.validation_steps == 0):
-            write_lora(file, list(updates(flux)), shown, dtype)
-            tqdm.write(validator.run(step))
-
-    try:
-        train(config, flux, parameters, examples, checkpoint.shift, each_step)
-    except (KeyboardInterrupt, ValueError):  # nothing is lost: the LoRA as it was before the step that failed
-        write_lora(file, list(updates(flux)), shown, dtype)
-        print(f"stopped; the LoRA so far is in {file}")
-        raise
-    print(f"{file}\n{validator.folder}/{config.max_train_steps:06d}.png")
+    betas = (config.adam_beta1, config.adam_beta2)
+    settings = (config.learning_rate, betas, config.adam_weight_decay, config.adam_epsilon)
+    optimizer = make_optimizer(config.optimizer, parameters, *settings)
+    print(Run(config, flux, examples, validator).go(optimizer, checkpoint.shift))
 
 
 if __name__ == "__main__":

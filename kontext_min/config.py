@@ -194,6 +194,10 @@ class Config(Strict):
 
     # what is left behind
     output_dir: Path = Path("output/run")
+    checkpointing_steps: int = Field(500, ge=0, description="steps between checkpoints; 0: only when interrupted")
+    checkpoints_total_limit: int = Field(3, ge=1, description="checkpoints kept; the oldest go first")
+    resume_from_checkpoint: str | None = Field(None, description="latest, or a checkpoint-N folder to go on from")
+    allow_changed_resume: bool = Field(False, description="go on although settings or data have changed since")
     validation_steps: int = Field(500, ge=0, description="steps between validation pictures; 0: only at the end")
     num_eval_images: int = Field(4, ge=0, description="pairs validated on")
     validation_guidance: float = 2.5

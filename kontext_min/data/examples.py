@@ -230,6 +230,12 @@ class Examples:
         kept = {c: None for e in self.examples for group in (e.captions, *e.reference_captions) for c in group}
         return [*kept, ""] if self.mix.caption_dropout else list(kept)
 
+    def fingerprint(self) -> str:
+        """The data's content: every picture, every caption, how often and how mixed; places do not count."""
+        parts = [(repr(e.captions), repr(e.reference_captions), e.repeats, e.probability) for e in self.examples]
+        views = [self.keys.get(view) or view.key() for e in self.examples for view in e.views()]
+        return digest(repr(parts), *views, repr(self.mix), self.vae_id, self.text_id)
+
     def encode(self, device: torch.device) -> tuple[int, int]:
         """Fill the caches: text first, then pictures; each network is loaded only if something is missing.
 

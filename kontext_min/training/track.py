@@ -7,11 +7,17 @@ from tqdm import tqdm
 
 
 class Tracker:
-    """Appends to OUTPUT/metrics.jsonl and moves the bar. Use as a context manager."""
+    """Appends to OUTPUT/metrics.jsonl and moves the bar. Use as a context manager.
 
-    def __init__(self, folder: Path, total: int):
-        self.file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.bar = tqdm(total=total, unit="step", desc="training")
+    start: the steps already done; later lines of an interrupted run are taken out, since they are written again.
+    """
+
+    def __init__(self, folder: Path, total: int, start: int = 0):
+        path = folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines[:start]), encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")
+        self.bar = tqdm(total=total, initial=start, unit="step", desc="training")
 
     def __enter__(self) -> "Tracker":
         return self

@@ -18,7 +18,7 @@ from kontext_min.config import Config
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Batch, Examples, Use
 from kontext_min.models.flux import Flux
-from kontext_min.training.optim import make_optimizer, rate
+from kontext_min.training.optim import rate
 from kontext_min.training.track import Tracker
 
 
@@ -61,24 +61,22 @@ def shift_factor(config: Config, shift: flow.Shift, batch: Batch) -> float:
 def train(
     config: Config,
     flux: Flux,
-    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
     examples: Examples,
     shift: flow.Shift,
-    each_step: Callable[[int], None] = lambda step: None,
+    start: int = 0,
+    each_step: Callable[[int], bool | None] = lambda step: None,
 ):
-    """max_train_steps optimizer steps; each_step(n) is called after the n-th, counted from 1.
+    """Optimizer steps start + 1 to max_train_steps; each_step(n) is called after the n-th and ends the run with True.
 
     Raises ValueError when a loss or gradient is no longer finite: the parameters are then still those before it.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
-    betas = (config.adam_beta1, config.adam_beta2)
-    optimizer = make_optimizer(
-        config.optimizer, parameters, config.learning_rate, betas, config.adam_weight_decay, config.adam_epsilon
-    )
-    numbered = enumerate(batches(examples, config))
-    with Tracker(config.output_dir, config.max_train_steps) as tracker:
-        for step in range(config.max_train_steps):
-            start = time.perf_counter()
+    numbered = islice(enumerate(batches(examples, config)), start * config.gradient_accumulation_steps, None)
+    with Tracker(config.output_dir, config.max_train_steps, start) as tracker:
+        for step in range(start, config.max_train_steps):
+            began = time.perf_counter()
             loss = 0.0
             for number, uses in islice(numbered, config.gradient_accumulation_steps):
                 batch = examples.batch(uses, device)
@@ -97,5 +95,6 @@ def train(
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            tracker.log(step + 1, loss=loss, grad_norm=norm, lr=lr, seconds=time.perf_counter() - start)
-            each_step(step + 1)
+            tracker.log(step + 1, loss=loss, grad_norm=norm, lr=lr, seconds=time.perf_counter() - began)
+            if each_step(step + 1):
+                return

@@ -56,8 +56,10 @@ class Validator:
         self.editor, self.examples, self.sampling, self.folder = editor, examples, sampling, folder
         self.uses = [use_of(i, example, examples.mix, epoch=0) for i, example in enumerate(examples.examples)]
         self.base: list[Image.Image] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "psnr.jsonl").unlink(missing_ok=True)
+
+    def begin(self):
+        """A new run: nothing of an earlier one is left among its numbers."""
+        (self.folder / "psnr.jsonl").unlink(missing_ok=True)
 
     def pictures(self) -> list[Image.Image]:
         """One edit per validation pair, with what the model holds now."""
@@ -71,6 +73,7 @@ class Validator:
     @torch.no_grad()
     def run(self, step: int) -> str:
         """Write validation/STEP.png and a line of psnr.jsonl. -> one sentence on how it stands."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not self.uses:
             return "no validation pairs"
         if not self.base:
@@ -90,6 +93,12 @@ class Validator:
             rows.append((f"{use.example.name}: {use.caption}", cells))
         sheet(rows).save(self.folder / f"{step:06d}.png")
         mean = {kind: sum(score[kind] for score in scores) / len(scores) for kind in ("base", "lora")}
-        with open(self.folder / "psnr.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **mean, "pairs": scores}) + "\n")
+        self.record({"step": step, **mean, "pairs": scores})
         return f"step {step}: {mean['lora']:.1f} dB to the target with the LoRA, {mean['base']:.1f} dB without"
+
+    def record(self, line: dict):
+        """Add a line to psnr.jsonl in place of those that an interrupted run wrote for later steps."""
+        file = self.folder / "psnr.jsonl"
+        lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+        kept = [old for old in lines if old["step"] < line["step"]]
+        file.write_text("".join(json.dumps(entry) + "\n" for entry in [*kept, line]), encoding="utf-8")

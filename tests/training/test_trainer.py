@@ -53,6 +53,10 @@ def prepared(config):
     return flux, parameters, examples
 
 
+def adamw(config, parameters) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+
+
 def losses_of(config) -> list[float]:
     return [json.loads(line)["loss"] for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -116,7 +120,7 @@ def test_ten_steps_equal_diffusers_peft_and_adamw(config):
     flux, parameters, examples = prepared(config)
     twin = peft_twin(config, flux)
     expected = twin_losses(config, twin, examples)
-    train(config, flux, parameters, examples, Shift())
+    train(config, flux, adamw(config, parameters), examples, Shift())
     assert losses_of(config) == pytest.approx(expected, rel=1e-5)
     assert expected[0] != expected[-1]
     trained = dict(twin.named_parameters())
@@ -132,7 +136,7 @@ def test_a_run_can_be_repeated_to_the_last_bit_and_checkpointing_does_not_change
         flux, parameters, examples = prepared(variant)
         if variant.gradient_checkpointing:
             apply_checkpointing(flux)
-        train(variant, flux, parameters, examples, Shift())
+        train(variant, flux, adamw(variant, parameters), examples, Shift())
         results.append((losses_of(variant), [p.detach().clone() for p in parameters]))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
@@ -150,7 +154,7 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(config):
     norm = torch.stack([p.grad.norm() for p in parameters]).norm().item()
     flux, parameters, examples = prepared(config)
     run = config.model_copy(update={"gradient_accumulation_steps": 2, "max_train_steps": 1})
-    train(run, flux, parameters, examples, Shift())
+    train(run, flux, adamw(run, parameters), examples, Shift())
     logged = json.loads((config.output_dir / "metrics.jsonl").read_text())
     assert logged["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert logged["grad_norm"] == pytest.approx(norm, rel=1e-6)
@@ -160,7 +164,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_one_sentence(config):
     flux, parameters, examples = prepared(config)
     parameters[1].data.fill_(float("nan"))
     with pytest.raises(ValueError, match="step 1: the loss is nan.*lower learning_rate"):
-        train(config, flux, parameters, examples, Shift())
+        train(config, flux, adamw(config, parameters), examples, Shift())
 
 
 def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path):
@@ -190,7 +194,7 @@ def test_model_and_data_problems_are_said_together(config, tmp_path):
 def test_the_tiny_model_is_not_changed_by_training(config, kontext):
     before = read_part(kontext / "transformer")
     flux, parameters, examples = prepared(config)
-    train(config, flux, parameters, examples, Shift())
+    train(config, flux, adamw(config, parameters), examples, Shift())
     assert all(torch.equal(tensor, before[name]) for name, tensor in read_part(kontext / "transformer").items())
     assert not any(p.requires_grad for name, p in flux.named_parameters() if "updates" not in name)
 
@@ -218,7 +222,7 @@ def test_text_to_image_data_trains_beside_pairs_and_alone(config, tmp_path):
     for datasets in ([alone], [alone, *config.data_backend_config]):
         run = config.model_copy(update={"data_backend_config": datasets, "max_train_steps": 4})
         flux, parameters, examples = prepared(run)
-        train(run, flux, parameters, examples, Shift())
+        train(run, flux, adamw(run, parameters), examples, Shift())
         assert len(losses_of(run)) == 4
     shapes = {len(use.references) for use in examples.uses(0)}
     assert shapes == {0, 1}

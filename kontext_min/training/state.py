@@ -1,0 +1,120 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped, bit for bit.
+
+Noise, times and the order of the data are functions of (seed, step), so a checkpoint is the adapter, the optimizer's
+state and the step. `checkpoint-N/` appears whole or not at all, and old ones are removed only after a new one is whole.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kontext_min.adapters.inject import updates
+from kontext_min.config import Config
+from kontext_min.data.cache import checksum
+from kontext_min.data.examples import Examples
+from kontext_min.models.flux import Flux
+
+ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
+FREE = {  # keys that may change between a checkpoint and the run that goes on from it
+    "max_train_steps", "output_dir", "cache_dir", "data_backend_config", "checkpointing_steps", "ignored",
+    "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "validation_steps", "num_eval_images",
+    "validation_guidance", "validation_num_inference_steps", "validation_seed",
+}  # fmt: skip
+
+
+def identity(config: Config, examples: Examples) -> dict:
+    """What must be the same for a run to go on: the settings that shape the training, and the data's content."""
+    values = config.model_dump(mode="json", exclude=FREE)
+    if config.lr_scheduler in ("linear", "cosine"):
+        values["max_train_steps"] = config.max_train_steps
+    return {**values, "data": examples.fingerprint()}
+
+
+def adapter_of(flux: Flux) -> dict[str, torch.Tensor]:
+    """Every update's matrices by name, on the CPU, as they are."""
+    return {f"{u.name}.{part}": getattr(u, part).detach().cpu() for u in updates(flux) for part in ("A", "B")}
+
+
+def save(folder: Path, step: int, flux: Flux, optimizer: torch.optim.Optimizer, identity: dict, limit: int) -> Path:
+    """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so."""
+    final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        adapter = adapter_of(flux)
+        save_file(adapter, temporary / ADAPTER, metadata={"checksum": checksum(adapter)})
+        torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
+        state = {"step": step, "adapter": checksum(adapter), "identity": identity}
+        (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        sync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = checkpoints(folder)
+        last = f"the last whole one is {kept[-1]}" if kept else "there is none before it"
+        raise OSError(f"checkpoint {step} could not be written ({error}); {last}") from error
+    for old in checkpoints(folder)[:-limit]:
+        shutil.rmtree(old)
+    return final
+
+
+def sync(path: Path):
+    """Have the operating system write a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    numbered = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(numbered, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def chosen(config: Config) -> Path | None:
+    """The checkpoint to go on from; None starts a new run. `latest` with nothing there is a new run."""
+    if config.resume_from_checkpoint is None:
+        return None
+    if config.resume_from_checkpoint == "latest":
+        return next(reversed(checkpoints(config.output_dir)), None)
+    path = Path(config.resume_from_checkpoint)
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint {path} is no folder; give one checkpoint-N, or latest")
+    return path
+
+
+def restore(path: Path, flux: Flux, optimizer: torch.optim.Optimizer, identity: dict, allow_changes: bool) -> int:
+    """Bring adapter and optimizer to the state of a checkpoint. -> its step.
+
+    Raises ValueError listing what changed since, or naming the checkpoint before a damaged one.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        adapter = load_file(path / ADAPTER)
+        if checksum(adapter) != state["adapter"]:
+            raise ValueError("the adapter's checksum differs")
+        optimizer_state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
+        before = [p for p in checkpoints(path.parent) if p != path]
+        remedy = f"go on with resume_from_checkpoint={before[-1]}" if before else "start anew"
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    changed = [key for key in identity | state["identity"] if identity.get(key) != state["identity"].get(key)]
+    if changed and not allow_changes:
+        lines = [f"  {key}: {state['identity'].get(key)!r} -> {identity.get(key)!r}" for key in changed]
+        remedy = "undo that, start anew in another output_dir, or set allow_changed_resume=true"
+        raise ValueError("\n".join([f"{path} was made with other settings; {remedy}:", *lines]))
+    for update in updates(flux):
+        for part in ("A", "B"):
+            getattr(update, part).data.copy_(adapter[f"{update.name}.{part}"])
+    optimizer.load_state_dict(optimizer_state)
+    return state["step"]

@@ -1,0 +1,157 @@
+"""A run that is interrupted and goes on equals one that never was, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+from kontext_min.training import state
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(kontext, tmp_path):
+    """Twelve steps of accumulated batches with warm-up, cosine and dropout; a checkpoint every five steps."""
+    for folder in ("target", "reference"):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            Image.effect_noise((64, 48), 80 + i).convert("RGB").save(tmp_path / folder / f"{i}.png")
+            (tmp_path / "target" / f"{i}.txt").write_text("make the sky red\nmake it night")
+    data = [
+        {"id": "t", "instance_data_dir": str(tmp_path / "target"), "conditioning_data": "r", "resolution": 48},
+        {"id": "r", "instance_data_dir": str(tmp_path / "reference"), "conditioning_type": "reference_strict"},
+    ]
+    values = {
+        "pretrained_model_name_or_path": str(kontext), "data_backend_config": data, "mixed_precision": "no",
+        "cache_dir": str(tmp_path / "cache"), "max_train_steps": 12, "gradient_accumulation_steps": 2, "lora_rank": 2,
+        "gradient_checkpointing": False, "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
+        "caption_dropout_probability": 0.2, "checkpointing_steps": 5, "validation_steps": 6, "num_eval_images": 1,
+        "validation_num_inference_steps": 1, "resume_from_checkpoint": "latest", "checkpoints_total_limit": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path / "config.json"
+
+
+def run(config, out, *overrides):
+    train.main([str(config), f"output_dir={out}", *overrides])
+    return out
+
+
+def results(out):
+    """The bytes of the LoRA's tensors, and the logged losses."""
+    losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lora = load_file(out / "pytorch_lora_weights.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in lora.items()}, [(e["step"], e["loss"]) for e in losses]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "optimi-lion"])
+def test_a_resumed_run_equals_an_uninterrupted_run(config, tmp_path, optimizer):
+    whole = run(config, tmp_path / "whole", f"optimizer={optimizer}")
+    parts = tmp_path / "parts"
+
+    def stop_after_seven(self, step, each_step=train.Run.each_step):
+        self.interrupted.set() if step == 7 else None
+        return each_step(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "each_step", stop_after_seven)
+        run(config, parts, f"optimizer={optimizer}")
+    assert [p.name for p in state.checkpoints(parts)] == ["checkpoint-5", "checkpoint-7"]
+    run(config, parts, f"optimizer={optimizer}")
+    assert results(parts) == results(whole)
+    assert [p.name for p in state.checkpoints(parts)] == ["checkpoint-10", "checkpoint-12"]
+    assert (parts / "validation" / "psnr.jsonl").read_text() == (whole / "validation" / "psnr.jsonl").read_text()
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(config, tmp_path, capsys):
+    out = run(config, tmp_path / "out", "lr_scheduler=constant")
+    before = results(out)
+    run(config, out, "lr_scheduler=constant")
+    assert "already reached; nothing to do" in capsys.readouterr().out
+    assert results(out) == before
+    run(config, out, "lr_scheduler=constant", "max_train_steps=14")
+    assert [step for step, _ in results(out)[1]] == list(range(1, 15))
+
+
+def test_changed_settings_or_data_are_listed_and_refused_unless_allowed(config, tmp_path):
+    out = run(config, tmp_path / "out", "max_train_steps=5", "lr_scheduler=constant")
+    changes = ["lr_scheduler=constant", "learning_rate=2e-3", "seed=1"]
+    (tmp_path / "target" / "0.txt").write_text("another caption")
+    with pytest.raises(ValueError) as raised:
+        run(config, out, *changes)
+    for part in ("learning_rate: 0.001 -> 0.002", "seed: 42 -> 1", "data: ", "allow_changed_resume=true"):
+        assert part in str(raised.value)
+    assert "caption_dropout" not in str(raised.value)
+    run(config, out, *changes, "allow_changed_resume=true", "max_train_steps=6")
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(config, tmp_path, file):
+    out = run(config, tmp_path / "out")
+    path = out / "checkpoint-12" / file
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="checkpoint-12 is damaged .*resume_from_checkpoint=.*checkpoint-10"):
+        run(config, out)
+    run(config, out, f"resume_from_checkpoint={out / 'checkpoint-10'}")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        run(config, out, "resume_from_checkpoint=nowhere")
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(config, tmp_path, monkeypatch):
+    out = run(config, tmp_path / "out", "max_train_steps=5", "lr_scheduler=constant")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state.torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint 6 could not be written .*No space left.*the last whole one is .*-5"):
+        run(config, out, "max_train_steps=6", "lr_scheduler=constant")
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+def start(config, out):
+    command = [sys.executable, "train.py", str(config), f"output_dir={out}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_steps(out, count, process):
+    """Until so many steps are logged."""
+    file = out / "metrics.jsonl"
+    while process.poll() is None and (not file.exists() or file.read_text().count("\n") < count):
+        time.sleep(0.02)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_0(config, tmp_path):
+    whole, parts = run(config, tmp_path / "whole"), tmp_path / "parts"
+    process = start(config, parts)
+    wait_for_steps(parts, 3, process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate()
+    assert process.returncode == 0 and "resume_from_checkpoint=latest" in said, said
+    run(config, parts)
+    assert results(parts) == results(whole)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_a_run_ends_in_the_same_bytes(config, tmp_path):
+    whole, parts = run(config, tmp_path / "whole"), tmp_path / "parts"
+    r = random.Random(0)
+    for _ in range(20):
+        process = start(config, parts)
+        wait_for_steps(parts, r.randrange(1, 11), process)
+        time.sleep(r.random() * 0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    run(config, parts)
+    assert results(parts) == results(whole)
