@@ -30,7 +30,7 @@ NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
 def check_data(config: Config) -> Sets:
     """What can be told without the model's files. Raises ValueError with all problems together."""
     problems, sets = [], None
-    if config.flux_lora_target not in TARGETS:
+    if isinstance(config.flux_lora_target, str) and config.flux_lora_target not in TARGETS:
         problems.append(f"flux_lora_target {config.flux_lora_target!r} is none of {', '.join(TARGETS)}")
     try:
         sets = read_sets(config, presets.named(config.pretrained_model_name_or_path).bucket_step)
@@ -111,7 +111,10 @@ def main(argv: list[str]):
     # model: load -> freeze -> adapt -> checkpoint
     flux = load.load_flux(checkpoint, device, dtype).requires_grad_(False)
     torch.manual_seed(config.seed)
-    names = matching_modules(flux.config, TARGETS[config.flux_lora_target])
+    target = config.flux_lora_target
+    names = matching_modules(flux.config, TARGETS[target] if isinstance(target, str) else target)
+    if not names:
+        raise ValueError(f"flux_lora_target {target} matches no module of this model")
     parameters = add_lora(flux, names, config.lora_rank, config.lora_alpha or config.lora_rank)
     print(f"LoRA of rank {config.lora_rank} on {len(names)} modules: {sum(p.numel() for p in parameters):,} parameters")
     if config.gradient_checkpointing:

@@ -167,13 +167,25 @@ class Config(Strict):
     lora_type: Literal["standard"] = "standard"
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = Field(None, gt=0, description="strength is alpha / rank; default: the rank")
-    flux_lora_target: str = Field("all", description="which linears are adapted; all: every attention projection")
+    flux_lora_target: str | list[str] = Field(
+        "all", description="which linears are adapted: a set's name, or patterns of diffusers' module names"
+    )
 
     # the step
     flow_schedule_shift: Literal["auto"] | float = Field(
         "auto", description="factor that moves times towards noise; auto: by the target's size, as in sampling"
     )
-    flux_guidance_value: float = Field(1.0, description="the distilled guidance while training")
+    flow_sigmoid_scale: float = Field(1.0, gt=0, description="times are sigmoid(scale * normal), then shifted")
+    flow_use_uniform_schedule: bool = Field(False, description="uniform times instead")
+    flow_use_beta_schedule: bool = Field(False, description="beta times instead")
+    flow_beta_schedule_alpha: float = Field(2.0, gt=0)
+    flow_beta_schedule_beta: float = Field(2.0, gt=0)
+    flux_guidance_mode: Literal["constant", "random-range"] = "constant"
+    flux_guidance_value: float = Field(1.0, description="the distilled guidance while training, if constant")
+    flux_guidance_min: float = Field(0.0, description="of a random range")
+    flux_guidance_max: float = Field(4.0, description="of a random range")
+    loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
+    huber_c: float = Field(0.1, gt=0, description="error from which huber and smooth_l1 grow linearly")
     train_batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="batches per optimizer step; the gradient is their mean"

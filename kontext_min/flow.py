@@ -6,6 +6,7 @@ a token is a 2 x 2 patch of latents, 16 x 16 pixels.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -132,10 +133,27 @@ def token_count(height: int, width: int) -> int:
     return (height // 2) * (width // 2)
 
 
-def sample_time(batch: int, generator: torch.Generator, factor: float = 1.0) -> Tensor:
-    """Training times (batch,): sigmoid of a standard normal, then shifted. fp32, on the generator's device."""
-    t = torch.sigmoid(torch.randn(batch, generator=generator, device=generator.device))
-    return shift_time(t, factor)
+Density = Callable[[torch.Generator], Tensor]  # one training time in [0, 1], before the shift: (1,) fp32
+
+
+def logit_normal(scale: float = 1.0) -> Density:
+    """sigmoid(scale * a standard normal): most times in the middle."""
+    return lambda generator: torch.sigmoid(scale * torch.randn(1, generator=generator))
+
+
+def uniform() -> Density:
+    """All times alike."""
+    return lambda generator: torch.rand(1, generator=generator)
+
+
+def beta(alpha: float, beta: float) -> Density:
+    """Beta(alpha, beta), as the share of one of two gamma draws."""
+
+    def draw(generator: torch.Generator) -> Tensor:
+        one, other = torch._standard_gamma(torch.tensor([alpha, beta]), generator=generator)
+        return (one / (one + other))[None]
+
+    return draw
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

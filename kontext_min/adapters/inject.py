@@ -4,8 +4,9 @@ Module names are diffusers' (`transformer_blocks.0.attn.to_q`), known to trainer
 is a range of rows in one of our fused linears, the update acts on these rows alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,23 @@ TARGETS = {  # `flux_lora_target` -> endings of module names, as SimpleTuner has
     "ai-toolkit":       (*_ALL_FF, "norm.linear", "norm1.linear", "norm1_context.linear"),
     "tiny":             ("single_transformer_blocks.7.proj_out", "single_transformer_blocks.20.proj_out"),
     "nano":             ("single_transformer_blocks.7.proj_out",),
+    "mmdit":            ("transformer_blocks.*.attn.*", "transformer_blocks.*.ff*"),  # all but the modulation
 }
 # fmt: on
 
 
-def matching_modules(config: FluxConfig, endings: tuple[str, ...]) -> list[str]:
-    """Diffusers names of the linears that end in one of `endings` (whole dotted words), in the table's order."""
+def matching_modules(config: FluxConfig, patterns: Sequence[str]) -> list[str]:
+    """Diffusers names of the linears that match, in the table's order.
+
+    A pattern is the ending of a name in whole dotted words, or has `*` and matches a whole name.
+    """
     names = [part.name for parts in flux_linears(config).values() for part in parts]
-    return [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)]
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module's name fits a pattern."""
+    return fnmatchcase(name, pattern) if "*" in pattern else f".{name}".endswith(f".{pattern}")
 
 
 def add_lora(flux: Flux, names: list[str], rank: int, alpha: float) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import count, islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,27 +29,62 @@ def batches(examples: Examples, config: Config) -> Iterator[list[Use]]:
         yield from examples.epoch(epoch, config.train_batch_size)
 
 
-def draw(batch: Batch, uses: list[Use], number: int, seed: int, shift: float) -> tuple[Tensor, Tensor]:
-    """Noise (B, 16, h, w) and times (B,) of batch `number` on its device, each use's by a generator of its own."""
-    parts = [digest("noise", str(seed), str(number), str(use.index), str(use.repeat)) for use in uses]
-    generators = [torch.Generator().manual_seed(int(part[:15], 16)) for part in parts]
-    t = torch.cat([flow.sample_time(1, generator, shift) for generator in generators])
-    noise = torch.cat([flow.draw_noise((1, *batch.target.shape[1:]), generator) for generator in generators])
-    return noise.to(batch.target.device), t.to(batch.target.device)
+class Draw(NamedTuple):
+    """What is random in one batch, on its device."""
+
+    noise: Tensor  # (B, 16, h, w)
+    t: Tensor  # (B,)
+    guidance: Tensor  # (B,)
 
 
-def flow_loss(flux: Flux, batch: Batch, noise: Tensor, t: Tensor, guidance: float) -> Tensor:
-    """fp32 mean squared error of the velocity, over the target's latents.
+def draw(batch: Batch, uses: list[Use], number: int, config: Config, shift: flow.Shift) -> Draw:
+    """The noise, times and guidance of batch `number`, each use's by a generator of its own."""
+    factor, device = shift_factor(config, shift, batch), batch.target.device
+    columns = []
+    for use in uses:
+        seed = digest("noise", str(config.seed), str(number), str(use.index), str(use.repeat))
+        generator = torch.Generator().manual_seed(int(seed[:15], 16))
+        t = flow.shift_time(density(config)(generator), factor)
+        noise = flow.draw_noise((1, *batch.target.shape[1:]), generator)
+        columns.append((noise, t, guidance(config, generator)))
+    return Draw(*(torch.cat(column).to(device) for column in zip(*columns, strict=True)))
+
+
+def density(config: Config) -> flow.Density:
+    """How times are drawn."""
+    if config.flow_use_uniform_schedule:
+        return flow.uniform()
+    if config.flow_use_beta_schedule:
+        return flow.beta(config.flow_beta_schedule_alpha, config.flow_beta_schedule_beta)
+    return flow.logit_normal(config.flow_sigmoid_scale)
+
+
+def guidance(config: Config, generator: torch.Generator) -> Tensor:
+    """(1,) the distilled guidance of one use."""
+    if config.flux_guidance_mode == "constant":
+        return torch.tensor([config.flux_guidance_value])
+    low, high = config.flux_guidance_min, config.flux_guidance_max
+    return low + (high - low) * torch.rand(1, generator=generator)
+
+
+LOSSES = {  # loss_type -> mean over everything; c is where huber and smooth_l1 turn linear
+    "l2": lambda v, wanted, c: F.mse_loss(v, wanted),
+    "huber": lambda v, wanted, c: F.huber_loss(v, wanted, delta=c),
+    "smooth_l1": lambda v, wanted, c: F.smooth_l1_loss(v, wanted, beta=c),
+}
+
+
+def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: float = 0.1) -> Tensor:
+    """The loss of the velocity over the target's latents, in fp32.
 
     The velocity to learn is noise - target; of regularisation data it is the base model's own, at the same x_t and t.
     """
-    x_t = flow.mix(batch.target, noise, t)
-    guidance = torch.full_like(t, guidance)
-    wanted = noise - batch.target
+    noise, t, guidance = drawn
+    x_t, wanted = flow.mix(batch.target, noise, t), noise - batch.target
     if batch.regularise:
         with torch.no_grad(), muted(flux):
             wanted = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
-    return F.mse_loss(flow.velocity(flux, x_t, t, batch.condition, guidance).float(), wanted)
+    return LOSSES[loss_type](flow.velocity(flux, x_t, t, batch.condition, guidance).float(), wanted, c)
 
 
 def shift_factor(config: Config, shift: flow.Shift, batch: Batch) -> float:
@@ -80,8 +116,9 @@ def train(
             loss = 0.0
             for number, uses in islice(numbered, config.gradient_accumulation_steps):
                 batch = examples.batch(uses, device)
-                noise, t = draw(batch, uses, number, config.seed, shift_factor(config, shift, batch))
-                part = flow_loss(flux, batch, noise, t, config.flux_guidance_value) / config.gradient_accumulation_steps
+                drawn = draw(batch, uses, number, config, shift)
+                part = flow_loss(flux, batch, drawn, config.loss_type, config.huber_c)
+                part = part / config.gradient_accumulation_steps
                 part.backward()
                 loss += part.item()
             norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))

@@ -12,7 +12,7 @@ from kontext_min.models.flux import FluxConfig
 
 COUNTS = {
     "all": 266, "context": 76, "context+ffs": 114, "all+ffs": 419, "all+ffs+embedder": 420, "ai-toolkit": 495,
-    "tiny": 2, "nano": 1,
+    "tiny": 2, "nano": 1, "mmdit": 228,
 }  # fmt: skip
 
 

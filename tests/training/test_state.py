@@ -145,13 +145,23 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(config, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_a_run_ends_in_the_same_bytes(config, tmp_path):
+    longer = json.loads(config.read_text()) | {"max_train_steps": 60}
+    config.write_text(json.dumps(longer))
     whole, parts = run(config, tmp_path / "whole"), tmp_path / "parts"
-    r = random.Random(0)
-    for _ in range(20):
+    r, kills, reached = random.Random(0), 0, []
+    metrics = parts / "metrics.jsonl"
+    while kills < 20:
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         process = start(config, parts)
-        wait_for_steps(parts, r.randrange(1, 11), process)
-        time.sleep(r.random() * 0.2)
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
+            time.sleep(0.01)  # until its training has begun
+        time.sleep(r.random())
+        assert process.poll() is None, "it ended before it could be killed; make the run longer"
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        kills += 1
+        reached.append(metrics.read_text().count("\n"))
+    print("killed after step", reached)
+    assert len(set(reached)) > 5
     run(config, parts)
     assert results(parts) == results(whole)

@@ -14,11 +14,11 @@ from kontext_min.adapters.formats import read_lora
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.config import Config, Dataset
-from kontext_min.data.examples import Examples
-from kontext_min.flow import Shift, mix, token_count, velocity
+from kontext_min.data.examples import Batch, Examples
+from kontext_min.flow import Shift, mix, velocity
 from kontext_min.memory import apply_checkpointing
 from kontext_min.training.sets import mix_of, read_sets, text_cache
-from kontext_min.training.trainer import batches, draw, flow_loss, shift_factor, train
+from kontext_min.training.trainer import Draw, batches, density, draw, flow_loss, shift_factor, train
 
 
 @pytest.fixture
@@ -84,7 +84,8 @@ def twin_losses(config, twin, examples) -> list[float]:
     for number, uses in zip(range(config.max_train_steps), batches(examples, config), strict=False):
         batch = examples.batch(uses, CPU)
         b, c, h, w = batch.target.shape
-        noise, t = draw(batch, uses, number, config.seed, shift.factor(token_count(h, w)))
+        noise, t, guidance = draw(batch, uses, number, config, shift)
+        assert torch.equal(guidance, torch.ones(b))
         x_t = (1 - t)[:, None, None, None] * batch.target + t[:, None, None, None] * noise
 
         def tokens(z):
@@ -103,7 +104,7 @@ def twin_losses(config, twin, examples) -> list[float]:
             timestep=t,
             img_ids=torch.cat([ids(x_t, 0), ids(reference, 1)]),
             txt_ids=torch.zeros(batch.condition.txt.shape[1], 3),
-            guidance=torch.full((b,), config.flux_guidance_value),
+            guidance=guidance,
         ).sample[:, : (h // 2) * (w // 2)]
         loss = (prediction - tokens(noise - batch.target)).pow(2).mean()
         loss.backward()
@@ -147,8 +148,7 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(config):
     losses = []
     for number, uses in zip(range(2), batches(examples, config), strict=False):
         batch = examples.batch(uses, CPU)
-        noise, t = draw(batch, uses, number, config.seed, shift_factor(config, Shift(), batch))
-        loss = flow_loss(flux, batch, noise, t, config.flux_guidance_value)
+        loss = flow_loss(flux, batch, draw(batch, uses, number, config, Shift()))
         (loss / 2).backward()
         losses.append(loss.item())
     norm = torch.stack([p.grad.norm() for p in parameters]).norm().item()
@@ -204,14 +204,14 @@ def test_regularisation_learns_the_base_models_own_prediction_at_the_same_time(c
     batch = examples.batch(examples.uses(0)[:1], CPU)
     noise, t = torch.randn_like(batch.target), torch.tensor([0.4])
     regular = replace(batch, regularise=True)
-    assert flow_loss(flux, regular, noise, t, 1.0).item() == 0  # fresh adapters change nothing
+    assert flow_loss(flux, regular, Draw(noise, t, torch.ones(1))).item() == 0  # fresh adapters change nothing
     for p in parameters:
         p.data += 0.05
     base = load_flux(find(config.pretrained_model_name_or_path), CPU, FP32)
     x_t, guidance = mix(batch.target, noise, t), torch.ones(1)
     wanted = velocity(base, x_t, t, batch.condition, guidance)
     expected = (velocity(flux, x_t, t, batch.condition, guidance) - wanted).pow(2).mean()
-    loss = flow_loss(flux, regular, noise, t, 1.0)
+    loss = flow_loss(flux, regular, Draw(noise, t, torch.ones(1)))
     assert expected > 0 and torch.allclose(loss, expected)
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in parameters)
@@ -226,3 +226,43 @@ def test_text_to_image_data_trains_beside_pairs_and_alone(config, tmp_path):
         assert len(losses_of(run)) == 4
     shapes = {len(use.references) for use in examples.uses(0)}
     assert shapes == {0, 1}
+
+
+DENSITIES = [  # settings, mean, standard deviation (logit-normals by quadrature, the others by formula)
+    ({}, 0.5, 0.2083),
+    ({"flow_sigmoid_scale": 2.0}, 0.5, 0.3140),
+    ({"flow_use_uniform_schedule": True}, 0.5, 12**-0.5),
+    ({"flow_use_beta_schedule": True}, 0.5, 20**-0.5),
+    ({"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 4.0}, 2 / 3, (8 / 252) ** 0.5),
+]
+
+
+@pytest.mark.parametrize("settings, mean, spread", DENSITIES)
+def test_times_have_the_asked_density_and_are_the_same_again(config, settings, mean, spread):
+    drawn = density(config.model_copy(update=settings))
+    times = torch.cat([drawn(torch.Generator().manual_seed(i)) for i in range(4000)])
+    assert times.mean().item() == pytest.approx(mean, abs=0.015)
+    assert times.std().item() == pytest.approx(spread, abs=0.012)
+    assert torch.equal(times[7:8], drawn(torch.Generator().manual_seed(7)))
+
+
+def test_shift_is_a_number_or_by_the_targets_tokens(config):
+    for size, by_tokens in ((512, 1.878), (768, 2.332), (1024, 3.158)):
+        batch = Batch(torch.empty(1, 16, size // 8, size // 8, device="meta"), None)
+        assert shift_factor(config, Shift(), batch) == pytest.approx(by_tokens, abs=1e-3)
+        assert shift_factor(config.model_copy(update={"flow_schedule_shift": 3.0}), Shift(), batch) == 3.0
+
+
+def test_guidance_of_a_random_range_and_huber_loss_do_what_they_say(config):
+    flux, _, examples = prepared(config)
+    uses = examples.epoch(0, 2)[0]
+    batch = examples.batch(uses, CPU)
+    ranged = config.model_copy(update={"flux_guidance_mode": "random-range", "flux_guidance_min": 1.0})
+    draws = [draw(batch, uses, number, ranged, Shift()) for number in range(30)]
+    scales = torch.cat([d.guidance for d in draws])
+    assert 1 <= scales.min() < 1.5 and 3.5 < scales.max() <= 4
+    noise, t, scale = draws[0]
+    error = velocity(flux, mix(batch.target, noise, t), t, batch.condition, scale) - (noise - batch.target)
+    huber = torch.where(error.abs() < 0.5, error**2 / 2, 0.5 * (error.abs() - 0.25)).mean()
+    torch.testing.assert_close(flow_loss(flux, batch, draws[0], "huber", 0.5), huber)
+    torch.testing.assert_close(flow_loss(flux, batch, draws[0], "smooth_l1", 0.5), 2 * huber)
