@@ -1,5 +1,6 @@
 """Train a LoRA on picture pairs: python train.py configs/nano.json [KEY=VALUE …]. The recipe, top to bottom.
 
+--explain      print every key in force, where it comes from and what it means
 --check        say all about the data, without weights or a GPU, and draw a contact sheet of every set
 --prune-cache  remove from this config's caches what its data no longer uses, and stop
 """
@@ -13,7 +14,7 @@ import torch
 from kontext_min import presets
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules
 from kontext_min.checkpoints import load
-from kontext_min.config import Config, read_config
+from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Example, Examples, make_all
 from kontext_min.edit import Editor
@@ -24,6 +25,7 @@ from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
 from kontext_min.training.validate import Validator
 
+OPTIONS = ("--explain", "--check", "--prune-cache")
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
 
 
@@ -92,8 +94,10 @@ def main(argv: list[str]):
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip())
         return
-    options = [a for a in argv[1:] if a in ("--check", "--prune-cache")]
+    options = [a for a in argv[1:] if a in OPTIONS]
     config = read_config(Path(argv[0]), [a for a in argv[1:] if a not in options])
+    if "--explain" in options:
+        return print(*explain(config), sep="\n")
     if "--check" in options:
         return report_data(config)
     checkpoint, sets = check(config)

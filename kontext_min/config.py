@@ -5,6 +5,8 @@ and `training/` know this module. Unknown keys are errors, with the nearest know
 """
 
 import difflib
+import json
+import sys
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -285,3 +287,26 @@ def problem(kind: type[Strict], entry: dict) -> str:
     if entry["type"] == "missing":
         return f"{name} is required"
     return f"{name} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+
+
+def explain(config: Config) -> list[str]:
+    """Every key in force: its value, whether it was given, and what it means; then what was left out, and why."""
+    lines = []
+    for name, field in Config.model_fields.items():
+        if name != "ignored":
+            value = getattr(config, name)
+            value = "…" if name == "data_backend_config" else str(value) if isinstance(value, Path) else repr(value)
+            source = "given" if name in config.model_fields_set else "default"
+            lines.append(f"{name:36} {value:28} {source:8} {field.description or ''}".rstrip())
+    return lines + [f"{name:36} {'ignored':28} {'given':8} {why}" for name, why in config.ignored.items()]
+
+
+def schema() -> str:
+    """JSON Schema of a config file, by which an editor completes and checks it."""
+    return json.dumps(Config.model_json_schema(), indent=2)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--schema"]:
+        sys.exit("usage: python -m kontext_min.config --schema")
+    print(schema())

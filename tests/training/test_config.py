@@ -1,10 +1,11 @@
 """The config page: comments, overrides, and messages that help."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from kontext_min.config import Config, read_config
+from kontext_min.config import Config, explain, read_config, schema
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,3 +64,22 @@ def test_the_quickstarts_keys_are_used_or_named_with_what_becomes_of_them(tmp_pa
     assert set(config.ignored) == {"fuse_qkv_projections", "validation_resolution"}
     with pytest.raises(ValueError, match="flow_schedule_auto_shift is not used here: use flow_schedule_shift: auto"):
         read_config(write(tmp_path, keys), ["flow_schedule_auto_shift=true"])
+
+
+def test_explain_says_value_source_and_meaning_of_every_key(tmp_path):
+    config = read_config(write(tmp_path, '{"lora_rank": 8, "num_train_epochs": 0, "data_backend_config": []}'), [])
+    lines = explain(config)
+    assert len(lines) == len(Config.model_fields)
+    rank = next(line for line in lines if line.startswith("lora_rank "))
+    assert rank.split()[:3] == ["lora_rank", "8", "given"]
+    seed = next(line for line in lines if line.startswith("seed "))
+    assert seed.split() == ["seed", "42", "default"]
+    assert any("num_train_epochs" in line and "max_train_steps says how long" in line for line in lines)
+
+
+def test_the_schema_knows_every_key_and_its_meaning():
+    properties = json.loads(schema())["properties"]
+    assert set(properties) == set(Config.model_fields)
+    assert properties["max_train_steps"]["type"] == "integer" and "optimizer steps" in str(
+        properties["max_train_steps"]
+    )
