@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from kontext_min.data.buckets import Size
-from kontext_min.nano import held_out, photos
+from kontext_min.nano import demo, held_out, photos
 from kontext_min.nano.edits import GLOBAL_EDITS, HELD_OUT, LATER_MIX, MIX, OBJECT_EDITS, TEMPLATES, example, from_image
 from kontext_min.nano.pretrain_flux import PHASES
 
@@ -81,8 +81,8 @@ def test_validation_photographs_come_from_pictures_that_training_never_sees():
 
 
 def test_every_demo_pair_has_its_edited_target_and_caption():
-    prompt, edit = held_out.TARGETS[photos.DEMO]
-    assert photos.DEMO in HELD_OUT
+    prompt, edit = held_out.TARGETS[demo.DEMO]
+    assert demo.DEMO in HELD_OUT
     for prefix in ("", "validation_"):
         for file in (photos.PHOTOS / f"{prefix}reference").glob("*.jpg"):
             target = photos.PHOTOS / f"{prefix}target" / file.name
