@@ -6,6 +6,7 @@ Every setting comes from the command line, else from --again's picture, else fro
 import argparse
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from kontext_min import presets
-from kontext_min.adapters.formats import read_lora
+from kontext_min.adapters.formats import AdapterFile, read_lora
 from kontext_min.adapters.inject import apply_weights
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
@@ -41,6 +42,8 @@ DEFAULTS = {
     "precision": "auto",
     "device": "auto",
 }
+OF_THE_SAMPLE = ("image", "size", "reference_size", "seed")  # of what a LoRA file says
+LARGEST = 8192  # pixels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -90,8 +93,8 @@ def fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def recall(path: Path) -> dict:
-    """The settings of a picture made by this program; files it was made from must still be the same."""
+def recall(path: Path, replaced: dict) -> dict:
+    """The settings of a picture of this program; files it was made from, unless replaced, must be the same still."""
     try:
         chunk = Image.open(path).info.get(CHUNK) if path.is_file() else None
     except UnidentifiedImageError:
@@ -99,35 +102,48 @@ def recall(path: Path) -> dict:
     if chunk is None:
         raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings")
     settings = json.loads(chunk)
-    for name, wanted in settings.pop("sha256").items():
+    hashes = settings.pop("sha256")
+    loras = [str(split_lora(text)[0]) for text in settings["lora"]]
+    for name in [*(settings["image"] if "image" not in replaced else []), *(loras if "lora" not in replaced else [])]:
         if not Path(name).is_file():
-            raise FileNotFoundError(f"{path} was made from {name}, which is no longer there")
-        if fingerprint(Path(name)) != wanted:
-            raise ValueError(f"{path} was made from {name}, which has changed since; restore it, or name other files")
+            raise FileNotFoundError(f"{path} was made from {name}, which is no longer there; name another file")
+        if fingerprint(Path(name)) != hashes[name]:
+            raise ValueError(f"{path} was made from {name}, which has changed since; restore it, or name another file")
     return settings
+
+
+def sample_of(lora: AdapterFile, given: dict) -> dict:
+    """What a LoRA file says of how to show it; its sample picture and sizes count only where nothing else is asked."""
+    recipe = {key: value for key, value in lora.recipe.items() if key in DEFAULTS}
+    if "image" in given or "prompt" in given:
+        return {key: value for key, value in recipe.items() if key not in OF_THE_SAMPLE}
+    beside = [lora.path.parent / Path(name).name for name in recipe.get("image", [])]  # where the folder was moved to
+    found = [str(b) if b.is_file() else name for name, b in zip(recipe.get("image", []), beside, strict=True)]
+    absent = [name for name in found if not Path(name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{lora.path}: its sample picture {absent[0]} is not here; give yours with --image")
+    return {**recipe, "image": found}
 
 
 def gather(given: argparse.Namespace) -> dict:
     """All settings, from the most to the least particular source."""
     given = vars(given).copy()
-    again = recall(Path(given.pop("again"))) if "again" in given else {}
+    again = recall(Path(given.pop("again")), given) if "again" in given else {}
     loras = [read_lora(split_lora(text)[0]) for text in given.get("lora", again.get("lora", []))]
-    recipe = {key: value for lora in loras for key, value in lora.recipe.items() if key in DEFAULTS}
+    recipe = {} if again else {key: value for lora in loras for key, value in sample_of(lora, given).items()}
     settings = {**DEFAULTS, **recipe, **again, **given, "adapters": loras}
-    if "image" not in given and "prompt" in given and not again:
-        settings["image"] = []  # a prompt of the user's own is not about the LoRA's sample picture
-    absent = [path for path in settings["image"] if path in recipe.get("image", []) and not Path(path).is_file()]
-    if absent:
-        raise FileNotFoundError(
-            f"the LoRA's sample picture {absent[0]} is not on this machine; give yours with --image"
-        )
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
     if settings["steps"] < 1 or settings["num_images"] < 1:
         raise ValueError("--steps and --num-images must be at least 1")
+    if not 0 <= settings["seed"] < 2**63:
+        raise ValueError(f"--seed {settings['seed']}: a seed is from 0 to {2**63 - 1}")
+    numbers = [settings["guidance"], settings["cfg_scale"], *(split_lora(text)[1] for text in settings["lora"])]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("--guidance, --cfg-scale and the strengths of LoRAs must be finite numbers")
     for text, words in ((settings["size"], ["auto"]), (settings["reference_size"], ["auto", "keep", "match"])):
-        if text not in words:
-            parse_size(text)  # said now, not after the model is loaded
+        if text not in words and max(parse_size(text)) > LARGEST:  # said now, not after the model is loaded
+            raise ValueError(f"{text} is too large; {LARGEST} pixels a side at most")
     return settings
 
 
@@ -170,7 +186,10 @@ def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Edi
     flux = load.load_flux(checkpoint, device, dtype)
     for adapter, text in zip(settings["adapters"], settings["lora"], strict=True):
         path, strength = split_lora(text)
-        apply_weights(flux, adapter.weights, strength, dtype)
+        try:
+            apply_weights(flux, adapter.weights, strength, dtype)
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit {settings['model']}: {error}") from error
         print(f"LoRA {path}: {len(adapter.weights)} modules at strength {strength:g}")
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
 
@@ -182,6 +201,8 @@ def prepare(settings: dict, editor: Editor) -> tuple[list[Image.Image], Size]:
     size = output_size([Size(*i.size) for i in images], settings["size"], rule, editor.preset, multiple)
     if settings["size"] not in ("auto", str(size)):
         print(f"size {settings['size']} is made {size}: sides are multiples of {multiple}")
+    if not images:
+        print(f"no --image: text-to-image, {size}")
     prepared = [prepare_reference(image, size, rule, editor.preset, multiple) for image in images]
     for path, before, after in zip(settings["image"], images, prepared, strict=True):
         cut = 0.0 if rule == "keep" else share_cut(Size(*before.size), Size(*after.size))
@@ -191,7 +212,10 @@ def prepare(settings: dict, editor: Editor) -> tuple[list[Image.Image], Size]:
 
 def paths_for(out: Path, count: int) -> list[Path]:
     """Where the pictures go: the named .png (numbered if several), or the next free numbers of a folder."""
-    if out.suffix:
+    taken = next((parent for parent in (out, *out.parents) if parent.exists()), out)
+    if not taken.is_dir() and not (taken == out and out.suffix.lower() == ".png"):
+        raise ValueError(f"--out {out}: {taken} is a file; name a .png or a folder")
+    if out.suffix and not out.is_dir():
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: pictures are written as .png, which keeps how they were made")
         return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
@@ -204,7 +228,7 @@ def save(image: Image.Image, path: Path, settings: dict):
     files = [str(Path(p).resolve()) for p in settings["image"]]
     strengths = [split_lora(text)[1] for text in settings["lora"]]
     loras = [(lora.path.resolve(), strength) for lora, strength in zip(settings["adapters"], strengths, strict=True)]
-    kept = {key: settings[key] for key in DEFAULTS}
+    kept = {key: settings[key] for key in DEFAULTS}  # the precision as it was chosen, for another machine
     if presets.locate(kept["model"]) == kept["model"] and Path(kept["model"]).is_dir():
         kept["model"] = str(Path(kept["model"]).resolve())
     kept |= {"image": files, "lora": [f"{file}:{scale:g}" for file, scale in loras], "num_images": 1}
@@ -224,6 +248,7 @@ def main(argv: list[str] | None = None):
         open_image(Path(path))  # unreadable pictures are said before anything is loaded
     device = choose_device(settings["device"])
     dtype = choose_dtype(settings["precision"], device)
+    settings["precision"] = next(name for name, known in DTYPES.items() if known == dtype)
     span = parse_range(settings["cfg_range"])
     paths = iter(paths_for(out, len(settings["prompt"]) * settings["num_images"]))
     editor, encoded = build(settings, device, dtype)
@@ -242,3 +267,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"infer.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

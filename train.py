@@ -20,6 +20,7 @@ from kontext_min.data.examples import Example, Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.sampler import Sampling
+from kontext_min.training import state
 from kontext_min.training.optim import make_optimizer
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
@@ -27,6 +28,14 @@ from kontext_min.training.validate import Validator
 
 OPTIONS = ("--explain", "--check", "--prune-cache")
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
+
+
+def make_folder(folder: Path):
+    """The run's folder, or one sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be made ({error.strerror}); choose another") from error
 
 
 def check_data(config: Config) -> Sets:
@@ -65,7 +74,7 @@ def report_data(config: Config):
     tokens, channels = presets.named(config.pretrained_model_name_or_path).text_shape
     text = (tokens, channels, 2 if config.mixed_precision == "bf16" else 4)
     print(*sets.notes, *summary(sets.training, text), sep="\n")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output_dir)
     by_set: dict[str, dict[str, Example]] = {}
     for example in (*sets.training, *sets.validation):  # pairs of both stand once
         by_set.setdefault(example.set_id, {})[example.name] = example
@@ -91,18 +100,23 @@ def encode(config: Config, sets: Sets, checkpoint: load.Checkpoint, place: tuple
 
 
 def main(argv: list[str]):
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.strip())
-        return
-    options = [a for a in argv[1:] if a in OPTIONS]
-    config = read_config(Path(argv[0]), [a for a in argv[1:] if a not in options])
+    options = [a for a in argv if a.startswith("-") and "=" not in a]
+    files, overrides = [a for a in argv if "=" not in a and a not in options], [a for a in argv if "=" in a]
+    if not argv or {"-h", "--help"} & set(options):
+        return print(__doc__.strip())
+    unknown = [option for option in options if option not in OPTIONS]
+    if unknown or len(files) != 1:
+        raise ValueError(f"{unknown[0]} is no option" if unknown else f"one config file is needed, got {files}")
+    config = read_config(Path(files[0]), overrides)
     if "--explain" in options:
         return print(*explain(config), sep="\n")
     if "--check" in options:
         return report_data(config)
     checkpoint, sets = check(config)
     print(*(f"{key} is ignored: {why}" for key, why in config.ignored.items()), *sets.notes, sep="\n")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output_dir)
+    if state.chosen(config) is None and (aside := state.set_aside(config.output_dir)):
+        print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
     (config.output_dir / "config.json").write_text(
         config.model_dump_json(indent=2, exclude={"ignored"}) + "\n", encoding="utf-8"
     )

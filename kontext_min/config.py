@@ -174,7 +174,7 @@ class Config(Strict):
     )
 
     # the step
-    flow_schedule_shift: Literal["auto"] | float = Field(
+    flow_schedule_shift: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         "auto", description="factor that moves times towards noise; auto: by the target's size, as in sampling"
     )
     flow_sigmoid_scale: float = Field(1.0, gt=0, description="times are sigmoid(scale * normal), then shifted")
@@ -200,10 +200,10 @@ class Config(Strict):
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     lr_warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly from 0")
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 0.01
-    adam_epsilon: float = 1e-8
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="of adamw; optimi-lion has its own")
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(0.01, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
 
     # what is left behind
@@ -217,6 +217,17 @@ class Config(Strict):
     validation_guidance: float = 2.5
     validation_num_inference_steps: int = Field(28, ge=1)
     validation_seed: int = 42
+
+    @model_validator(mode="after")
+    def agree(self):
+        """Settings that contradict each other."""
+        if self.flow_use_uniform_schedule and self.flow_use_beta_schedule:
+            raise ValueError("flow_use_uniform_schedule and flow_use_beta_schedule exclude each other")
+        if self.flux_guidance_min > self.flux_guidance_max:
+            raise ValueError("flux_guidance_min is above flux_guidance_max")
+        if self.base_model_precision == "bf16" and self.mixed_precision == "no":
+            raise ValueError("base_model_precision bf16 needs mixed_precision bf16")
+        return self
 
     def datasets(self) -> list[Dataset]:
         """The data list. Raises ValueError naming file and key."""
@@ -274,6 +285,8 @@ def checked(kind: type[Strict], values: dict, where: str):
 def problem(kind: type[Strict], entry: dict) -> str:
     """One of pydantic's findings in one line."""
     name = ".".join(str(part) for part in entry["loc"] if part not in ("<file>", "<list>"))
+    if entry["type"] == "value_error" and not name:
+        return str(entry["ctx"]["error"])
     if not name:
         return f"{entry['input']!r} should be one object, {{...}}"
     if entry["type"] == "extra_forbidden":
@@ -303,7 +316,10 @@ def explain(config: Config) -> list[str]:
 
 def schema() -> str:
     """JSON Schema of a config file, by which an editor completes and checks it."""
-    return json.dumps(Config.model_json_schema(), indent=2)
+    whole = Config.model_json_schema()
+    for part in (whole, *whole["$defs"].values()):
+        part["properties"].pop("ignored", None)
+    return json.dumps(whole, indent=2)
 
 
 if __name__ == "__main__":

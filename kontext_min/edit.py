@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kontext_min import flow, sampler
 from kontext_min.data.buckets import LANCZOS, Size, fit, nearest_aspect, parse_size
-from kontext_min.encoders import decode_image, encode_image, pixels_per_token
+from kontext_min.encoders import decode_image, encode_image
 from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
@@ -83,8 +83,3 @@ def edit(
     for x in sampler.euler(sampler.guided(editor.flux, condition, unwanted, sampling), x, times):  # noqa: B020
         each_step(x)
     return decode_image(editor.vae, x)
-
-
-def token_pixels(editor: Editor) -> int:
-    """The multiple of pixels that every size must be."""
-    return pixels_per_token(editor.vae)

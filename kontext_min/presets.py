@@ -1,9 +1,9 @@
 """What belongs to a published model beside its weights: its name, where it lies, and its preferred picture sizes."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from kontext_min.checkpoints.load import read_json
 from kontext_min.data.buckets import Size
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -50,5 +50,5 @@ def named(model: str) -> Preset:
 def preset_of(folder: Path) -> Preset:
     """The preset of a model folder: nano says so in its model_index.json, everything else is Kontext-dev."""
     index = folder / "model_index.json"
-    name = json.loads(index.read_text(encoding="utf-8")).get("_name_or_path") if index.exists() else None
+    name = read_json(index).get("_name_or_path") if index.exists() else None
     return NANO if name == NANO.name else KONTEXT_DEV

@@ -341,7 +341,7 @@ def test_a_lora_file_alone_says_everything_else(small, tmp_path):
     (own,) = run("--lora", file, "--prompt", OTHER, "--out", tmp_path / "own.png")
     assert Image.open(own).size == (96, 96)  # a prompt of one's own is not about the sample picture
     image.unlink()
-    with pytest.raises(FileNotFoundError, match="sample picture .*photo.png is not on this machine"):
+    with pytest.raises(FileNotFoundError, match="sample picture .*photo.png is not here"):
         run("--lora", file, "--out", tmp_path / "x.png")
 
 

@@ -69,6 +69,8 @@ def hub_folder(repo_id: str, download: bool) -> Path:
     """A hub id -> its folder in the local cache, downloaded if need be and allowed."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
         raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
+    if Path(repo_id).parent.is_dir() and repo_id.partition("/")[0] not in ("", "."):
+        raise FileNotFoundError(f"{repo_id} is no folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -100,10 +102,10 @@ def hub_folder(repo_id: str, download: bool) -> Path:
 def find_component(folder: Path, part: str) -> Component:
     """One network's files: the part's own folder (sharded with an index, or one file), else a single file beside it."""
     own = folder / part
-    config = json.loads((own / "config.json").read_text(encoding="utf-8")) if (own / "config.json").exists() else {}
+    config = read_json(own / "config.json") if (own / "config.json").exists() else {}
     indices = sorted(own.glob("*.safetensors.index.json"))
     if indices:
-        shards = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()
+        shards = read_json(indices[0]).get("weight_map", {}).values()
         return Component(tuple(own / name for name in sorted(set(shards))), config)
     files = sorted(own.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
     if files:
@@ -117,11 +119,22 @@ def find_component(folder: Path, part: str) -> Component:
     raise FileNotFoundError(f"{folder} has no {part}: expected {part}/*.safetensors or {SINGLE_FILES[part][0]}{found}")
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file with a mapping, or one sentence naming it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again from the model's repository") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a mapping; copy it again from the model's repository")
+    return value
+
+
 def read_shift(path: Path) -> flow.Shift:
     """scheduler_config.json -> how sampling times are shifted; without a file, FLUX.1's."""
     if not path.exists():
         return flow.Shift()
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     odd = [name for name in ODD_SCHEDULES if config.get(name)]
     if odd or config.get("time_shift_type", "exponential") != "exponential":
         raise ValueError(f"{path}: {', '.join(odd) or 'time_shift_type'} is not how FLUX is sampled; remove it")
@@ -241,11 +254,20 @@ def same_names(module: torch.nn.Module) -> dict[str, Source]:
 
 
 def required(config_of, component: Component, tensors: Tensors):
-    """A config, or one sentence when a tensor or a setting that tells the sizes is not there."""
+    """A config, or one sentence when a tensor or a setting that tells the sizes is not there.
+
+    Without config.json and with sizes of one's own, what the tensors do not tell is guessed, and a line says so.
+    """
     try:
-        return config_of(component, shapes_of(tensors))
+        config = config_of(component, shapes_of(tensors))
     except KeyError as error:
-        raise ValueError(f"{tensors.title}: {error} is missing, so this is not the file it should be") from error
+        where = component.files[0].parent / "config.json" if component.config else tensors.title
+        raise ValueError(f"{where}: {error} is missing, so this is not the file it should be") from error
+    except TypeError as error:
+        raise ValueError(f"{component.files[0].parent / 'config.json'}: a setting is malformed ({error})") from error
+    if not component.config and config not in (FluxConfig(), VAEConfig(), T5Config(), CLIPConfig()):
+        print(f"{tensors.title}: no config.json and not the published sizes, so heads, groups and scales are guessed")
+    return config
 
 
 def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Flux:

@@ -163,12 +163,14 @@ def open_image(path: Path) -> Image.Image:
 def oriented_size(path: Path) -> Size:
     """The size of a picture as `open_image` would give it, from its header alone."""
     with Image.open(path) as image:
-        turned = image.getexif().get(ORIENTATION, 1) >= 5
+        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return Size(image.height, image.width) if turned else Size(image.width, image.height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB; 16-bit grey is scaled, transparency laid on white."""
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a channel; save it with 8 or 16")
     if image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 256).convert("L")
     if image.has_transparency_data:

@@ -4,6 +4,8 @@ An entry is one small safetensors file that appears whole or not at all. Deletin
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from kontext_min.checkpoints.load import Component
 
 VERSION = "1"  # of what is kept and how it is made: a change makes new entries
-SAMPLE = 1 << 20  # bytes read at the start, middle and end of a weight file
+ENTRY = re.compile(r"[0-9a-f]{40}\.(safetensors|tmp)")
 
 
 def digest(*parts: str | bytes) -> str:
@@ -27,16 +29,22 @@ def digest(*parts: str | bytes) -> str:
     return h.hexdigest()[:40]
 
 
-def weights_id(component: Component) -> str:
-    """A network's identity: its settings, and of each file the size and a megabyte at start, middle and end."""
-    parts: list[str | bytes] = [repr(sorted(component.config.items()))]
+def weights_id(component: Component, memo: Path) -> str:
+    """A network's identity: its settings and the content of all its files.
+
+    memo: a JSON file that remembers the hash of a file while its size and time of change stay the same.
+    """
+    known = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
+    parts = [repr(sorted(component.config.items()))]
     for path in component.files:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            parts.append(str(size))
-            for place in (0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)):
-                file.seek(place)
-                parts.append(file.read(SAMPLE))
+        stat = path.stat()
+        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        if key not in known:
+            with open(path, "rb") as file:
+                known[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        parts.append(known[key])
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    memo.write_text(json.dumps(known, indent=2), encoding="utf-8")
     return digest(*parts)
 
 
@@ -94,8 +102,9 @@ class Cache:
         temporary.replace(path)
 
     def prune(self, keys: Container[str]) -> tuple[int, int]:
-        """Remove every entry that is not among `keys`. -> (entries, bytes) removed."""
-        unused = [path for path in self.folder.glob("??/*") if path.stem not in keys]
+        """Remove every entry that is not among `keys`, and nothing that is no entry. -> (entries, bytes) removed."""
+        entries = [p for p in self.folder.glob("??/*") if ENTRY.fullmatch(p.name) and p.name[:2] == p.parent.name]
+        unused = [path for path in entries if path.stem not in keys]
         size = sum(path.stat().st_size for path in unused)
         for path in unused:
             path.unlink()

@@ -209,10 +209,14 @@ class Examples:
     vae: VAE | None = None  # needed for views that are made anew at every use
 
     def __post_init__(self):
-        self.vae_id = weights_id(self.checkpoint.components["vae"])
-        parts = [weights_id(self.checkpoint.components[part]) for part in ("text_encoder", "text_encoder_2")]
+        self.vae_id = self.weights_of("vae")
+        parts = [self.weights_of(part) for part in ("text_encoder", "text_encoder_2")]
         self.text_id = digest(*parts, *tokenizer_files(self.checkpoint.folder), str(self.dtype))
         self.keys = {view: self._latent_key(view) for e in self.examples for view in e.views() if not view.fleeting}
+
+    def weights_of(self, part: str) -> str:
+        """The identity of one of the model's networks."""
+        return weights_id(self.checkpoint.components[part], self.texts.folder / "weights.json")
 
     def _latent_key(self, view: View) -> str:
         return digest("latents", self.vae_id, view.key())
@@ -244,7 +248,7 @@ class Examples:
         captions = [caption for caption in self.captions() if not self.texts.whole(self._text_key(caption))]
         if captions:
             encode = TextEncoder(self.checkpoint, device, self.dtype)
-            for caption in tqdm(captions, desc="encoding captions"):
+            for caption in tqdm(captions, desc="encoding captions", unit=" captions"):
                 txt, vec = encode(caption)
                 self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
             del encode
@@ -257,7 +261,7 @@ class Examples:
             }
         if views:
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
-            for key, (cache, view) in tqdm(views.items(), desc="encoding pictures"):
+            for key, (cache, view) in tqdm(views.items(), desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": finite(encode_image(vae, view.open()), view)})
             del vae
             free(device)

@@ -12,6 +12,7 @@ class Problems:
 
     def __init__(self):
         self.found: dict[str, list[str]] = defaultdict(list)
+        self.facts: list[str] = []  # what was found, said with the problems
         self.remarks: Counter[str] = Counter()  # what is no problem but should be said once
 
     def add(self, kind: str, text: str):
@@ -26,7 +27,7 @@ class Problems:
         """ValueError listing all of them, if there are any."""
         if not self.found:
             return
-        lines = ["the data cannot be used as it is; nothing was started"]
+        lines = ["the data cannot be used as it is; nothing was started", *(f"  {fact}" for fact in self.facts)]
         for kind, found in self.found.items():
             entries = list(dict.fromkeys(found))  # a set that two others name was looked at twice
             lines.append(f"  {len(entries)} {kind}:")

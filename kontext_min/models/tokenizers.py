@@ -20,6 +20,16 @@ def read_config(folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def check_vocabulary(path: Path, key: str | None = None):
+    """One sentence for a tokenizer file that is not what the tokenizers library could read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again from the model's repository") from error
+    if not isinstance(content, dict) or not content or (key and key not in content):
+        raise ValueError(f"{path} holds no tokenizer; copy it again from the model's repository")
+
+
 def token_text(entry: str | dict | None, default: str) -> str:
     """A special token as tokenizer_config.json writes it: a string, or a mapping with `content`."""
     if isinstance(entry, dict):
@@ -44,6 +54,7 @@ class T5Tokenizer:
         if (folder / "tokenizer.json").exists():
             from tokenizers import Tokenizer
 
+            check_vocabulary(folder / "tokenizer.json", "model")
             fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
             fast.no_padding()
             fast.no_truncation()
@@ -72,10 +83,12 @@ class CLIPTokenizer:
         config = read_config(folder)
         self.length = int(min(CLIP_LENGTH, config.get("model_max_length", CLIP_LENGTH)))
         if (folder / "tokenizer.json").exists():
+            check_vocabulary(folder / "tokenizer.json", "model")
             self.bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
             self.bpe.no_padding()
             self.bpe.no_truncation()
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            check_vocabulary(folder / "vocab.json")
             self.bpe = clip_bpe(folder)
         else:
             raise FileNotFoundError(

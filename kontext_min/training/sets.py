@@ -121,6 +121,9 @@ class Reader:
         if (entry.instance_data_dir is None) == (entry.pairs_file is None):
             self.problems.add("incomplete entries", f"{entry.id} needs instance_data_dir or pairs_file, one of them")
             return {}, {}, []
+        if sum(map(bool, (entry.side_by_side, entry.reference_suffix, entry.pairs_file))) > 1:
+            text = f"{entry.id}: side_by_side, reference_suffix and pairs_file exclude each other"
+            self.problems.add("incomplete entries", text)
         if entry.pairs_file is not None:
             targets, captions, sets = self.from_file(entry)
         else:
@@ -129,6 +132,11 @@ class Reader:
         for name in entry.conditioning_data:
             if name not in [generated_id(entry, generator) for generator in entry.conditioning]:
                 sets += self.named(entry, name)
+        counts = [f"{len(s.pictures)} references in {s.id}" for s in sets]
+        with_caption = sum(bool(texts) for texts in captions.values())
+        self.problems.facts.append(
+            f"{entry.id}: " + ", ".join([f"{len(targets)} targets", f"{with_caption} captions", *counts])
+        )
         for references in sets:
             pairs.match(targets, references.pictures, references.id, self.problems)
         return targets, captions, sets + [self.generated(entry, g, targets) for g in entry.conditioning]
@@ -140,6 +148,8 @@ class Reader:
     def from_folder(self, entry: Dataset) -> tuple[Pictures, list[References]]:
         """Targets of a folder, and the references that lie in the same folder, if the entry says so."""
         pictures = pairs.in_folder(entry.instance_data_dir, self.problems)
+        if entry.strategy == "textfile":
+            pairs.check_captions(entry.instance_data_dir, pictures, self.problems)
         if entry.side_by_side:
             targets, references = pairs.side_by_side(pictures, entry.side_by_side.removeprefix("reference_"))
             pairs.check_readable(targets, self.problems)
@@ -179,6 +189,9 @@ class Reader:
         if source.instance_data_dir is None:
             self.problems.add("incomplete entries", f"{name} needs an instance_data_dir")
             return []
+        if source.instance_data_dir == entry.instance_data_dir:
+            text = f"{entry.id} and {name} are the same folder, {source.instance_data_dir}: that would teach copying"
+            self.problems.add("circular references", text)
         pictures = pairs.check_readable(pairs.in_folder(source.instance_data_dir, self.problems), self.problems)
         if source.role == "image" and "caption_strategy" not in source.model_fields_set:
             source = source.model_copy(update={"conditioning_type": "reference_strict"})  # its captions are not needed
@@ -230,6 +243,8 @@ class Reader:
         if entry.resolution > (67 if entry.resolution_type == "area" else 8192):
             unit = {"area": "megapixels", "pixel": "pixels", "pixel_area": "pixels"}[entry.resolution_type]
             self.problems.add("sizes that no model takes", f"{entry.id}: resolution {entry.resolution:g} {unit}")
+        if entry.maximum_image_size and (entry.target_downsample_size or 0) > entry.maximum_image_size:
+            self.problems.add("incomplete entries", f"{entry.id}: target_downsample_size is above maximum_image_size")
         downsample = entry.maximum_image_size and (entry.maximum_image_size, entry.target_downsample_size)
         square = entry.crop and entry.crop_aspect == "square"
         style = entry.crop_style.replace("centre", "center")

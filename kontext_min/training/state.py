@@ -25,6 +25,27 @@ FREE = {  # keys that may change between a checkpoint and the run that goes on f
     "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "validation_steps", "num_eval_images",
     "validation_guidance", "validation_num_inference_steps", "validation_seed",
 }  # fmt: skip
+FIXED = (
+    "lora_rank",
+    "flux_lora_target",
+    "lora_type",
+    "optimizer",
+    "weights",
+)  # without these there is nothing to go on
+LEFT_BEHIND = ("config.json", "metrics.jsonl", "validation", "*.safetensors", "checkpoint-*", "sample-reference-*.png")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move what an earlier run left in a folder to previous-N in it: a new run neither mixes with it nor loses it."""
+    old = [path for pattern in LEFT_BEHIND for path in sorted(folder.glob(pattern))]
+    if not any(path.name != "config.json" for path in old):
+        return None
+    numbers = [int(p.name.removeprefix("previous-")) for p in folder.glob("previous-*") if p.name[9:].isdigit()]
+    target = folder / f"previous-{max(numbers, default=0) + 1}"
+    target.mkdir()
+    for path in old:
+        path.rename(target / path.name)
+    return target
 
 
 def identity(config: Config, examples: Examples) -> dict:
@@ -32,7 +53,7 @@ def identity(config: Config, examples: Examples) -> dict:
     values = config.model_dump(mode="json", exclude=FREE)
     if config.lr_scheduler in ("linear", "cosine"):
         values["max_train_steps"] = config.max_train_steps
-    return {**values, "data": examples.fingerprint()}
+    return {**values, "data": examples.fingerprint(), "weights": examples.weights_of("transformer")}
 
 
 def adapter_of(flux: Flux) -> dict[str, torch.Tensor]:
@@ -109,9 +130,10 @@ def restore(path: Path, flux: Flux, optimizer: torch.optim.Optimizer, identity: 
         remedy = f"go on with resume_from_checkpoint={before[-1]}" if before else "start anew"
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
     changed = [key for key in identity | state["identity"] if identity.get(key) != state["identity"].get(key)]
-    if changed and not allow_changes:
+    if changed and not (allow_changes and not set(changed) & set(FIXED)):
         lines = [f"  {key}: {state['identity'].get(key)!r} -> {identity.get(key)!r}" for key in changed]
-        remedy = "undo that, start anew in another output_dir, or set allow_changed_resume=true"
+        remedy = "undo that, or start anew in another output_dir"
+        remedy += "" if set(changed) & set(FIXED) else ", or set allow_changed_resume=true"
         raise ValueError("\n".join([f"{path} was made with other settings; {remedy}:", *lines]))
     for update in updates(flux):
         for part in ("A", "B"):

@@ -97,3 +97,10 @@ def test_the_size_in_the_header_is_the_size_of_the_opened_picture(tmp_path, orie
     exif[0x0112] = orientation
     picture.save(tmp_path / "x.jpg", exif=exif)
     assert oriented_size(tmp_path / "x.jpg") == open_image(tmp_path / "x.jpg").size
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pictures_of_32_bits_a_channel_are_refused_by_name(tmp_path, mode):
+    Image.new(mode, (4, 4)).save(tmp_path / "deep.tif")
+    with pytest.raises(ValueError, match="deep.tif is not a readable picture .32 bits a channel; save it with 8 or 16"):
+        open_image(tmp_path / "deep.tif")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from tiny import CPU, FP32, vae
 
-from kontext_min.checkpoints.load import find, load_vae
+from kontext_min.checkpoints.load import Component, find, load_vae
 from kontext_min.data.buckets import Geometry
-from kontext_min.data.cache import Cache
+from kontext_min.data.cache import Cache, weights_id
 from kontext_min.data.examples import Degradation, Example, Examples, Mix, View, make_all, use_of
 from kontext_min.data.pairs import Picture
 from kontext_min.encoders import TextEncoder, encode_image
@@ -226,3 +226,24 @@ def test_a_latent_that_is_not_finite_names_the_file(kontext, tmp_path, examples)
     prepared = Examples(examples, find(kontext), Cache(tmp_path / "text"), FP32, vae=broken)
     with pytest.raises(ValueError, match=r"t/0.png: its latents are not finite"):
         prepared.encode(CPU)
+
+
+def test_pruning_leaves_what_is_no_entry_alone(tmp_path):
+    (tmp_path / "de").mkdir()
+    (tmp_path / "fr" / "sub").mkdir(parents=True)
+    for name in ("de/photo.jpg", "de/notes.safetensors", "fr/sub/x.txt"):
+        (tmp_path / name).write_text("mine")
+    Cache(tmp_path).put("de" + "0" * 38, {"x": torch.zeros(2)})
+    assert Cache(tmp_path).prune(set())[0] == 1
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["notes.safetensors", "photo.jpg", "x.txt"]
+
+
+def test_one_changed_value_anywhere_in_a_weight_file_is_another_identity(tmp_path):
+    file, memo = tmp_path / "w.safetensors", tmp_path / "memo.json"
+    content = bytearray(5_000_000)
+    file.write_bytes(content)
+    first = weights_id(Component((file,), {}), memo)
+    assert weights_id(Component((file,), {}), memo) == first
+    content[1_700_001] = 1
+    file.write_bytes(content)
+    assert weights_id(Component((file,), {}), memo) != first

@@ -79,7 +79,17 @@ def test_explain_says_value_source_and_meaning_of_every_key(tmp_path):
 
 def test_the_schema_knows_every_key_and_its_meaning():
     properties = json.loads(schema())["properties"]
-    assert set(properties) == set(Config.model_fields)
+    assert set(properties) == set(Config.model_fields) - {"ignored"}
     assert properties["max_train_steps"]["type"] == "integer" and "optimizer steps" in str(
         properties["max_train_steps"]
     )
+
+
+@pytest.mark.parametrize("override", [
+    "flow_schedule_shift=-1", "flow_schedule_shift=0", "adam_beta1=1.5", "flux_guidance_min=5", "lora_alpha=0",
+    "max_train_steps=0", "max_grad_norm=0", "base_model_precision=bf16",
+])  # fmt: skip
+def test_values_that_would_train_garbage_are_refused_with_the_key(tmp_path, override):
+    path = write(tmp_path, '{"data_backend_config": [], "mixed_precision": "no"}')
+    with pytest.raises(ValueError, match=override.partition("=")[0]):
+        read_config(path, [override])

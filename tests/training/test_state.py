@@ -165,3 +165,21 @@ def test_killed_at_twenty_random_moments_a_run_ends_in_the_same_bytes(config, tm
     assert len(set(reached)) > 5
     run(config, parts)
     assert results(parts) == results(whole)
+
+
+def test_a_new_run_in_a_used_folder_sets_the_old_one_aside(config, tmp_path, capsys):
+    out = run(config, tmp_path / "out", "resume_from_checkpoint=null")
+    before = results(out)
+    run(config, out, "resume_from_checkpoint=null", "seed=7", "max_train_steps=6")
+    assert "was moved to" in capsys.readouterr().out
+    assert results(out / "previous-1") == before
+    assert [p.name for p in state.checkpoints(out)] == ["checkpoint-5", "checkpoint-6"]
+    assert [step for step, _ in results(out)[1]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_checkpoint_cannot_do_without_is_refused_even_when_changes_are_allowed(config, tmp_path):
+    out = run(config, tmp_path / "out")
+    for change in ("lora_rank=4", "optimizer=optimi-lion", "flux_lora_target=context"):
+        with pytest.raises(ValueError, match=change.partition("=")[0] + ": ") as raised:
+            run(config, out, change, "allow_changed_resume=true", "max_train_steps=14")
+        assert "or set allow_changed_resume" not in str(raised.value)
