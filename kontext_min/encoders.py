@@ -25,6 +25,8 @@ class TextEncoder:
     @torch.no_grad()
     def __call__(self, text: str) -> tuple[Tensor, Tensor]:
         """One instruction -> txt (1, L, context_in_dim), vec (1, vec_in_dim), on the device."""
+        if excess := self.tokenize_t5.excess(text):
+            print(f"{text[:40]!r}… is longer than {self.tokenize_t5.length} tokens; its last {excess} are not seen")
         txt = self.t5(self.tokenize_t5([text]).to(self.device))
         vec = self.clip(self.tokenize_clip([text]).to(self.device))
         return txt, vec

@@ -5,6 +5,7 @@ An entry is one small safetensors file that appears whole or not at all. Deletin
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from kontext_min.checkpoints.load import Component
 
 VERSION = "1"  # of what is kept and how it is made: a change makes new entries
-ENTRY = re.compile(r"[0-9a-f]{40}\.(safetensors|tmp)")
+ENTRY = re.compile(r"[0-9a-f]{40}\.(safetensors|\d+\.tmp)")
 
 
 def digest(*parts: str | bytes) -> str:
@@ -97,14 +98,14 @@ class Cache:
         path = self.path(key)
         value = {name: tensor.cpu().contiguous() for name, tensor in value.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several runs may fill one cache
         save_file(value, temporary, metadata={"checksum": checksum(value)})
         temporary.replace(path)
 
     def prune(self, keys: Container[str]) -> tuple[int, int]:
         """Remove every entry that is not among `keys`, and nothing that is no entry. -> (entries, bytes) removed."""
         entries = [p for p in self.folder.glob("??/*") if ENTRY.fullmatch(p.name) and p.name[:2] == p.parent.name]
-        unused = [path for path in entries if path.stem not in keys]
+        unused = [path for path in entries if path.name[:40] not in keys]
         size = sum(path.stat().st_size for path in unused)
         for path in unused:
             path.unlink()

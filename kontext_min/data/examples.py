@@ -3,6 +3,7 @@
 Everything random is a function of (seed, name, epoch): the same on every machine, with any workers, after resume.
 """
 
+import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -112,7 +113,7 @@ class View:
         if file is None or file.is_file():
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
         self.degraded().save(temporary, "PNG")
         temporary.replace(file)
 

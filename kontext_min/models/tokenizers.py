@@ -73,6 +73,10 @@ class T5Tokenizer:
         """-> (B, length) int64."""
         return pad([[*self.encode(text), self.end_id] for text in texts], self.length, self.pad_id, self.end_id)
 
+    def excess(self, text: str) -> int:
+        """How many tokens at its end are cut off."""
+        return max(0, len(self.encode(text)) + 1 - self.length)
+
 
 class CLIPTokenizer:
     """Byte-pair encoding between begin and end tokens, padded to 77. `folder` is the model's tokenizer/."""

@@ -33,7 +33,7 @@ def examples(tmp_path):
     """Five examples of noise in two aspects with one or two captions; two reference sets, the second with captions."""
     made = []
     for i, size in enumerate([(80, 80), (80, 80), (120, 80), (80, 80), (120, 80)]):
-        pictures = [noise(tmp_path / folder / f"{i}.png", size, f"{folder}{i}".__hash__() % 1000) for folder in "trs"]
+        pictures = [noise(tmp_path / folder / f"{i}.png", size, 100 * k + i) for k, folder in enumerate("trs")]
         target, *references = map(view, pictures)
         captions = ("a photo of cat", "make it night") if i % 2 else ("make the sky red",)
         own = ((), (f"please {i}",))

@@ -57,3 +57,12 @@ def test_ends_are_kept_and_padding_is_as_published(kontext):
 def test_an_empty_folder_is_refused_with_the_names_of_the_files(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json"):
         tokenizer(Path(tmp_path))
+
+
+def test_what_a_long_prompt_loses_is_counted(kontext):
+    tokenize = T5Tokenizer(kontext / "tokenizer_2")
+    words = "make the sky red " * 400
+    kept = int((tokenize([words]) != tokenize.pad_id).sum())
+    assert kept == tokenize.length == 512
+    assert tokenize.excess(words) == len(tokenize.encode(words)) + 1 - 512 > 0
+    assert tokenize.excess("make the sky red") == 0
