@@ -115,16 +115,13 @@ def main(argv: list[str]):
     checkpoint, sets = check(config)
     print(*(f"{key} is ignored: {why}" for key, why in config.ignored.items()), *sets.notes, sep="\n")
     make_folder(config.output_dir)
-    if state.chosen(config) is None and (aside := state.set_aside(config.output_dir)):
-        print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
-    (config.output_dir / "config.json").write_text(
-        config.model_dump_json(indent=2, exclude={"ignored"}) + "\n", encoding="utf-8"
-    )
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     examples, validation = encode(config, sets, checkpoint, (device, dtype))
     if "--prune-cache" in options:
         return print(examples.prune(validation))
+    if state.chosen(config) is None and (aside := state.set_aside(config.output_dir)):
+        print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     # model: load -> freeze -> adapt -> checkpoint
     flux = load.load_flux(checkpoint, device, dtype).requires_grad_(False)

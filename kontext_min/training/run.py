@@ -41,6 +41,8 @@ class Run:
             start = state.restore(path, self.flux, optimizer, self.identity, self.config.allow_changed_resume)
             print(f"going on from {path}, after step {start}")
             self.done = start
+        text = self.config.model_dump_json(indent=2, exclude={"ignored"})
+        (self.config.output_dir / "config.json").write_text(text + "\n", encoding="utf-8")
         if start >= self.config.max_train_steps:
             return f"max_train_steps {self.config.max_train_steps} is already reached; nothing to do"
         if not start:

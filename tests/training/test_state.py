@@ -183,3 +183,13 @@ def test_what_a_checkpoint_cannot_do_without_is_refused_even_when_changes_are_al
         with pytest.raises(ValueError, match=change.partition("=")[0] + ": ") as raised:
             run(config, out, change, "allow_changed_resume=true", "max_train_steps=14")
         assert "or set allow_changed_resume" not in str(raised.value)
+
+
+def test_pruning_and_a_refused_resume_leave_the_run_as_it_was(config, tmp_path, capsys):
+    out = run(config, tmp_path / "out", "resume_from_checkpoint=null")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    train.main([str(config), f"output_dir={out}", "resume_from_checkpoint=null", "--prune-cache"])
+    assert "removed 0 unused entries" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="learning_rate: 0.001 -> 0.5"):
+        run(config, out, "learning_rate=0.5")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
