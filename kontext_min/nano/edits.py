@@ -23,6 +23,7 @@ from kontext_min.nano.scenes import (
     Picture,
     Scene,
     draw,
+    heap_of_leaves,
     pick,
     place_of,
     random_scene,
@@ -35,23 +36,19 @@ HELD_OUT = {
     "sepia": ("sepia", "vintage"),
     "mosaic": ("mosaic", "pixelate"),
     "outline": ("outline", "contour"),
-    "drop shadow": ("shadow",),
+    "hollow": ("hollow", "ring"),
+    "inset": ("inset",),
     "deblur": ("deblur", "sharpen", "resolution"),
     "jpeg clean-up": ("jpeg", "artifact", "restore"),
 }
 
 # fmt: off
-MIX = {  # share of each edit in pretraining, at first
-    "recolour": 0.18, "remove": 0.12, "add": 0.11, "move": 0.10, "background": 0.08,
-    "grayscale": 0.05, "darker": 0.05, "brighter": 0.05, "flip": 0.06, "border": 0.05, "blur": 0.04,
-    "keep": 0.05,
-    "text to image": 0.06,
-}
-LATER_MIX = {  # then more of what takes longer to learn
-    "recolour": 0.27, "remove": 0.16, "add": 0.13, "move": 0.08, "background": 0.09,
-    "grayscale": 0.05, "darker": 0.03, "brighter": 0.03, "flip": 0.04, "border": 0.03, "blur": 0.02,
-    "keep": 0.04,
-    "text to image": 0.03,
+MIX = {  # share of each edit in pretraining
+    "recolour": 0.14, "remove": 0.10, "add": 0.13, "move": 0.13, "background": 0.08,
+    "resize": 0.03, "reshape": 0.04, "swap": 0.02, "insert": 0.06,
+    "grayscale": 0.04, "darker": 0.03, "brighter": 0.03, "flip": 0.05, "border": 0.03, "blur": 0.02,
+    "keep": 0.03,
+    "text to image": 0.04,
 }
 TEMPLATES = {
     "recolour": ("make the {thing} {colour}", "change the color of the {thing} to {colour}", 
@@ -61,6 +58,10 @@ TEMPLATES = {
     "move": ("move the {thing} {place}", "shift the {thing} {place}"),
     "background": ("make the background {colour}", "change the background to {colour}",
                    "replace the background with plain {colour}"),
+    "resize": ("make the {thing} {how}", "draw the {thing} {how}"),
+    "reshape": ("turn the {thing} into a {shape}", "replace the {thing} with a {shape}"),
+    "swap": ("swap the {thing} and the {other}", "exchange the {thing} and the {other}"),
+    "insert": ("put the object of the second picture {place}", "add the object from the second picture {place}"),
     "grayscale": ("make it black and white", "convert the image to grayscale", "turn the picture gray",
                   "remove the colors"),
     "darker": ("make the image darker", "darken the picture", "make it darker"),
@@ -72,18 +73,19 @@ TEMPLATES = {
 }
 # fmt: on
 OBJECT_EDITS = ("recolour", "remove", "add", "move", "background")
+FURTHER_EDITS = ("resize", "reshape", "swap", "insert")  # tried, without a promise
 GLOBAL_EDITS = ("grayscale", "darker", "brighter", "flip", "border", "blur")
-PHOTO_SHARE = 0.5  # of the global edits and of keep
+PHOTO_SHARE, LEAVES_SHARE = 0.35, 0.3  # of the global edits and of keep; the rest are scenes
 SPLITS = {"train": 1, "validation": 2}
 
 
 @dataclass(frozen=True)
 class Example:
-    """One editing task; `reference` is None for text-to-image. Pictures are (H, W, 3) in 0..1."""
+    """One editing task with one reference, two (insert) or none (text to image). Pictures are (H, W, 3) in 0..1."""
 
     edit: str
     prompt: str
-    reference: Picture | None
+    references: tuple[Picture, ...]
     target: Picture
     photograph: bool = False
 
@@ -101,12 +103,9 @@ def as_written(r: np.random.Generator, prompt: str) -> str:
 
 
 def where(cell: tuple[int, int], moving: bool) -> str:
-    """A place in words: "in the top left corner", "to the right"."""
+    """A place in words: "in the top left corner", "to the center"."""
     place = PLACES[cell]
-    if moving:
-        return f"to the {place}"
-    preposition = {"top": "at", "bottom": "at", "left": "on", "right": "on"}.get(place, "in")
-    return f"{preposition} the {place}"
+    return f"to the {place}" if moving else f"in the {place}"
 
 
 def call(r: np.random.Generator, thing: Object, scene: Scene) -> str:
@@ -160,6 +159,30 @@ def background(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     return say(r, "background", colour=colour), replace(scene, background=Background("plain", colour, COLOURS[colour]))
 
 
+def resize(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
+    """One object 0.6 or 1.35 times as large."""
+    thing = pick(r, scene.objects)
+    how, factor = pick(r, (("smaller", 0.6), ("bigger", 1.35)))
+    new = replace(thing, radius=thing.radius * factor)
+    return say(r, "resize", thing=call(r, thing, scene), how=how), exchange(scene, thing, new)
+
+
+def reshape(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
+    """Another shape in place of one object."""
+    thing = pick(r, scene.objects)
+    shape = pick(r, [name for name in SHAPES if name != thing.shape])
+    prompt = say(r, "reshape", thing=call(r, thing, scene), shape=shape)
+    return prompt, exchange(scene, thing, replace(thing, shape=shape))
+
+
+def swap(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
+    """Two objects exchange their places."""
+    one, two = (scene.objects[i] for i in r.permutation(len(scene.objects))[:2])
+    moved = {one: replace(one, cell=two.cell, centre=two.centre), two: replace(two, cell=one.cell, centre=one.centre)}
+    prompt = say(r, "swap", thing=call(r, one, scene), other=call(r, two, scene))
+    return prompt, replace(scene, objects=tuple(moved.get(thing, thing) for thing in scene.objects))
+
+
 def gray(picture: Picture) -> Picture:
     """Luma on all three channels."""
     luma = picture @ np.array((0.299, 0.587, 0.114), np.float32)
@@ -195,6 +218,9 @@ SCENE_EDITS: dict[str, Callable[[np.random.Generator, Scene], tuple[str, Scene]]
     "add": add,
     "move": move,
     "background": background,
+    "resize": resize,
+    "reshape": reshape,
+    "swap": swap,
 }
 PICTURE_EDITS: dict[str, Callable[[Picture], Picture]] = {
     "grayscale": gray,
@@ -239,14 +265,24 @@ def picture_edit(r: np.random.Generator, edit: str, reference: Picture) -> tuple
 
 def text_to_image(r: np.random.Generator, size: Size) -> Example:
     """A caption and its picture: one or two canonical objects on a plain background."""
-    scene = random_scene(r, max_objects=2)
+    scene = random_scene(r, most=2)
     objects = [
         replace(thing, rgb=COLOURS[thing.colour], centre=place_of(thing.cell), radius=RADIUS) for thing in scene.objects
     ]
     colour = scene.background.colour
     scene = Scene(Background("plain", colour, COLOURS[colour]), tuple(objects))
     things = " and ".join(f"a {thing.name} {where(thing.cell, moving=False)}" for thing in objects)
-    return Example("text to image", as_written(r, f"{things} on a {colour} background"), None, draw(scene, size))
+    return Example("text to image", as_written(r, f"{things} on a {colour} background"), (), draw(scene, size))
+
+
+def insert(r: np.random.Generator, size: Size) -> Example:
+    """The one object of a second picture goes into the first, in its own colour and the canonical radius."""
+    scene, other = random_scene(r), random_scene(r, most=1)
+    cell = pick(r, scene.free_cells())
+    new = replace(other.objects[0], cell=cell, centre=place_of(cell), radius=RADIUS)
+    target = replace(scene, objects=(*scene.objects, new))
+    prompt = as_written(r, say(r, "insert", place=where(cell, moving=False)))
+    return Example("insert", prompt, (draw(scene, size), draw(other, size)), draw(target, size))
 
 
 def example(split: str, index: int, size: Size, edit: str | None = None, mix: dict[str, float] = MIX) -> Example:
@@ -254,13 +290,22 @@ def example(split: str, index: int, size: Size, edit: str | None = None, mix: di
     r = np.random.default_rng([SPLITS[split], index])
     drawn = r.choice(list(mix), p=list(mix.values()))
     edit = edit or str(drawn)
-    if edit == "text to image":
-        return text_to_image(r, size)
+    if edit in ("text to image", "insert"):
+        return (insert if edit == "insert" else text_to_image)(r, size)
     if edit in SCENE_EDITS:
-        scene = random_scene(r)
+        scene = random_scene(r, least=2 if edit == "swap" else 1)
         prompt, changed = SCENE_EDITS[edit](r, scene)
-        return Example(edit, as_written(r, prompt), draw(scene, size), draw(changed, size))
-    photograph = bool(r.random() < PHOTO_SHARE)
-    reference = photo_crop(r, split, size) if photograph else draw(random_scene(r), size)
+        return Example(edit, as_written(r, prompt), (draw(scene, size),), draw(changed, size))
+    photograph, reference = any_picture(r, split, size)
     prompt, target = picture_edit(r, edit, reference)
-    return Example(edit, as_written(r, prompt), reference, target, photograph)
+    return Example(edit, as_written(r, prompt), (reference,), target, photograph)
+
+
+def any_picture(r: np.random.Generator, split: str, size: Size) -> tuple[bool, Picture]:
+    """A photograph (True), a heap of leaves or a scene."""
+    kind = r.random()
+    if kind < PHOTO_SHARE:
+        return True, photo_crop(r, split, size)
+    if kind < PHOTO_SHARE + LEAVES_SHARE:
+        return False, heap_of_leaves(r, size)
+    return False, draw(random_scene(r), size)

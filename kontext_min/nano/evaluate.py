@@ -1,7 +1,8 @@
-"""How well nano edits: seeded held-out scenes and photographs, a success rule that looks at pixels, a contact sheet."""
+"""How well nano edits, alone or with a LoRA: seeded held-out pictures, a rule that looks at pixels, a contact sheet."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from kontext_min import flow, sampler
+from kontext_min.adapters.formats import read_lora
+from kontext_min.adapters.inject import apply_weights
 from kontext_min.checkpoints.load import find, load_clip, load_flux, load_t5, load_vae
 from kontext_min.data.buckets import Size
 from kontext_min.flow import Condition
@@ -18,23 +21,32 @@ from kontext_min.models.clip import CLIPText
 from kontext_min.models.flux import Flux
 from kontext_min.models.t5 import T5Encoder
 from kontext_min.models.vae import VAE
-from kontext_min.nano.edits import GLOBAL_EDITS, OBJECT_EDITS, Example, example
+from kontext_min.nano.edits import FURTHER_EDITS, GLOBAL_EDITS, HELD_OUT, OBJECT_EDITS, Example, example
+from kontext_min.nano.held_out import held_out_example
 from kontext_min.nano.model import Tokenizers
 from kontext_min.nano.pretrain_vae import psnr, to_tensor
 from kontext_min.sampler import Sampling
 
 SIZES = (Size(96, 96), Size(112, 80), Size(80, 112), Size(96, 96))
-EDITS = (*GLOBAL_EDITS, *OBJECT_EDITS, "keep", "text to image")
-SAMPLING = Sampling(steps=8, guidance=2.5, seed=0)
+EDITS = (*GLOBAL_EDITS, *OBJECT_EDITS, "keep", *FURTHER_EDITS, "text to image")
+SAMPLING = Sampling(steps=8, guidance=1.0, seed=0)
 CHANGED = 0.15  # on -1..1: a pixel counts as changed if a channel of reference and target differ by more
-ENOUGH = 0.25  # success: the squared error on changed pixels is below this share of the reference's there
-UNDISTURBED = 20.0  # strict success: also at least this PSNR, dB, on the pixels that should stay
+ENOUGH = 0.25  # success: the squared error on changed pixels is below this share of the reference's there,
+UNDISTURBED = 20.0  # and the other pixels have at least this PSNR in dB
+KEPT = 25.0  # where nothing should change, success is this PSNR in dB
 BATCH = 25
+GUIDANCES = {
+    "guidance 1": SAMPLING,
+    "guidance 2.5": replace(SAMPLING, guidance=2.5),
+    "guidance 4": replace(SAMPLING, guidance=4.0),
+    "true CFG 2.5": replace(SAMPLING, cfg_scale=2.5),
+    "true CFG 4": replace(SAMPLING, cfg_scale=4.0),
+}
 
 
 @dataclass(frozen=True)
 class Editor:
-    """A model folder, loaded in fp32."""
+    """A model folder, loaded in fp32, at times with a LoRA."""
 
     flux: Flux
     vae: VAE
@@ -44,59 +56,67 @@ class Editor:
     shift: flow.Shift
 
     @classmethod
-    def read(cls, folder: Path) -> "Editor":
+    def read(cls, folder: Path, lora: Path | None = None) -> "Editor":
         """All networks of a model folder."""
         checkpoint, place = find(folder), (torch.device("cpu"), torch.float32)
-        networks = (load(checkpoint, *place) for load in (load_flux, load_vae, load_t5, load_clip))
+        networks = [load(checkpoint, *place) for load in (load_flux, load_vae, load_t5, load_clip)]
+        if lora is not None:
+            apply_weights(networks[0], read_lora(lora).weights, 1.0, torch.float32)
         return cls(*networks, Tokenizers.read(folder), checkpoint.shift)
 
     @torch.inference_mode()
-    def __call__(self, prompts: list[str], references: Tensor | None, size: Size) -> Tensor:
-        """Edited pictures (B, 3, H, W) in -1..1; references alike, or None for text-to-image."""
-        t5, clip = self.tokenizers(prompts)
-        latents = [] if references is None else [self.vae.encode(references)]
-        condition = Condition(self.t5(t5), self.clip(clip), latents)
+    def __call__(
+        self, prompts: list[str], references: list[Tensor], size: Size, sampling: Sampling = SAMPLING
+    ) -> Tensor:
+        """Edited pictures (B, 3, H, W) in -1..1; references alike, none for text-to-image."""
+        latents = [self.vae.encode(pictures) for pictures in references]
+        condition, empty = (
+            Condition(self.t5(t5), self.clip(clip), latents)
+            for t5, clip in (self.tokenizers(prompts), self.tokenizers([""] * len(prompts)))
+        )
         shape = (len(prompts), 16, size.height // 8, size.width // 8)
-        x = flow.draw_noise(shape, torch.Generator().manual_seed(SAMPLING.seed))
-        times = flow.schedule(SAMPLING.steps, flow.token_count(*shape[-2:]), self.shift)
-        *_, x = sampler.euler(sampler.guided(self.flux, condition, None, SAMPLING), x, times)
+        x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed))
+        times = flow.schedule(sampling.steps, flow.token_count(*shape[-2:]), self.shift)
+        *_, x = sampler.euler(sampler.guided(self.flux, condition, empty, sampling), x, times)
         return self.vae.decode(x).clamp(-1, 1)
 
 
 @dataclass(frozen=True)
 class Cases:
-    """Examples of one edit and one size; pictures (B, 3, H, W) in -1..1, reference None for text-to-image."""
+    """Examples of one edit and one size; pictures (B, 3, H, W) in -1..1."""
 
     prompts: list[str]
-    reference: Tensor | None
+    references: list[Tensor]
     target: Tensor
     size: Size
     photograph: Tensor  # (B,) bool
 
 
 def cases_of(edit: str, count: int) -> list[Cases]:
-    """`count` validation examples of an edit, in batches of one size."""
+    """`count` validation examples of an edit, learnt or held out, in batches of one size."""
     groups: dict[Size, list[Example]] = {}
+    make = held_out_example if edit in HELD_OUT else example
     for i in range(count):
         size = SIZES[i % len(SIZES)]
-        groups.setdefault(size, []).append(example("validation", 10_000 + i, size, edit))
+        groups.setdefault(size, []).append(make("validation", 10_000 + i, size, edit))
     batches = []
     for size, examples in groups.items():
         for start in range(0, len(examples), BATCH):
             some = examples[start : start + BATCH]
-            reference = None if some[0].reference is None else to_tensor([task.reference for task in some])
+            references = [to_tensor(pictures) for pictures in zip(*(task.references for task in some), strict=True)]
             target = to_tensor([task.target for task in some])
             photograph = torch.tensor([task.photograph for task in some])
-            batches.append(Cases([task.prompt for task in some], reference, target, size, photograph))
+            batches.append(Cases([task.prompt for task in some], references, target, size, photograph))
     return batches
 
 
 def success(output: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    """Per picture: whether the changed pixels came out; where nothing should change, whether nothing did. (B,) bool"""
+    """Per picture: whether what should change came out and the rest stayed. (B,) bool"""
     mask = changed_pixels(reference, target)
     error = ((output - target).square() * mask).flatten(1).sum(1)
     before = ((reference - target).square() * mask).flatten(1).sum(1)
-    return torch.where(before > 0, error < ENOUGH * before, psnr(output, target) > 25)
+    done = (error < ENOUGH * before) & ~(outside_psnr(output, reference, target) < UNDISTURBED)
+    return torch.where(before > 0, done, psnr(output, target) > KEPT)
 
 
 def changed_pixels(reference: Tensor, target: Tensor) -> Tensor:
@@ -113,28 +133,28 @@ def outside_psnr(output: Tensor, reference: Tensor, target: Tensor) -> Tensor:
 
 def measure(editor: Editor, batch: Cases) -> tuple[dict[str, Tensor], Tensor]:
     """Per-picture numbers of one batch, each (B,), and the outputs."""
-    output = editor(batch.prompts, batch.reference, batch.size)
+    output = editor(batch.prompts, batch.references, batch.size)
     with torch.inference_mode():
         ceiling = editor.vae.decode(editor.vae.encode(batch.target)).clamp(-1, 1)
     numbers = {"psnr": psnr(output, batch.target), "ceiling": psnr(ceiling, batch.target)}
-    if batch.reference is None:
+    if not batch.references:
         return numbers, output
-    shuffled = editor(batch.prompts, batch.reference.roll(1, dims=0), batch.size)
-    numbers["copy"] = psnr(batch.reference, batch.target).clamp(max=60)
-    for name, picture in (("", output), ("shuffled_", shuffled)):
-        done = success(picture, batch.reference, batch.target)
-        disturbed = outside_psnr(picture, batch.reference, batch.target) < UNDISTURBED
-        numbers |= {f"{name}success": done.float(), f"{name}strict": (done & ~disturbed).float()}
+    reference = batch.references[0]
+    shuffled = editor(batch.prompts, [pictures.roll(1, dims=0) for pictures in batch.references], batch.size)
+    numbers["copy"] = psnr(reference, batch.target).clamp(max=60)
+    numbers["success"] = success(output, reference, batch.target).float()
+    numbers["shuffled"] = success(shuffled, reference, batch.target).float()
+    numbers["shuffled_psnr"] = psnr(shuffled, batch.target)
     numbers["photographs"] = torch.where(batch.photograph, numbers["success"], torch.nan)
-    numbers["outside"] = outside_psnr(output, batch.reference, batch.target)
-    numbers["outside_ceiling"] = outside_psnr(ceiling, batch.reference, batch.target)
+    numbers["outside"] = outside_psnr(output, reference, batch.target)
+    numbers["outside_ceiling"] = outside_psnr(ceiling, reference, batch.target)
     return numbers, output
 
 
-def evaluate(folder: Path, count: int) -> tuple[dict[str, dict[str, float]], list]:
+def evaluate(editor: Editor, edits: Sequence[str], count: int) -> tuple[dict[str, dict[str, float]], list]:
     """Means over `count` cases of every edit, and three cases of each as rows of a contact sheet."""
-    editor, table, rows = Editor.read(folder), {}, []
-    for edit in EDITS:
+    table, rows = {}, []
+    for edit in edits:
         measured = [(batch, *measure(editor, batch)) for batch in cases_of(edit, count)]
         keys = measured[0][1]
         means = {key: torch.cat([numbers[key] for _, numbers, _ in measured]).nanmean().item() for key in keys}
@@ -142,6 +162,25 @@ def evaluate(folder: Path, count: int) -> tuple[dict[str, dict[str, float]], lis
         rows += shown([(batch, output) for batch, _, output in measured])
         print(line(edit, table[edit]), flush=True)
     return table, rows
+
+
+def guidance_effect(editor: Editor, edit: str, count: int) -> dict[str, dict[str, float]]:
+    """PSNR, success and how far the pictures move (RMS of 255) at some guidances and true CFG scales."""
+    batches, table, plain = cases_of(edit, count), {}, None
+    for name, sampling in GUIDANCES.items():
+        outputs = [editor(batch.prompts, batch.references, batch.size, sampling) for batch in batches]
+        plain = outputs if plain is None else plain
+        moved = torch.cat([(a - b).square().flatten(1).mean(1) for a, b in zip(outputs, plain, strict=True)])
+        pairs = list(zip(outputs, batches, strict=True))
+        done = torch.cat([success(output, batch.references[0], batch.target) for output, batch in pairs])
+        quality = torch.cat([psnr(output, batch.target) for output, batch in pairs])
+        table[name] = {
+            "psnr": round(quality.mean().item(), 2),
+            "success": round(done.float().mean().item(), 3),
+            "moved": round(127.5 * moved.mean().sqrt().item(), 2),
+        }
+        print(f"{edit} at {name}: {table[name]}", flush=True)
+    return table
 
 
 def shown(batches: list[tuple[Cases, Tensor]]) -> list[tuple[Cases, Tensor, int]]:
@@ -153,24 +192,23 @@ def shown(batches: list[tuple[Cases, Tensor]]) -> list[tuple[Cases, Tensor, int]
 
 def line(edit: str, numbers: dict[str, float]) -> str:
     """One row of the printed table."""
-    shares = ("success", "strict", "shuffled_success", "shuffled_strict", "photographs")
-    percent = " ".join(f"{key} {numbers[key]:4.0%}" for key in shares if key in numbers)
+    percent = " ".join(f"{key} {numbers[key]:4.0%}" for key in ("success", "shuffled", "photographs") if key in numbers)
     names = ("psnr", "copy", "ceiling", "outside", "outside_ceiling")
-    return f"{edit:14s} {percent:86s} " + " ".join(f"{key} {numbers[key]:.1f}" for key in names if key in numbers)
+    return f"{edit:14s} {percent:48s} " + " ".join(f"{key} {numbers[key]:.1f}" for key in names if key in numbers)
 
 
 def contact_sheet(rows: list, columns: int = 3, zoom: int = 2) -> Image.Image:
-    """Reference | output | target of every row, with the prompt above."""
-    width, height = 3 * 116 * zoom, 112 * zoom + 20
+    """References | output | target of every row, with the prompt above."""
+    most = max(len(batch.references) for batch, *_ in rows)
+    width, height = (most + 2) * 116 * zoom, 112 * zoom + 20
     sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (batch, output, row) in enumerate(rows):
         left, top = i % columns * width, i // columns * height
         pen.text((left + 4, top + 4), batch.prompts[row], fill="black")
-        pictures = (None if batch.reference is None else batch.reference[row], output[row], batch.target[row])
+        pictures = [*(pictures[row] for pictures in batch.references), output[row], batch.target[row]]
         for j, picture in enumerate(pictures):
-            if picture is not None:
-                sheet.paste(enlarged(picture, zoom), (left + 4 + j * 114 * zoom, top + 20))
+            sheet.paste(enlarged(picture, zoom), (left + 4 + j * 114 * zoom, top + 20))
     return sheet
 
 
@@ -180,10 +218,30 @@ def enlarged(picture: Tensor, zoom: int) -> Image.Image:
     return Image.fromarray(pixels).resize((pixels.shape[1] * zoom, pixels.shape[0] * zoom), Image.NEAREST)
 
 
-def report(folder: Path, count: int) -> dict[str, dict[str, float]]:
-    """Print the table; write metrics.json and sheet.jpg into the model folder."""
-    table, rows = evaluate(folder, count)
+def report(folder: Path, count: int) -> None:
+    """Print the table of a model folder; write metrics.json and sheet.jpg into it."""
+    editor = Editor.read(folder)
+    table, rows = evaluate(editor, EDITS, count)
+    effect = {edit: guidance_effect(editor, edit, min(count, 40)) for edit in ("add", "recolour")}
     settings = {"cases": count, "steps": SAMPLING.steps, "guidance": SAMPLING.guidance, "success_below": ENOUGH}
-    (folder / "metrics.json").write_text(json.dumps({"settings": settings, "edits": table}, indent=2) + "\n")
+    metrics = {"settings": settings, "edits": table, "guidance": effect}
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     contact_sheet(rows).save(folder / "sheet.jpg", quality=85)
-    return table
+
+
+def report_lora(folder: Path, lora: Path, edits: Sequence[str], count: int) -> None:
+    """Print what a LoRA does to each edit, beside the base; write LORA.json and LORA.jpg next to the file.
+
+    closed: how much of the way from the better of base and reference to the autoencoder's ceiling it goes, in dB.
+    """
+    base, _ = evaluate(Editor.read(folder), edits, count)
+    table, rows = evaluate(Editor.read(folder, lora), edits, count)
+    for edit, numbers in table.items():
+        start = max(base[edit]["psnr"], numbers.get("copy", 0.0))
+        numbers["base"] = base[edit]["psnr"]
+        numbers["closed"] = round((numbers["psnr"] - start) / (numbers["ceiling"] - start), 3)
+        names = ("copy", "base", "psnr", "ceiling", "shuffled_psnr")
+        figures = " ".join(f"{name} {numbers[name]:.1f}" for name in names if name in numbers)
+        print(f"{edit:14s} {figures} closed {numbers['closed']:.0%}", flush=True)
+    lora.with_suffix(".json").write_text(json.dumps(table, indent=2) + "\n")
+    contact_sheet(rows).save(lora.with_suffix(".jpg"), quality=85)

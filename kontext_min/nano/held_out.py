@@ -1,15 +1,17 @@
-"""The edits of `edits.HELD_OUT` that are functions of one picture: never in the transformer's pretraining.
+"""The edits of `edits.HELD_OUT`: never in the transformer's pretraining.
 
 The autoencoder may see such pictures (it has no notion of an edit); LoRAs and their evaluation are made of them.
 """
 
 import io
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from kontext_min.nano.edits import from_image, gray, to_image
-from kontext_min.nano.scenes import Picture
+from kontext_min.data.buckets import Size
+from kontext_min.nano.edits import SPLITS, Example, any_picture, from_image, gray, to_image
+from kontext_min.nano.scenes import Picture, cover, draw, pick, random_scene
 
 SEPIA = np.array([[0.393, 0.349, 0.272], [0.769, 0.686, 0.534], [0.189, 0.168, 0.131]], np.float32)
 
@@ -28,7 +30,7 @@ def sketch(picture: Picture) -> Picture:
     """Dark lines on white: luma divided by its blurred self (line width 1/40 of the short side)."""
     luma = gray(picture)
     soft = from_image(to_image(luma).filter(ImageFilter.GaussianBlur(min(picture.shape[:2]) / 40)))
-    return np.clip(luma / (soft + 0.05), 0, 1) ** 3
+    return np.clip((luma + 0.05) / (soft + 0.05), 0, 1) ** 3
 
 
 def mosaic(picture: Picture) -> Picture:
@@ -37,6 +39,31 @@ def mosaic(picture: Picture) -> Picture:
     cell = min(image.size) / 12
     small = image.resize((round(image.width / cell), round(image.height / cell)), Image.BOX)
     return from_image(small.resize(image.size, Image.NEAREST))
+
+
+def outline(picture: Picture) -> Picture:
+    """A black line wherever brightness or colour changes abruptly (line width 1/40 of the short side)."""
+    wide = max(1, round(min(picture.shape[:2]) / 80))
+    edges = sum(np.abs(np.roll(picture, wide, axis) - np.roll(picture, -wide, axis)).sum(-1) for axis in (0, 1))
+    return picture * np.clip(1.6 - 2 * edges, 0, 1)[..., None].astype(np.float32)
+
+
+def hollow(r: np.random.Generator, size: Size) -> tuple[str, Picture, Picture]:
+    """One object of a scene becomes a ring through which one sees what is behind. -> prompt, reference, target"""
+    scene = random_scene(r)
+    thing = pick(r, scene.objects)
+    behind = replace(scene, objects=tuple(other for other in scene.objects if other is not thing))
+    hole = cover(replace(thing, radius=0.62 * thing.radius), size)
+    reference = draw(scene, size)
+    return f"hollow out the {thing.name}", reference, reference * (1 - hole) + draw(behind, size) * hole
+
+
+def inset(picture: Picture, second: Picture) -> Picture:
+    """The second picture at half its size in the lower right corner of the first."""
+    height, width = picture.shape[:2]
+    result, small = picture.copy(), to_image(second).resize((width // 2, height // 2), Image.BOX)
+    result[height - height // 2 :, width - width // 2 :] = from_image(small)
+    return result
 
 
 def soften(picture: Picture) -> Picture:
@@ -51,14 +78,32 @@ def compress(picture: Picture) -> Picture:
     return from_image(Image.open(buffer))
 
 
-# name in HELD_OUT: (prompt, function); the first group makes the target, the second one the reference
+# name in HELD_OUT: (prompt, function); the first group makes the target of one picture, the second one its reference
 TARGETS = {
     "invert": ("invert the colors", invert),
     "sketch": ("turn the picture into a pencil sketch", sketch),
     "sepia": ("give the picture a sepia tone", sepia),
     "mosaic": ("turn the picture into a mosaic", mosaic),
+    "outline": ("outline everything in black", outline),
 }
 DEGRADATIONS = {
     "deblur": ("deblur the picture", soften),
     "jpeg clean-up": ("clean up the jpeg artifacts", compress),
 }
+
+
+def held_out_example(split: str, index: int, size: Size, edit: str) -> Example:
+    """Example number `index` of "train" or "validation" of one of HELD_OUT."""
+    r = np.random.default_rng([SPLITS[split], 5, index])
+    if edit == "hollow":
+        prompt, reference, target = hollow(r, size)
+        return Example(edit, prompt, (reference,), target)
+    photograph, picture = any_picture(r, split, size)
+    if edit == "inset":
+        _, second = any_picture(r, split, size)
+        return Example(edit, "inset the second picture", (picture, second), inset(picture, second), photograph)
+    if edit in DEGRADATIONS:
+        prompt, degrade = DEGRADATIONS[edit]
+        return Example(edit, prompt, (degrade(picture),), picture, photograph)
+    prompt, change = TARGETS[edit]
+    return Example(edit, prompt, (picture,), change(picture).astype(np.float32), photograph)

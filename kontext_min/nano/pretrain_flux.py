@@ -1,7 +1,14 @@
-"""Stage two: the transformer and both text encoders, on cached latents: first at 64 px, then at 96 px."""
+"""Stages two and three: transformer and text encoders on cached latents, at 64 px, then 96 px; then its guidance.
 
+The third stage distils true classifier-free guidance into the guidance embedding (Meng et al. 2023), as in FLUX.1-dev.
+"""
+
+import copy
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -10,7 +17,7 @@ from torch import Tensor
 from kontext_min import flow
 from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE
-from kontext_min.nano.edits import LATER_MIX, MIX, Example, example
+from kontext_min.nano.edits import Example, example
 from kontext_min.nano.model import Nano, Tokenizers
 from kontext_min.nano.muon import optimizers
 from kontext_min.nano.pretrain_vae import to_tensor
@@ -18,34 +25,34 @@ from kontext_min.nano.pretrain_vae import to_tensor
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 WARM_UP, DECAY = 100, 0.45  # steps; the last share of all steps, with the rate falling to zero
 ADAM_NAMES = ("clip.", "t5.shared", "relative_attention_bias", "_in.", "_mod.", "modulation", "final_layer")
-CAPTION_DROPOUT = 0.05  # so that true CFG has something to subtract
-TEXT_TO_IMAGE_EVERY = 16  # steps
+CAPTION_DROPOUT = 0.07  # so that true CFG has something to subtract
+GUIDANCE = (1.0, 4.0)  # what the embedding learns to stand for
+DISTIL_SHARE = 0.15  # of the learning rates
 CHANGED = 0.15  # mean squared difference of target and reference above which a token counts as changed
-CHANGED_WEIGHT = 6.0
+CHANGED_WEIGHT = 5.0
 SAVE_EVERY = 250
-ENCODE_BATCH = 32
+ENCODE_BATCH, PARTS = 32, 12
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps at one resolution: example i has size sizes[i % len(sizes)]."""
+    """Some steps at one resolution: example i has size sizes[i // ENCODE_BATCH % len(sizes)]."""
 
     name: str
     sizes: tuple[Size, ...]
     examples: int
     steps: int
     batch: int
-    text_length: int  # tokens; early on, instructions lose padding (none is longer than 12)
+    text_length: int  # tokens; early on, instructions lose padding (none is longer)
     first_index: int
-    mix: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Cached examples of one size. Latents are normalised, fp16, (N, 16, h, w); reference is None for text-to-image."""
+    """Cached examples of one size and number of references. Latents are normalised, fp16, (N, 16, h, w)."""
 
     target: Tensor
-    reference: Tensor | None
+    references: list[Tensor]
     t5: Tensor  # (N, LENGTH)
     clip: Tensor  # (N, LENGTH)
 
@@ -53,72 +60,78 @@ class Bucket:
 # fmt: off
 PHASES = (
     Phase("64px", (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80)),
-          examples=32_000, steps=1350, batch=48, text_length=14, first_index=0, mix=MIX),
+          examples=60_000, steps=2000, batch=96, text_length=16, first_index=0),
     Phase("96px", (Size(96, 96), Size(96, 96), Size(112, 80), Size(80, 112), Size(128, 64), Size(64, 128)),
-          examples=12_000, steps=660, batch=48, text_length=24, first_index=10**6, mix=LATER_MIX),
+          examples=36_000, steps=1000, batch=96, text_length=24, first_index=10**6),
 )
+DISTIL_STEPS, DISTIL_BATCH = 200, 48  # with the last phase's examples
 # fmt: on
 
 
 def encode_examples(vae: VAE, tokenizers: Tokenizers, examples: list[Example]) -> Bucket:
-    """Examples of one size -> their latents and token ids."""
+    """Examples of one size and number of references -> their latents and token ids."""
 
     def latents(pictures) -> Tensor:
-        parts = [pictures[i : i + ENCODE_BATCH] for i in range(0, len(pictures), ENCODE_BATCH)]
-        return torch.cat([vae.encode(to_tensor(part)).half().contiguous() for part in parts])
+        return vae.encode(to_tensor(pictures)).half().contiguous()
 
-    t5, clip = tokenizers([task.prompt for task in examples])
-    reference = None if examples[0].reference is None else latents([task.reference for task in examples])
-    return Bucket(latents([task.target for task in examples]), reference, t5, clip)
+    references = [latents(pictures) for pictures in zip(*(task.references for task in examples), strict=True)]
+    return Bucket(
+        latents([task.target for task in examples]), references, *tokenizers([task.prompt for task in examples])
+    )
 
 
 @torch.no_grad()
-def make_buckets(vae: VAE, tokenizers: Tokenizers, phase: Phase) -> list[Bucket]:
-    """All examples of a phase, sorted into buckets: with reference one per different size, then those without."""
-    groups: dict[tuple, list[Example]] = {}
-    chunks: dict[tuple, list[Bucket]] = {}
-    for i in range(phase.examples):
-        size = phase.sizes[i % len(phase.sizes)]
-        task = example("train", phase.first_index + i, size, mix=phase.mix)
-        key = (task.reference is None, size)
-        groups.setdefault(key, []).append(task)
-        if len(groups[key]) == ENCODE_BATCH:
-            chunks.setdefault(key, []).append(encode_examples(vae, tokenizers, groups.pop(key)))
-    for key, rest in groups.items():
-        chunks.setdefault(key, []).append(encode_examples(vae, tokenizers, rest))
-    return [joined(chunks[key]) for key in sorted(chunks)]
+def write_part(file: Path, part: int, vae: VAE, tokenizer_folder: Path, phase: Phase) -> Path:
+    """Every PARTS-th batch of the phase's examples, drawn, encoded and sorted into buckets, as `file`.PART."""
+    file = file.with_suffix(f".{part}")
+    if file.exists():
+        return file
+    torch.set_num_threads(1)
+    tokenizers, chunks = Tokenizers.read(tokenizer_folder), {}
+    for start in range(part * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
+        size = phase.sizes[start // ENCODE_BATCH % len(phase.sizes)]
+        groups: dict[int, list[Example]] = {}
+        for i in range(start, min(start + ENCODE_BATCH, phase.examples)):
+            task = example("train", phase.first_index + i, size)
+            groups.setdefault(len(task.references), []).append(task)
+        for count, group in groups.items():
+            chunks.setdefault((count, *size), []).append(encode_examples(vae, tokenizers, group))
+    save_whole({key: vars(joined(buckets)) for key, buckets in chunks.items()}, file)
+    return file
+
+
+def save_whole(content, file: Path) -> None:
+    """torch.save under another name first, so that a file is never half written."""
+    torch.save(content, file.with_name(file.name + ".tmp"))
+    file.with_name(file.name + ".tmp").rename(file)
 
 
 def joined(chunks: list[Bucket]) -> Bucket:
     """Several buckets of one size as one."""
-    reference = None if chunks[0].reference is None else torch.cat([chunk.reference for chunk in chunks])
-    columns = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("target", "t5", "clip"))
-    target, t5, clip = columns
-    return Bucket(target, reference, t5, clip)
+    references = [torch.cat(latents) for latents in zip(*(chunk.references for chunk in chunks), strict=True)]
+    target, t5, clip = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("target", "t5", "clip"))
+    return Bucket(target, references, t5, clip)
 
 
-def cached_buckets(folder: Path, vae: VAE, tokenizers: Tokenizers, phase: Phase) -> list[Bucket]:
-    """The phase's buckets from `folder`/latents-NAME.pt, which is made if need be."""
-    file = folder / f"latents-{phase.name}.pt"
-    if not file.exists():
-        started = time.process_time()
-        buckets = make_buckets(vae, tokenizers, phase)
-        torch.save([vars(bucket) for bucket in buckets], file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").rename(file)
-        cpu = (time.process_time() - started) / 60
-        print(f"latents {phase.name}: {phase.examples} examples, cpu {cpu:.2f} min", flush=True)
-    return [Bucket(**columns) for columns in torch.load(file, weights_only=True)]
+def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> list[Bucket]:
+    """The phase's buckets from `folder`/latents-NAME.*, which every core helps to make if need be."""
+    started, columns = time.perf_counter(), (folder / f"latents-{phase.name}", vae, tokenizer_folder, phase)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        tasks = [pool.submit(write_part, columns[0], part, *columns[1:]) for part in range(PARTS)]
+        parts = [torch.load(task.result(), weights_only=True) for task in tasks]
+    minutes = (time.perf_counter() - started) / 60
+    print(f"latents {phase.name}: {phase.examples} examples, {minutes:.2f} min on {os.cpu_count()} cores", flush=True)
+    keys = sorted({key for part in parts for key in part})
+    return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in keys]
 
 
-def choose(buckets: list[Bucket], step: int, batch: int, generator: torch.Generator) -> Bucket:
-    """The batch of a step: one size, in proportion to the examples; every 16th step is text-to-image."""
-    wanted = step % TEXT_TO_IMAGE_EVERY == TEXT_TO_IMAGE_EVERY - 1
-    pool = [bucket for bucket in buckets if (bucket.reference is None) == wanted]
-    counts = torch.tensor([len(bucket.target) for bucket in pool], dtype=torch.float32)
-    bucket = pool[torch.multinomial(counts, 1, generator=generator).item()]
+def choose(buckets: list[Bucket], batch: int, generator: torch.Generator) -> Bucket:
+    """The batch of a step: one bucket, in proportion to its examples."""
+    counts = torch.tensor([len(bucket.target) for bucket in buckets], dtype=torch.float32)
+    bucket = buckets[torch.multinomial(counts, 1, generator=generator).item()]
     rows = torch.randint(len(bucket.target), (batch,), generator=generator)
-    reference = None if bucket.reference is None else bucket.reference[rows].float()
-    return Bucket(bucket.target[rows].float(), reference, bucket.t5[rows], bucket.clip[rows])
+    references = [latents[rows].float() for latents in bucket.references]
+    return Bucket(bucket.target[rows].float(), references, bucket.t5[rows], bucket.clip[rows])
 
 
 def token_weights(target: Tensor, references: list[Tensor]) -> Tensor:
@@ -130,21 +143,39 @@ def token_weights(target: Tensor, references: list[Tensor]) -> Tensor:
     return torch.where(changed, CHANGED_WEIGHT, 1.0)
 
 
+def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Random times (B,), noise, and the mix of target and noise, both (B, 16, h, w)."""
+    t = torch.sigmoid(0.7 + 1.2 * torch.randn(len(target), generator=generator))
+    noise = torch.randn(target.shape, generator=generator)
+    return t, noise, flow.mix(target, noise, t)
+
+
 def loss_of(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-    """Weighted squared error of the velocity at random times and guidances."""
-    count = len(data.target)
-    dropped = torch.rand(count, 1, generator=generator) < CAPTION_DROPOUT
-    pairs = zip(empty, (data.t5, data.clip), strict=True)
-    ids = tuple(torch.where(dropped, nothing[:, : own.shape[1]], own) for nothing, own in pairs)
-    references = [] if data.reference is None else [data.reference]
-    t = torch.sigmoid(0.7 + 1.2 * torch.randn(count, generator=generator))
-    guidance = 1 + 3 * torch.rand(count, generator=generator)
-    noise = torch.randn(data.target.shape, generator=generator)
-    x_t = flow.mix(data.target, noise, t)
-    v = flow.velocity(nano.flux, x_t, t, nano.condition(ids, references), guidance)
-    weights = token_weights(data.target, references)
+    """Weighted squared error of the velocity at random times and guidance 1; some captions are empty."""
+    dropped = torch.rand(len(data.target), 1, generator=generator) < CAPTION_DROPOUT
+    ids = tuple(torch.where(dropped, nothing, own) for nothing, own in zip(empty, (data.t5, data.clip), strict=True))
+    t, noise, x_t = noisy(data.target, generator)
+    v = flow.velocity(nano.flux, x_t, t, nano.condition(ids, data.references), torch.ones_like(t))
+    weights = token_weights(data.target, data.references)
     error = (flow.pack(v) - flow.pack(noise - data.target)).square().mean(-1, keepdim=True)
-    return (weights * error).sum() / weights.sum()
+    return ((weights * error).sum(1) / weights.sum(1)).mean()
+
+
+def distil_loss(
+    nano: Nano, teacher: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: torch.Generator
+) -> Tensor:
+    """Squared error against the teacher's true classifier-free guidance at random scales."""
+    t, _, x_t = noisy(data.target, generator)
+    low, high = GUIDANCE
+    scale = low + (high - low) * torch.rand(len(t), generator=generator)
+    with torch.no_grad():
+        v, plain = (
+            flow.velocity(teacher.flux, x_t, t, teacher.condition(ids, data.references), torch.ones_like(t))
+            for ids in ((data.t5, data.clip), tuple(nothing.expand(len(t), -1) for nothing in empty))
+        )
+        wanted = plain + scale.view(-1, 1, 1, 1) * (v - plain)
+    given = flow.velocity(nano.flux, x_t, t, nano.condition((data.t5, data.clip), data.references), scale)
+    return (given - wanted).square().mean()
 
 
 def rate(step: int, steps: int) -> float:
@@ -154,9 +185,9 @@ def rate(step: int, steps: int) -> float:
 
 def cut(data: Bucket, length: int) -> Bucket:
     """Instructions cut to `length` tokens; captions of text-to-image are longer and stay."""
-    if data.reference is None:
+    if not data.references:
         return data
-    return Bucket(data.target, data.reference, data.t5[:, :length], data.clip[:, :length])
+    return Bucket(data.target, data.references, data.t5[:, :length], data.clip[:, :length])
 
 
 class Run:
@@ -177,8 +208,7 @@ class Run:
         """Replace the file."""
         optims = [optim.state_dict() for optim in self.optims]
         state = {"nano": self.nano.state_dict(), "optims": optims, "step": self.step}
-        torch.save(state, self.file.with_suffix(".tmp"))
-        self.file.with_suffix(".tmp").rename(self.file)
+        save_whole(state, self.file)
 
     def update(self, loss: Tensor, share: float) -> None:
         """One step of both optimizers at `share` of their learning rates."""
@@ -191,25 +221,61 @@ class Run:
         self.step += 1
 
 
-def pretrain_flux(folder: Path, vae: VAE, tokenizers: Tokenizers, phases: tuple[Phase, ...], report) -> Nano:
-    """Train through all phases, or go on from `folder`/flux.pt. `report(nano, step)` is called at every save."""
-    run, empty = Run(folder), tokenizers([""])
-    total, done, started, average = sum(phase.steps for phase in phases), 0, time.process_time(), None
+def pretrain_flux(
+    folder: Path, vae: VAE, tokenizer_folder: Path, phases: tuple[Phase, ...], distil: int, report
+) -> Nano:
+    """Train through all phases and distil guidance, or go on from `folder`/flux.pt.
+
+    report(nano) is called at every save.
+    """
+    run, empty = Run(folder), Tokenizers.read(tokenizer_folder)([""])
+    total, done, log = sum(phase.steps for phase in phases), 0, Log()
     for phase in phases:
         done += phase.steps
         if run.step >= done:
             continue
-        buckets = cached_buckets(folder, vae, tokenizers, phase)
+        buckets = cached_buckets(folder, vae, tokenizer_folder, phase)
         while run.step < done:
             generator = torch.Generator().manual_seed(run.step)
-            data = cut(choose(buckets, run.step, phase.batch, generator), phase.text_length)
-            loss = loss_of(run.nano, data, empty, generator)
+            data = cut(choose(buckets, phase.batch, generator), phase.text_length)
+            nothing = tuple(ids[:, : data.t5.shape[1]] for ids in empty)
+            loss = loss_of(run.nano, data, nothing, generator)
             run.update(loss, rate(run.step, total))
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            if run.step % 50 == 0 or run.step == done:
-                cpu = (time.process_time() - started) / 60
-                print(f"flux {phase.name} step {run.step}/{total} loss {average:.4f} cpu {cpu:.2f} min", flush=True)
+            log(phase.name, run.step, total, loss)
             if run.step % SAVE_EVERY == 0 or run.step == done:
                 run.save()
-                report(run.nano, run.step)
+                report(run.nano)
+    if run.step < total + distil:
+        distil_guidance(
+            run, folder, cached_buckets(folder, vae, tokenizer_folder, phases[-1]), empty, total, distil, log
+        )
+        report(run.nano)
     return run.nano.eval()
+
+
+def distil_guidance(run: Run, folder: Path, buckets: list[Bucket], empty, first: int, steps: int, log: "Log") -> None:
+    """The last steps; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
+    file = folder / "teacher.pt"
+    if run.step == first:
+        torch.save(run.nano.state_dict(), file)
+    teacher = copy.deepcopy(run.nano).requires_grad_(False)
+    teacher.load_state_dict(torch.load(file, weights_only=True))
+    while run.step < first + steps:
+        generator = torch.Generator().manual_seed(run.step)
+        loss = distil_loss(run.nano, teacher, choose(buckets, DISTIL_BATCH, generator), empty, generator)
+        run.update(loss, DISTIL_SHARE * (first + steps - run.step) / steps)
+        log("guidance", run.step, first + steps, loss)
+    run.save()
+
+
+class Log:
+    """Prints the smoothed loss every 50 steps."""
+
+    def __init__(self):
+        self.started, self.average = time.perf_counter(), None
+
+    def __call__(self, name: str, step: int, total: int, loss: Tensor) -> None:
+        self.average = loss.item() if self.average is None else 0.98 * self.average + 0.02 * loss.item()
+        if step % 50 == 0 or step == total:
+            minutes = (time.perf_counter() - self.started) / 60
+            print(f"flux {name} step {step}/{total} loss {self.average:.4f} {minutes:.2f} min", flush=True)

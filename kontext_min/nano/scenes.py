@@ -1,4 +1,4 @@
-"""Drawn scenes: one to three coloured shapes on a plain or patterned background.
+"""Drawn pictures: one to three coloured shapes on a plain or patterned background, and heaps of leaves.
 
 Coordinates: x and y run from -1 to 1 over the picture's width and height; radii are in halves of its short side.
 Pictures are float32 arrays (H, W, 3) in 0..1. Every random draw comes from the generator that is passed in.
@@ -26,15 +26,15 @@ COLOURS: dict[str, Rgb] = {
     "white":  (0.97, 0.97, 0.97),
     "black":  (0.06, 0.06, 0.07),
 }
-# cell (column, row) of the 3 x 3 grid: its name
+# cell (column, row): its name
 PLACES = {
-    (-1, -1): "top left corner",    (0, -1): "top",    (1, -1): "top right corner",
-    (-1,  0): "left",               (0,  0): "center", (1,  0): "right",
-    (-1,  1): "bottom left corner", (0,  1): "bottom", (1,  1): "bottom right corner",
+    (-1, -1): "top left corner",    (1, -1): "top right corner",
+                        (0, 0): "center",
+    (-1,  1): "bottom left corner", (1,  1): "bottom right corner",
 }
 # fmt: on
-CELL = 0.6  # distance of the outer cells' centres from the middle
-RADIUS = 0.34  # of objects that an edit adds; drawn ones vary around it
+CELL = 0.55  # distance of the corner cells' centres from the middle
+RADIUS = 0.38  # of objects that an edit adds; drawn ones vary around it; neighbours do not touch
 PATTERNS = ("plain", "plain", "vertical gradient", "horizontal gradient", "stripes", "checker", "dots")
 SUPERSAMPLING = 4
 
@@ -161,17 +161,22 @@ def draw_pattern(background: Background, size: Size) -> Picture:
     return first + (second - first) * share[..., None].astype(np.float32)
 
 
+def cover(thing: Object, size: Size) -> Picture:
+    """How much of each pixel the object covers. (H, W, 1)"""
+    fine = Size(size.width * SUPERSAMPLING, size.height * SUPERSAMPLING)
+    middle = (np.array(thing.centre) + 1) / 2 * np.array(fine)
+    corners = middle + SHAPES[thing.shape] * thing.radius * min(fine) / 2
+    mask = Image.new("L", fine)
+    ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
+    return np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
+
+
 def draw(scene: Scene, size: Size) -> Picture:
     """The whole scene, with antialiased edges. Returns (H, W, 3)."""
     picture = draw_pattern(scene.background, size)
-    fine = Size(size.width * SUPERSAMPLING, size.height * SUPERSAMPLING)
     for thing in scene.objects:
-        middle = (np.array(thing.centre) + 1) / 2 * np.array(fine)
-        corners = middle + SHAPES[thing.shape] * thing.radius * min(fine) / 2
-        mask = Image.new("L", fine)
-        ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
-        cover = np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
-        picture = picture * (1 - cover) + np.array(thing.rgb, np.float32) * cover
+        share = cover(thing, size)
+        picture = picture * (1 - share) + np.array(thing.rgb, np.float32) * share
     return np.clip(picture, 0, 1).astype(np.float32)
 
 
@@ -190,16 +195,46 @@ def random_background(r: np.random.Generator, colour: str) -> Background:
     return Background(pick(r, PATTERNS), colour, jitter(r, colour), r.uniform(0, np.pi), r.uniform(7, 14))
 
 
-def random_scene(r: np.random.Generator, max_objects: int = 3) -> Scene:
-    """One to `max_objects` objects in different cells, no two alike, none in the background's colour."""
+def random_scene(r: np.random.Generator, least: int = 1, most: int = 3) -> Scene:
+    """`least` to `most` objects in different cells, no two alike, none in the background's colour."""
     background = random_background(r, pick(r, COLOURS))
     kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS if colour != background.colour]
     cells = list(PLACES)
-    count = int(r.integers(1, max_objects + 1))
+    count = int(r.integers(least, most + 1))
     objects = []
     for kind, cell in zip(r.permutation(len(kinds))[:count], r.permutation(len(cells))[:count], strict=True):
         shape, colour = kinds[kind]
-        x, y = np.array(place_of(cells[cell])) + r.uniform(-0.06, 0.06, 2)
-        radius = RADIUS * r.uniform(0.85, 1.12)
+        x, y = np.array(place_of(cells[cell])) + r.uniform(-0.04, 0.04, 2)
+        radius = RADIUS * r.uniform(0.85, 1.05)
         objects.append(Object(shape, colour, jitter(r, colour), cells[cell], (x, y), radius))
     return Scene(background, tuple(objects))
+
+
+def heap_of_leaves(r: np.random.Generator, size: Size) -> Picture:
+    """Discs and shards of many sizes upon each other, unevenly lit: to a small model much like a photograph. (H, W, 3)
+
+    A "dead leaves" picture: sizes by a power law, as those of things in photographs (Lee, Mumford and Huang 2001).
+    """
+    fine = Size(size.width * 2, size.height * 2)
+    palette = np.clip(r.uniform(0.1, 0.9) + r.normal(0, 0.22, (8, 1)) + r.normal(0, r.uniform(0, 0.2), (8, 3)), 0, 1)
+    image = Image.new("RGB", fine, rgb8(palette[0]))
+    pen = ImageDraw.Draw(image)
+    radii = 0.05 / r.uniform(0.03, 1, int(r.integers(20, 120))) ** 0.9
+    for radius in -np.sort(-radii * r.uniform(0.6, 1.6, len(radii))):
+        corners = circle_points(pick(r, (3, 4, 5, 24)), 1.0, start=r.uniform(0, 2 * np.pi)) * r.uniform(0.4, 1.2, 2)
+        corners = (r.uniform(-1, 1, 2) + 1) / 2 * np.array(fine) + corners * radius * min(fine) / 2
+        pen.polygon([tuple(corner) for corner in corners.tolist()], fill=rgb8(pick(r, palette) + r.normal(0, 0.05, 3)))
+    picture = np.asarray(image.reduce(2), np.float32) / 255
+    light = sum(noise(r, size, cells) * r.uniform(0, 0.25) / cells**0.5 for cells in (2, 4, 9, 20))
+    return np.clip(picture * (1 + light) + light / 4, 0, 1).astype(np.float32)
+
+
+def noise(r: np.random.Generator, size: Size, cells: int) -> Picture:
+    """Smooth random values, about -2 to 2, with `cells` x `cells` bumps. (H, W, 1)"""
+    bumps = Image.fromarray(r.normal(0, 1, (cells, cells)).astype(np.float32))
+    return np.asarray(bumps.resize(size, Image.BICUBIC))[..., None]
+
+
+def rgb8(colour: np.ndarray) -> tuple[int, ...]:
+    """0..1 to 0..255, clipped."""
+    return tuple((np.clip(colour, 0, 1) * 255).astype(int).tolist())

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from kontext_min.data.buckets import Size
-from kontext_min.nano.edits import example
-from kontext_min.nano.held_out import DEGRADATIONS, TARGETS
+from kontext_min.nano.edits import HELD_OUT, example
+from kontext_min.nano.held_out import held_out_example
 
 LENGTH = 24  # tokens of a prompt, T5 and CLIP alike
 T5_PIECES = 1120
@@ -21,9 +21,9 @@ WORDS = Path(__file__).with_name("words.txt")
 
 
 def corpus() -> list[str]:
-    """Prompts of pretraining, one prompt of each held-out edit (only for its spelling), and every English word."""
+    """Prompts of pretraining, a few prompts of each held-out edit (only for its spelling), and every English word."""
     prompts = [example("train", i, Size(16, 16)).prompt for i in range(1500)]
-    held_out = [prompt for prompt, _ in (*TARGETS.values(), *DEGRADATIONS.values())]
+    held_out = [held_out_example("train", i, Size(16, 16), edit).prompt for edit in HELD_OUT for i in range(3)]
     words = WORDS.read_text().split()
     return prompts + held_out + 3 * words + [word.capitalize() for word in words]
 

@@ -1,5 +1,6 @@
 """nano's optimizer, its stages and its success rule."""
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,9 +10,9 @@ import torch
 
 from kontext_min.models.vae import VAE
 from kontext_min.nano.evaluate import success
-from kontext_min.nano.model import Tokenizers
+from kontext_min.nano.model import Nano, Tokenizers
 from kontext_min.nano.muon import orthogonalise
-from kontext_min.nano.pretrain_flux import PHASES, pretrain_flux, token_weights
+from kontext_min.nano.pretrain_flux import PHASES, Bucket, distil_loss, pretrain_flux, token_weights
 from kontext_min.nano.pretrain_vae import CONFIG
 from kontext_min.nano.vocabulary import CLIP_TOKENS, LENGTH, write_clip, write_t5
 
@@ -48,42 +49,70 @@ def test_tokenizers_give_the_ids_of_transformers(tokenizers):
 def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tmp_path):
     torch.manual_seed(0)
     vae = VAE(CONFIG).requires_grad_(False)
-    phase = replace(PHASES[0], examples=40, steps=4, batch=2)
-
+    phase = replace(PHASES[0], examples=40, steps=3, batch=2)
     phases = (phase, replace(phase, name="later", steps=2))
-    for name in ("whole", "parts"):
-        (tmp_path / name).mkdir()
 
-    def weights(name, report):
-        nano = pretrain_flux(tmp_path / name, vae, tokenizers[1], phases, report)
+    def weights(name, report=lambda nano: None):
+        nano = pretrain_flux(tmp_path / name, vae, tokenizers[0], phases, 2, report)
         return torch.cat([p.detach().flatten() for p in nano.parameters()])
 
-    def interrupt(nano, step):
-        raise KeyboardInterrupt
+    def interrupt_at(step):
+        def report(nano):
+            if torch.load(tmp_path / "parts" / "flux.pt", weights_only=True)["step"] == step:
+                raise KeyboardInterrupt
 
-    whole = weights("whole", report=lambda nano, step: None)
-    with pytest.raises(KeyboardInterrupt):
-        weights("parts", interrupt)
-    assert torch.load(tmp_path / "parts" / "flux.pt", weights_only=True)["step"] == 4
-    assert torch.equal(whole, weights("parts", report=lambda nano, step: None))
+        return report
+
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = weights("whole")
+    for step in (3, 5, 7):  # after the first phase, before guidance is distilled, at the end
+        with pytest.raises(KeyboardInterrupt):
+            weights("parts", interrupt_at(step))
+    assert torch.equal(whole, weights("parts"))
+
+
+def test_distilled_guidance_is_the_teachers_true_cfg():
+    torch.manual_seed(3)
+    teacher = Nano()
+    torch.nn.init.normal_(teacher.flux.final_layer.linear.weight, std=0.1)
+    data = Bucket(torch.randn(2, 16, 4, 4), [torch.randn(2, 16, 4, 4)], *torch.randint(3, 90, (2, 2, 8)))
+    empty = (torch.zeros(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long))
+    generator = torch.Generator().manual_seed(1)
+    student = copy.deepcopy(teacher)
+    asked = []
+
+    def perfect(img, guidance, **inputs):  # a student that is the teacher with true classifier-free guidance
+        asked.append(guidance)
+        nothing = teacher.condition(tuple(ids.expand(2, -1) for ids in empty), [])
+        one = torch.ones_like(guidance)
+        v = teacher.flux(img=img, guidance=one, **inputs)
+        plain = teacher.flux(img=img, guidance=one, **inputs | {"txt": nothing.txt, "y": nothing.vec})
+        return plain + guidance.view(-1, 1, 1) * (v - plain)
+
+    student.flux.forward = perfect
+    assert distil_loss(student, teacher, data, empty, generator).item() < 1e-9
+    assert 1 <= asked[0].min() < asked[0].max() <= 4
+    assert distil_loss(copy.deepcopy(teacher), teacher, data, empty, generator).item() > 1e-4  # it ignores guidance
 
 
 def test_changed_tokens_weigh_more_and_text_to_image_tokens_alike():
     target = torch.zeros(1, 16, 4, 4)
     reference = target.clone()
     reference[..., :2, :2] = 1
-    assert token_weights(target, [reference]).flatten().tolist() == [6, 1, 1, 1]
+    assert token_weights(target, [reference]).flatten().tolist() == [5, 1, 1, 1]
     assert token_weights(target, []).flatten().tolist() == [1, 1, 1, 1]
 
 
-def test_success_looks_at_the_pixels_that_should_change():
-    reference = torch.zeros(3, 3, 8, 8)
+def test_success_needs_the_change_done_and_the_rest_left():
+    reference = torch.zeros(4, 3, 8, 8)
     target = reference.clone()
-    target[:2, :, :4] = 1
+    target[:3, :, :4] = 1
     output = target.clone()
     output[1] = 0  # nothing done
-    output[2] = 0.5  # something done where nothing should be
-    assert success(output, reference, target).tolist() == [True, False, False]
+    output[2, :, 4:] = 0.5  # done, and the rest spoilt
+    output[3] = 0.5  # something done where nothing should be
+    assert success(output, reference, target).tolist() == [True, False, False, False]
 
 
 @pytest.mark.slow

@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kontext_min.config import Config
 from kontext_min.data.buckets import Size
 from kontext_min.nano import demo, held_out, photos
-from kontext_min.nano.edits import GLOBAL_EDITS, HELD_OUT, LATER_MIX, MIX, OBJECT_EDITS, TEMPLATES, example, from_image
+from kontext_min.nano.edits import (
+    FURTHER_EDITS,
+    GLOBAL_EDITS,
+    HELD_OUT,
+    MIX,
+    OBJECT_EDITS,
+    TEMPLATES,
+    example,
+    from_image,
+)
+from kontext_min.nano.pairs import write_pairs
 from kontext_min.nano.pretrain_flux import PHASES
 
 SIZE = Size(64, 48)
@@ -28,23 +39,23 @@ def test_pictures_have_the_asked_size_and_range(edit):
     task = example("train", 11, SIZE, edit)
     assert task.target.shape == (48, 64, 3) and task.target.dtype == np.float32
     assert 0 <= task.target.min() and task.target.max() <= 1
-    assert (task.reference is None) == (edit == "text to image")
+    assert len(task.references) == {"text to image": 0, "insert": 2}.get(edit, 1)
 
 
-@pytest.mark.parametrize("edit", [*OBJECT_EDITS, *GLOBAL_EDITS])
+@pytest.mark.parametrize("edit", [*OBJECT_EDITS, *GLOBAL_EDITS, *FURTHER_EDITS])
 def test_every_edit_changes_its_picture_and_keep_does_not(edit):
     changes = [
-        np.abs(task.target - task.reference).max() for task in (example("train", i, SIZE, edit) for i in range(8))
+        np.abs(task.target - task.references[0]).max() for task in (example("train", i, SIZE, edit) for i in range(8))
     ]
     assert np.median(changes) > 0.05  # one may do nothing, such as a red border on a red background
     kept = example("train", 0, SIZE, "keep")
-    np.testing.assert_array_equal(kept.reference, kept.target)
+    np.testing.assert_array_equal(kept.references[0], kept.target)
 
 
 def test_shares_of_the_mix_sum_to_one_and_name_known_edits():
-    assert sum(MIX.values()) == pytest.approx(1) and sum(LATER_MIX.values()) == pytest.approx(1)
-    assert set(MIX) == set(LATER_MIX)
-    assert set(MIX) == {*TEMPLATES, "text to image"} == {*OBJECT_EDITS, *GLOBAL_EDITS, "keep", "text to image"}
+    assert sum(MIX.values()) == pytest.approx(1)
+    assert set(MIX) == {*TEMPLATES, "text to image"}
+    assert set(MIX) == {*OBJECT_EDITS, *GLOBAL_EDITS, *FURTHER_EDITS, "keep", "text to image"}
 
 
 def test_no_held_out_edit_is_named_in_pretraining_prompts():
@@ -52,7 +63,7 @@ def test_no_held_out_edit_is_named_in_pretraining_prompts():
     assert not set(HELD_OUT) & set(MIX)
     named = [prompt for prompts in TEMPLATES.values() for prompt in prompts if words.search(prompt)]
     for phase in PHASES:
-        drawn = [example("train", phase.first_index + i, Size(16, 16), mix=phase.mix).prompt for i in range(600)]
+        drawn = [example("train", phase.first_index + i, Size(16, 16)).prompt for i in range(600)]
         named += [prompt for prompt in drawn if words.search(prompt)]
     assert named == []
 
@@ -61,16 +72,17 @@ def test_no_pretraining_target_is_a_held_out_edit_of_its_reference():
     makers = [make for _, make in held_out.TARGETS.values()]
     for i in range(150):
         task = example("train", i, SIZE)
-        if task.reference is None:
+        if not task.references:
             continue
-        moved = np.abs(task.target - task.reference).mean()
+        reference = task.references[0]
+        moved = np.abs(task.target - reference).mean()
         for make in makers:
-            made = make(task.reference)
-            if np.abs(made - task.reference).mean() > 0.02 and moved > 0.02:  # on flat gray both may do nothing
+            made = make(reference)
+            if np.abs(made - reference).mean() > 0.02 and moved > 0.02:  # on flat gray both may do nothing
                 assert np.abs(made - task.target).mean() > 0.01, (task.prompt, make.__name__)
         for _, degrade in held_out.DEGRADATIONS.values():  # restoring: the reference is a degraded target
             if np.abs(degrade(task.target) - task.target).mean() > 0.01:
-                assert np.abs(degrade(task.target) - task.reference).mean() > 1e-3, (task.prompt, degrade.__name__)
+                assert np.abs(degrade(task.target) - reference).mean() > 1e-3, (task.prompt, degrade.__name__)
 
 
 def test_validation_photographs_come_from_pictures_that_training_never_sees():
@@ -89,3 +101,43 @@ def test_every_demo_pair_has_its_edited_target_and_caption():
             assert target.with_suffix(".txt").read_text().strip() == prompt
             difference = from_image(Image.open(target)) - edit(from_image(Image.open(file)))
             assert np.abs(difference).mean() < 0.02
+
+
+def test_hollow_shows_the_background_inside_and_nothing_else_changes():
+    prompt, reference, target = held_out.hollow(np.random.default_rng(3), Size(96, 96))
+    changed = np.abs(target - reference).max(-1) > 0.05
+    assert prompt.startswith("hollow out the ") and 0.01 < changed.mean() < 0.12
+    rows, columns = np.nonzero(changed)
+    assert np.ptp(rows) < 40 and np.ptp(columns) < 40  # one object of 36 pixels
+
+
+def test_inset_is_the_second_picture_in_the_corner_of_the_first():
+    task = held_out.held_out_example("validation", 2, Size(96, 64), "inset")
+    first, second = task.references
+    np.testing.assert_array_equal(task.target[:32], first[:32])
+    np.testing.assert_array_equal(task.target[:, :48], first[:, :48])
+    averaged = second.reshape(32, 2, 48, 2, 3).mean((1, 3))
+    assert np.abs(task.target[32:, 48:] - averaged).max() < 1.5 / 255
+
+
+@pytest.mark.parametrize("edit", HELD_OUT)
+def test_held_out_examples_are_reproducible_and_change_something(edit):
+    one, two = (held_out.held_out_example("train", 4, SIZE, edit) for _ in range(2))
+    np.testing.assert_array_equal(one.target, two.target)
+    assert one.target.dtype == np.float32 and one.target.shape == (48, 64, 3)
+    assert max(np.abs(t.target - t.references[0]).mean() for t in [one] + [
+        held_out.held_out_example("train", i, SIZE, edit) for i in range(6)]) > 0.005  # fmt: skip
+
+
+def test_written_pairs_are_read_as_a_data_list_with_the_replayed_share(tmp_path):
+    said = write_pairs("inset", tmp_path / "pairs", count=20, replay=0.3)
+    entries = Config(data_backend_config=tmp_path / "pairs" / "data.json").datasets()
+    roles = {entry.id: entry.role for entry in entries}
+    assert roles["target"] == "image" and roles["reference-2"] == "conditioning"
+    counts = {part.name: len(list(part.glob("*.png"))) for part in (tmp_path / "pairs").iterdir() if part.is_dir()}
+    assert counts["target"] + counts["replay-target"] == 20 and 2 <= counts["replay-target"] <= 11
+    assert counts["target"] == counts["reference-1"] == counts["reference-2"]
+    assert counts["replay-target"] == counts["replay-reference-1"]
+    assert "data.json" in said
+    with pytest.raises(ValueError, match="not empty"):
+        write_pairs("inset", tmp_path / "pairs", count=1)
