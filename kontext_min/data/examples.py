@@ -147,6 +147,10 @@ class Mix:
     caption_dropout: float = 0.0
     reference_dropout: float = 0.0
 
+    def complete(self) -> "Mix":
+        """The same with nothing left out."""
+        return replace(self, caption_dropout=0.0, reference_dropout=0.0)
+
 
 @dataclass(frozen=True)
 class Use:
@@ -208,6 +212,7 @@ class Examples:
     dtype: torch.dtype
     mix: Mix = field(default_factory=Mix)
     vae: VAE | None = None  # needed for views that are made anew at every use
+    prompts: tuple[str, ...] = ()  # texts that are needed beside the captions
 
     def __post_init__(self):
         self.vae_id = self.weights_of("vae")
@@ -233,6 +238,7 @@ class Examples:
     def captions(self) -> list[str]:
         """Every caption that may be shown, once."""
         kept = {c: None for e in self.examples for group in (e.captions, *e.reference_captions) for c in group}
+        kept |= dict.fromkeys(self.prompts)
         return [*kept, ""] if self.mix.caption_dropout else list(kept)
 
     def fingerprint(self) -> str:

@@ -3,15 +3,16 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from kontext_min.config import Config, Dataset, Generator
+from kontext_min.config import Config, Dataset, Generator, ValidationItem
 from kontext_min.data import pairs
 from kontext_min.data.buckets import Geometry, extent, same_aspect
 from kontext_min.data.cache import Cache
 from kontext_min.data.captions import captions_of
 from kontext_min.data.degrade import check as check_generator
-from kontext_min.data.examples import Crop, Degradation, Example, Mix, View
+from kontext_min.data.examples import Crop, Degradation, Example, Mix, View, draw
 from kontext_min.data.pairs import Picture, Pictures
 from kontext_min.data.problems import Problems, near_miss
+from kontext_min.training.items import asked
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,10 @@ class Sets:
     """What a config's data list comes to."""
 
     training: list[Example]
-    validation: list[Example]
+    validation: list[Example]  # the first num_eval_images are shown, all are evaluated
     notes: list[str]  # for the screen: counts, where captions come from, what is made
+    unseen: bool = False  # whether validation is kept from training
+    asked: tuple[ValidationItem, ...] = ()  # what is shown beside the pairs
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,46 @@ def text_cache(config: Config) -> Cache:
 def read_sets(config: Config, step: int) -> Sets:
     """Find, check and plan every pair; step: training sizes are multiples of it, in pixels. ValueError says all.
 
-    Without a set of dataset_type eval, validation takes the first pairs that are trained on.
+    Validation takes the sets of dataset_type eval and what validation_split holds out; without them, the first pairs
+    that are trained on.
     """
     reader = Reader(config, config.aspect_bucket_alignment or step)
     found = {role: [e for entry in reader.of(role) for e in reader.plan(entry)] for role in ("image", "eval")}
+    wanted = asked(config, reader.problems)
+    chosen = {entry.id for entry in reader.entries if not entry.disable_validation}
+    if config.eval_dataset_id is not None:
+        if config.eval_dataset_id not in {entry.id for role in found for entry in reader.of(role)}:
+            hint = near_miss(config.eval_dataset_id, reader.by_id)
+            reader.problems.add("unknown ids", f"eval_dataset_id {config.eval_dataset_id} is no set of targets{hint}")
+        chosen &= {config.eval_dataset_id}
+    held_out = hold_out([e for e in found["image"] if e.set_id in chosen], config, reader.problems)
     reader.problems.raise_any()
-    shown = [e for e in found["eval"] or found["image"] if not reader.by_id[e.set_id].disable_validation]
+    apart = {(e.set_id, e.name) for e in held_out}
+    training = [e for e in found["image"] if (e.set_id, e.name) not in apart]
     notes = reader.notes + [f"{count} {remark}" for remark, count in reader.problems.remarks.items() if count]
-    return Sets(found["image"], shown[: config.num_eval_images], notes)
+    unseen = [e for e in found["eval"] if e.set_id in chosen] + held_out
+    if unseen:
+        notes.append(f"{len(unseen)} pairs are never trained on; validation is on these")
+        return Sets(training, unseen[: max(config.num_eval_images, config.num_eval_pairs)], notes, True, tuple(wanted))
+    shown = [e for e in training if e.set_id in chosen][: config.num_eval_images]
+    if shown:
+        notes.append("validation shows pairs that are trained on; validation_split=4 keeps four from training")
+    return Sets(training, shown, notes, False, tuple(wanted))
+
+
+def hold_out(examples: list[Example], config: Config, problems: Problems) -> list[Example]:
+    """The pairs that validation_split keeps from training: a share of the names below 1, else so many.
+
+    Which ones is a function of (seed, name), so a name is kept from every set, and further pairs change little.
+    """
+    examples = [e for e in examples if config.validation_split and not e.regularise]
+    names = sorted({e.name for e in examples}, key=lambda name: draw("held out", config.seed, name).random())
+    share = config.validation_split
+    count = max(1, round(share * len(names))) if share < 1 else int(share)
+    if names and count >= len(names):
+        text = f"validation_split {share:g} of {len(names)} pairs leaves none to train on; hold out fewer"
+        problems.add("missing sets", text)
+    return sorted((e for e in examples if e.name in names[:count]), key=lambda e: names.index(e.name))
 
 
 class Reader:
