@@ -19,6 +19,7 @@ from kontext_min.data.examples import Example, Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.training import state
+from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
 from kontext_min.training.run import Run
@@ -138,13 +139,14 @@ def main(argv: list[str]):
         apply_checkpointing(flux)
 
     # loop
-    vae = examples.vae = load.load_vae(checkpoint, device, torch.float32)
+    vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
     validator = Validator(editor, validation, items, sampling_of(config), config.output_dir / "validation")
     betas = (config.adam_beta1, config.adam_beta2)
     settings = (config.learning_rate, betas, config.adam_weight_decay, config.adam_epsilon)
     optimizer = make_optimizer(config.optimizer, parameters, *settings)
-    print(Run(config, flux, examples, validator).go(optimizer, checkpoint.shift))
+    evaluator = Evaluator(config, flux, validation, sets.unseen)
+    print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
 
 
 if __name__ == "__main__":

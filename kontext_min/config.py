@@ -268,7 +268,12 @@ class Config(Strict):
         "the first image; default: as infer.py has it. Pairs keep their training size",
     )
     validation_seed: int = 42
-    num_eval_pairs: int = Field(32, ge=1, description="pairs at most that the eval loss is over")
+
+    # eval loss
+    eval_steps_interval: int | None = Field(None, ge=0, description="steps between them; default validation_steps")
+    eval_timesteps: int = Field(8, ge=1, description="times at which the loss of a pair is taken, evenly spread")
+    eval_loss_disable: bool = Field(False, description="no eval loss")
+    num_eval_pairs: int = Field(8, ge=1, description="pairs that it is over; the time it takes grows with them")
 
     @model_validator(mode="after")
     def agree(self):

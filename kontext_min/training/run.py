@@ -14,6 +14,7 @@ from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
 from kontext_min.training import state
+from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item, pair_item
 from kontext_min.training.trainer import train
 from kontext_min.training.validate import Validator
@@ -24,8 +25,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 class Run:
     """Trains, and leaves the LoRA, checkpoints and validation pictures in output_dir."""
 
-    def __init__(self, config: Config, flux: Flux, examples: Examples, validator: Validator):
-        self.config, self.flux, self.examples, self.validator = config, flux, examples, validator
+    def __init__(self, config: Config, flux: Flux, examples: Examples, validator: Validator, evaluator: Evaluator):
+        self.config, self.flux, self.examples = config, flux, examples
+        self.validator, self.evaluator = validator, evaluator
         self.file = config.output_dir / LORA_FILE
         first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), False)
         self.recipe = recipe(config, (validator.items or [first])[0])
@@ -50,6 +52,8 @@ class Run:
         self.stop_when_told()
         if self.config.validation_on_startup:
             self.validator.prepare()
+        if not start:
+            self.look(0)
         try:
             train(self.config, self.flux, optimizer, self.examples, shift, start, self.each_step)
         except ValueError:  # nothing is lost: the LoRA as it was before the step that failed
@@ -70,9 +74,19 @@ class Run:
             state.save(self.config.output_dir, step, self.flux, self.optimizer, self.identity, limit)
         if last or stop or due(step, self.config.validation_steps):
             self.write(step)
-        if last or due(step, self.config.validation_steps):
-            tqdm.write(self.validator.run(step))
+        self.look(step)
         return stop
+
+    def look(self, step: int):
+        """The pictures and the eval loss that are due after a step; 0 is the base model's loss."""
+        last, interval = step == self.config.max_train_steps, self.config.eval_steps_interval
+        interval = self.config.validation_steps if interval is None else interval
+        self.flux.eval()
+        if last or step and due(step, self.config.validation_steps):
+            tqdm.write(self.validator.run(step))
+        if (last or step == 0 or due(step, interval)) and (text := self.evaluator.run(step)):
+            tqdm.write(text)
+        self.flux.train()
 
     def write(self, step: int):
         """The LoRA as it is after a step, in the dtype of the computation."""

@@ -26,7 +26,8 @@ FREE = {  # keys that may change between a checkpoint and the run that goes on f
     "validation_disable", "validation_on_startup", "validation_using_datasets", "validation", "validation_prompt",
     "user_prompt_library", "validation_prompt_library", "validation_negative_prompt", "validation_guidance",
     "validation_guidance_real", "validation_no_cfg_until_timestep", "validation_num_inference_steps",
-    "validation_resolution", "validation_seed", "eval_dataset_id", "num_eval_pairs",
+    "validation_resolution", "validation_seed", "eval_dataset_id", "eval_steps_interval", "eval_timesteps",
+    "eval_loss_disable", "num_eval_pairs",
 }  # fmt: skip
 FIXED = (
     "lora_rank",
