@@ -78,8 +78,10 @@ class Dataset(Strict):
 
     # what belongs to them
     conditioning_data: list[str] = Field([], description="ids of the reference sets of this target set; none is T2I")
-    conditioning_type: Literal["reference_strict", "reference_loose"] | None = Field(
-        None, description="strict: references get the target's crop and size; loose: a size of their own aspect"
+    conditioning_type: Literal["reference_strict", "reference_loose", "mask"] | None = Field(
+        None,
+        description="strict: references get the target's crop and size; loose: a size of their own aspect; mask: no "
+        "reference, but where the loss counts (white) and where not (black), cut like the target",
     )
     conditioning: list[Generator] = Field([], description="references made from the targets by degrading them")
     caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(
@@ -211,6 +213,8 @@ class Config(Strict):
     flux_guidance_max: float = Field(4.0, description="of a random range")
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
     huber_c: float = Field(0.1, gt=0, description="error from which huber and smooth_l1 grow linearly")
+    masked_loss_probability: float = Field(1.0, ge=0, le=1, description="share of uses in which a mask counts")
+    masked_loss_weight: float = Field(0.0, ge=0, le=1, description="how much the black part of a mask counts")
     train_batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="batches per optimizer step; the gradient is their mean"

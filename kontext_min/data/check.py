@@ -81,6 +81,8 @@ def look(example: Example, mix: Mix, layout: Layout) -> Card:
     difference = Image.new("RGB", target.size, PALE)
     if compared is not None:
         difference = ImageChops.difference(compared, target).point(lambda value: value * AMPLIFIED)
+    if example.mask:  # what does not count is dark
+        target = Image.composite(target, target.point(lambda value: value // 4), example.mask.open().convert("L"))
     cells = [*references, target, *([difference] if references else []), framed(original, example.target)]
     caption = use_of(0, example, mix.complete(), 0).caption
     return Card(example, Size(*original.size), caption, [fitted(cell, layout.cell) for cell in cells], shifts)

@@ -1,7 +1,7 @@
 """The data list of a config -> planned examples. Whatever is wrong with any set is gathered and said at once."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kontext_min.config import Config, Dataset, Generator, ValidationItem
 from kontext_min.data import pairs
@@ -35,12 +35,14 @@ class References:
     captions: dict[str, tuple[str, ...]]
     geometry: Geometry | None = None  # None: strict, by the target's own transform
     generator: Generator | None = None  # the pictures are the targets, degraded by it
+    mask: bool = False  # the pictures are masks of the targets' loss
 
 
 def mix_of(config: Config) -> Mix:
     """What an epoch shows."""
     several, dropout = config.conditioning_multidataset_sampling, config.caption_dropout_probability
-    return Mix(config.seed, several, dropout, config.reference_dropout_probability)
+    masks = (config.masked_loss_probability, config.masked_loss_weight)
+    return Mix(config.seed, several, dropout, config.reference_dropout_probability, *masks)
 
 
 def text_cache(config: Config) -> Cache:
@@ -130,7 +132,12 @@ class Reader:
     def plan(self, entry: Dataset) -> list[Example]:
         """The examples of one target set; [] when something is wrong with it."""
         known = self.problems.count()
-        targets, captions, sets = self.find(entry)
+        targets, captions, found = self.find(entry)
+        sets, masks = [s for s in found if not s.mask], [s for s in found if s.mask]
+        if len(masks) > 1:
+            self.problems.add(
+                "incomplete entries", f"{entry.id} names {len(masks)} sets of masks; one is all it can use"
+            )
         self.check_captions(entry, sets)
         geometry = self.geometry(entry)
         if self.problems.count() > known:
@@ -144,6 +151,9 @@ class Reader:
         if not large:
             self.problems.add("sets without pictures", f"{entry.id}: all are below minimum_image_size")
         examples = [self.example(entry, geometry, name, large[name], captions[name], sets) for name in large]
+        for references in masks:
+            examples = [self.masked(e, references.pictures[e.name]) for e in examples]
+            self.notes.append(f"{entry.id}: the loss counts where {references.id} is white")
         self.notes += described(entry, examples, sets, small)
         return examples
 
@@ -230,6 +240,8 @@ class Reader:
         pictures = pairs.check_readable(pairs.in_folder(source.instance_data_dir, self.problems), self.problems)
         if source.role == "image" and "caption_strategy" not in source.model_fields_set:
             source = source.model_copy(update={"conditioning_type": "reference_strict"})  # its captions are not needed
+        if source.conditioning_type == "mask":
+            return [References(name, pictures, {}, mask=True)]
         captions = {stem: self.captions(source, picture) for stem, picture in pictures.items()}
         loose = source.conditioning_type == "reference_loose"
         if "resolution" not in source.model_fields_set:  # as large as its targets unless it says otherwise
@@ -298,16 +310,29 @@ class Reader:
                 continue
             if references.geometry is not None:
                 own = Crop(references.geometry, other.size(), (*seed, references.id))
-            elif not same_aspect(other.size(), picture.size()):
-                one, two = f"{other.path} is {other.size()}", f"{picture.path} {picture.size()}"
-                text = f"{one}, {two}; crop them alike or use reference_loose"
-                self.problems.add("strict references of another aspect", text)
+            else:
+                self.check_aspect(other, picture, "strict references", " or use reference_loose")
             views.append(self.view(entry, other, own, strict=references.geometry is None))
         own_captions = tuple(references.captions.get(name, ()) for references in sets)
         folder = entry.cache_dir_vae or self.config.cache_dir / "latents"
         often = (entry.repeats, entry.probability, entry.is_regularisation_data)
         target = self.view(entry, picture, crop)
         return Example(entry.id, name, target, tuple(views), captions, own_captions, folder, *often)
+
+    def check_aspect(self, other: Picture, picture: Picture, what: str, way_out: str = ""):
+        """What is cut by a target's transform has its aspect."""
+        if not same_aspect(other.size(), picture.size()):
+            one, two = f"{other.path} is {other.size()}", f"{picture.path} {picture.size()}"
+            self.problems.add(f"{what} of another aspect", f"{one}, {two}; crop them alike{way_out}")
+
+    def masked(self, example: Example, picture: Picture) -> Example:
+        """With a mask that is cut exactly as the target is."""
+        self.check_aspect(picture, example.target.picture, "masks")
+        mask = replace(example.target, picture=picture, mask=True)
+        if not self.config.masked_loss_weight and mask.open().getextrema()[0][1] == 0:
+            text = f"{picture.path}: what is left after the crop is black, so nothing would be learnt of its target"
+            self.problems.add("masks without white", text)
+        return replace(example, mask=mask)
 
     def view(self, entry: Dataset, picture: Picture, crop: Crop, **more) -> View:
         """A picture by its crop, of epoch 0 or anew in every epoch."""
