@@ -79,9 +79,7 @@ class Dataset(Strict):
     # what belongs to them
     conditioning_data: list[str] = Field([], description="ids of the reference sets of this target set; none is T2I")
     conditioning_type: Literal["reference_strict", "reference_loose", "mask"] | None = Field(
-        None,
-        description="strict: references get the target's crop and size; loose: a size of their own aspect; mask: no "
-        "reference, but where the loss counts (white) and where not (black), cut like the target",
+        None, description="strict: the target's crop and size; loose: a size of its own; mask: white where loss counts"
     )
     conditioning: list[Generator] = Field([], description="references made from the targets by degrading them")
     caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(
@@ -145,9 +143,7 @@ class ValidationItem(Strict):
     SAME = {"image": "images", "path": "images"}
 
     prompt: str
-    images: list[Path] | None = Field(
-        None, description="references; default: those of the first validation pair; [] is text-to-image"
-    )
+    images: list[Path] | None = Field(None, description="references; default the first pair's; [] is text-to-image")
     negative: str | None = Field(None, description="default validation_negative_prompt")
     seed: int | None = Field(None, description="default validation_seed")
     size: str | None = Field(None, coerce_numbers_to_str=True, description="of the picture, WxH or a square's side")
@@ -265,11 +261,8 @@ class Config(Strict):
     validation_guidance_real: float = Field(1.0, ge=1, description="true CFG, twice the time; 1 is off")
     validation_no_cfg_until_timestep: int = Field(0, ge=0, description="sampling steps before true CFG begins")
     validation_num_inference_steps: int = Field(28, ge=1)
-    validation_resolution: str | None = Field(
-        None,
-        coerce_numbers_to_str=True,
-        description="of pictures with images of their own: area as WxH or a square's side, several by comma; aspect of "
-        "the first image; default: as infer.py has it. Pairs keep their training size",
+    validation_resolution: str | None = Field(  # pairs have their training size, and other pictures infer.py's default
+        None, coerce_numbers_to_str=True, description="area of what is no pair: WxH or a side, several by comma"
     )
     validation_seed: int = 42
 

@@ -28,12 +28,8 @@ class Evaluator:
         chosen = [] if config.eval_loss_disable else examples.examples[: config.num_eval_pairs]
         self.uses = [use_of(i, example, examples.mix, epoch=0) for i, example in enumerate(chosen)]
         self.shown = [[view.key() for view in use.references] for use in self.uses]
-
-    @property
-    def times(self) -> list[float]:
-        """The middles of as many equal parts of [0, 1] as there are eval_timesteps."""
-        count = self.config.eval_timesteps
-        return [(k + 0.5) / count for k in range(count)]
+        count = config.eval_timesteps
+        self.times = [(k + 0.5) / count for k in range(count)]  # the middles of equal parts of [0, 1]
 
     @torch.no_grad()
     def run(self, step: int) -> str | None:
@@ -41,14 +37,11 @@ class Evaluator:
         if not self.uses:
             return None
         own = [self.losses(use, use) for use in self.uses]
-        loss = torch.stack(own).mean().item()
-        curve = [[t, mean] for t, mean in zip(self.times, torch.stack(own).mean(0).tolist(), strict=True)]
-        probe = self.probe(own)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        line = {"step": step, "loss": loss, "per_timestep": curve, "probe": probe}
+        loss, curve, probe = torch.stack(own).mean().item(), torch.stack(own).mean(0).tolist(), self.probe(own)
+        line = {"step": step, "loss": loss, "per_timestep": [*zip(self.times, curve, strict=True)], "probe": probe}
         record(self.file, {**line, "pairs": len(self.uses), "unseen": self.unseen})
-        pairs = f"{len(self.uses)} {'unseen' if self.unseen else 'trained'} pairs"
-        return f"step {step}: eval loss {loss:.4f} on {pairs}" + said(probe, step)
+        kind = "unseen" if self.unseen else "trained"
+        return f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {kind} pairs" + said(probe, step)
 
     def probe(self, own: list[Tensor]) -> dict[str, float | None] | None:
         """The mean loss of the pairs that have references, with their own, with another pair's, and with none."""

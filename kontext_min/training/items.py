@@ -29,9 +29,9 @@ class Item:
 
     def record(self) -> dict:
         """Its entry in items.json."""
-        said = {key: getattr(self, key) for key in ("name", "prompt", "negative", "seed")}
-        shape = {"size": str(self.size), "unseen": self.unseen}
-        return {**said, **shape, "references": len(self.references), "target": self.target is not None}
+        said = {key: getattr(self, key) for key in ("name", "prompt", "negative", "seed", "unseen")}
+        counts = {"references": len(self.references), "target": self.target is not None}
+        return {**said, "size": str(self.size), **counts}
 
     def title(self) -> str:
         """Its line on a sheet."""
@@ -86,36 +86,31 @@ def sizes_of(text: str | None) -> list[Size | None]:
 def asked_items(config: Config, wanted: ValidationItem, first: Item | None, preset: Preset) -> list[Item]:
     """What was asked for, once per size. first: the validation pair whose references serve where none are named."""
     borrowed = wanted.images is None and first is not None
-    named = wanted.name or wanted.prompt[:TITLE]
+    name = wanted.name or wanted.prompt[:TITLE]
     negative = config.validation_negative_prompt if wanted.negative is None else wanted.negative
     seed = config.validation_seed if wanted.seed is None else wanted.seed
     sizes = sizes_of(wanted.size or (None if borrowed else config.validation_resolution))
-    items = []
-    for size in sizes:
-        if borrowed:
-            views, output = first.references, size.floored(TOKEN) if size else first.size
-        else:
-            views, output = as_shipped(wanted.images or [], size, bool(wanted.size), preset)
-        name = named if len(sizes) == 1 else f"{named} {size}"
-        items.append(Item(name, wanted.prompt, negative, seed, output, views))
-    return items
+    if borrowed:
+        shapes = [(size.floored(TOKEN) if size else first.size, first.references) for size in sizes]
+    else:
+        shapes = [as_shipped(wanted.images or [], size, bool(wanted.size), preset) for size in sizes]
+    titles = [name if len(sizes) == 1 else f"{name} {size}" for size in sizes]
+    return [Item(t, wanted.prompt, negative, seed, *shape) for t, shape in zip(titles, shapes, strict=True)]
 
 
-def as_shipped(paths: list[Path], size: Size | None, exact: bool, preset: Preset) -> tuple[tuple[View, ...], Size]:
-    """References by their files, and the output's size. Without a size both are what infer.py makes of them.
+def as_shipped(paths: list[Path], size: Size | None, exact: bool, preset: Preset) -> tuple[Size, tuple[View, ...]]:
+    """The output's size, and references by their files. Without a size both are what infer.py makes of them.
 
     With one, references keep their aspect at its area; the output is exactly of it, or has the first one's aspect.
     """
-    pictures = [Picture(path) for path in paths]
     views = []
-    for picture in pictures:
+    for picture in map(Picture, paths):
         whole = picture.size()
-        area = nearest_aspect(whole, preset.sizes)
+        own = nearest_aspect(whole, preset.sizes)
         if size is not None:
-            area = bucket_size(whole.width / whole.height, (size.width * size.height) ** 0.5, TOKEN)
-        box = crop_box(whole, area)
-        shares = (box[0] / whole.width, box[1] / whole.height, box[2] / whole.width, box[3] / whole.height)
-        views.append(View(picture, Transform(area, shares)))
+            own = bucket_size(whole.width / whole.height, (size.width * size.height) ** 0.5, TOKEN)
+        box = [edge / side for edge, side in zip(crop_box(whole, own), (*whole, *whole), strict=True)]
+        views.append(View(picture, Transform(own, tuple(box))))
     if size is not None and (exact or not views):
-        return tuple(views), size.floored(TOKEN)
-    return tuple(views), views[0].size if views else preset.default
+        return size.floored(TOKEN), tuple(views)
+    return views[0].size if views else preset.default, tuple(views)

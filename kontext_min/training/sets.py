@@ -91,8 +91,7 @@ def hold_out(examples: list[Example], config: Config, problems: Problems) -> lis
     share = config.validation_split
     count = max(1, round(share * len(names))) if share < 1 else int(share)
     if names and count >= len(names):
-        text = f"validation_split {share:g} of {len(names)} pairs leaves none to train on; hold out fewer"
-        problems.add("missing sets", text)
+        problems.add("missing sets", f"validation_split {share:g} of {len(names)} pairs leaves none to train on")
     return sorted((e for e in examples if e.name in names[:count]), key=lambda e: names.index(e.name))
 
 

@@ -123,6 +123,7 @@ class Validator:
         txt, vec = self.examples.text(prompt)
         return txt.to(self.editor.device), vec.to(self.editor.device)
 
+    @torch.no_grad()
     def pictures(self, folder: str) -> list[Image.Image]:
         """One picture per item, with what the model holds now; each is written."""
         made = []
@@ -135,7 +136,6 @@ class Validator:
             made[-1].save(file)
         return made
 
-    @torch.no_grad()
     def run(self, step: int) -> str:
         """Write all pictures of a step, and a line of psnr.jsonl on those with a target. -> one sentence on them."""
         if not self.items:

@@ -101,8 +101,8 @@ def test_what_cannot_be_shown_is_said_before_anything_starts(values, tmp_path):
     asked = [{"prompt": "a", "images": "gone.png"}, {"prompt": "b", "images": [], "size": "big"}]
     with pytest.raises(ValueError) as raised:
         items(values, validation=asked, user_prompt_library=str(tmp_path / "broken.json"), eval_dataset_id="tt")
-    for part in ("a: gone.png does not exist", "b: a size is WIDTHxHEIGHT", "broken.json, x: x", "promt", "is no set"):
-        assert part.replace("x: x", "x") in str(raised.value), part
+    for part in ("a: gone.png does not exist", "b: a size is WIDTHxHEIGHT", "broken.json, x: ", "promt", "is no set"):
+        assert part in str(raised.value), part
     with pytest.raises(ValueError, match="unknown key validation.0.seeed, did you mean seed"):
         items(values, validation=[{"prompt": "a", "seeed": 1}])
 
