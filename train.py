@@ -6,7 +6,6 @@
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,12 +18,13 @@ from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Example, Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
-from kontext_min.sampler import Sampling
 from kontext_min.training import state
+from kontext_min.training.evaluate import Evaluator
+from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
-from kontext_min.training.validate import Validator
+from kontext_min.training.validate import Validator, items_of, sampling_of
 
 OPTIONS = ("--explain", "--check", "--prune-cache")
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
@@ -85,15 +85,17 @@ def report_data(config: Config):
         print(*warnings, f"look at {file}", sep="\n")
 
 
-def encode(config: Config, sets: Sets, checkpoint: load.Checkpoint, place: tuple) -> tuple[Examples, Examples]:
+def encode(
+    config: Config, sets: Sets, items: list[Item], checkpoint: load.Checkpoint, place: tuple
+) -> tuple[Examples, Examples]:
     """Make what is made once, then text and latents, cached by content; the encoders are let go again."""
     make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
     device, dtype = place
     mix, texts = mix_of(config), text_cache(config)
     examples = Examples(sets.training, checkpoint, texts, dtype, mix)
-    validation = Examples(
-        sets.validation, checkpoint, texts, dtype, replace(mix, caption_dropout=0, reference_dropout=0)
-    )
+    negatives = [item.negative for item in items if config.validation_guidance_real != 1]
+    prompts = (*(item.prompt for item in items), *negatives)
+    validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts)
     captions, pictures = (sum(made) for made in zip(examples.encode(device), validation.encode(device), strict=True))
     print(f"encoded {captions} captions and {pictures} pictures; all else was cached")
     return examples, validation
@@ -117,7 +119,8 @@ def main(argv: list[str]):
     make_folder(config.output_dir)
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    examples, validation = encode(config, sets, checkpoint, (device, dtype))
+    items = items_of(config, sets, presets.preset_of(checkpoint.folder))
+    examples, validation = encode(config, sets, items, checkpoint, (device, dtype))
     if "--prune-cache" in options:
         return print(examples.prune(validation))
     if state.chosen(config) is None and (aside := state.set_aside(config.output_dir)):
@@ -136,14 +139,14 @@ def main(argv: list[str]):
         apply_checkpointing(flux)
 
     # loop
-    vae = examples.vae = load.load_vae(checkpoint, device, torch.float32)
+    vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
-    sampling = Sampling(config.validation_num_inference_steps, config.validation_guidance, seed=config.validation_seed)
-    validator = Validator(editor, validation, sampling, config.output_dir / "validation")
+    validator = Validator(editor, validation, items, sampling_of(config), config.output_dir / "validation")
     betas = (config.adam_beta1, config.adam_beta2)
     settings = (config.learning_rate, betas, config.adam_weight_decay, config.adam_epsilon)
     optimizer = make_optimizer(config.optimizer, parameters, *settings)
-    print(Run(config, flux, examples, validator).go(optimizer, checkpoint.shift))
+    evaluator = Evaluator(config, flux, validation, sets.unseen)
+    print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
 
 
 if __name__ == "__main__":

@@ -22,15 +22,17 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     LEFT_OUT: ClassVar[dict[str, str]] = {}  # key without a meaning here that does no harm -> why
     REFUSED: ClassVar[dict[str, str]] = {}  # key that is not used here -> what to do instead
+    SAME: ClassVar[dict[str, str]] = {}  # another name of a key -> ours
 
     ignored: dict[str, str] = Field({}, description="not to be set: keys that were left out, and why")
 
     @model_validator(mode="before")
     @classmethod
     def leave_out(cls, values):
-        """Take out the keys of LEFT_OUT, remembering them."""
+        """Take out the keys of LEFT_OUT, remembering them; other names become ours."""
         if not isinstance(values, dict):
             return values
+        values = {key if cls.SAME.get(key, key) in values else cls.SAME.get(key, key): values[key] for key in values}
         ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values}
         return {key: value for key, value in values.items() if key not in ignored} | {"ignored": ignored}
 
@@ -76,8 +78,8 @@ class Dataset(Strict):
 
     # what belongs to them
     conditioning_data: list[str] = Field([], description="ids of the reference sets of this target set; none is T2I")
-    conditioning_type: Literal["reference_strict", "reference_loose"] | None = Field(
-        None, description="strict: references get the target's crop and size; loose: a size of their own aspect"
+    conditioning_type: Literal["reference_strict", "reference_loose", "mask"] | None = Field(
+        None, description="strict: the target's crop and size; loose: a size of its own; mask: white where loss counts"
     )
     conditioning: list[Generator] = Field([], description="references made from the targets by degrading them")
     caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(
@@ -135,10 +137,29 @@ DataList = Annotated[  # the discriminator only keeps error messages to the form
 ]
 
 
+class ValidationItem(Strict):
+    """One picture to validate on, beside the pairs of the data."""
+
+    SAME = {"image": "images", "path": "images"}
+
+    prompt: str
+    images: list[Path] | None = Field(None, description="references; default the first pair's; [] is text-to-image")
+    negative: str | None = Field(None, description="default validation_negative_prompt")
+    seed: int | None = Field(None, description="default validation_seed")
+    size: str | None = Field(None, coerce_numbers_to_str=True, description="of the picture, WxH or a square's side")
+    name: str | None = Field(None, description="for the sheets; default: the prompt")
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def as_list(cls, value):
+        """One path may stand without brackets."""
+        return value if isinstance(value, list) or value is None else [value]
+
+
 class Config(Strict):
     """One training run."""
 
-    LEFT_OUT, REFUSED = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED
+    LEFT_OUT, REFUSED, SAME = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED, foreign.CONFIG_SAME
 
     # model
     model_family: Literal["flux"] = "flux"
@@ -188,6 +209,8 @@ class Config(Strict):
     flux_guidance_max: float = Field(4.0, description="of a random range")
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
     huber_c: float = Field(0.1, gt=0, description="error from which huber and smooth_l1 grow linearly")
+    masked_loss_probability: float = Field(1.0, ge=0, le=1, description="share of uses in which a mask counts")
+    masked_loss_weight: float = Field(0.0, ge=0, le=1, description="how much the black part of a mask counts")
     train_batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="batches per optimizer step; the gradient is their mean"
@@ -212,11 +235,42 @@ class Config(Strict):
     checkpoints_total_limit: int = Field(3, ge=1, description="checkpoints kept; the oldest go first")
     resume_from_checkpoint: str | None = Field(None, description="latest, or a checkpoint-N folder to go on from")
     allow_changed_resume: bool = Field(False, description="go on although settings or data have changed since")
+
+    # validation pictures
     validation_steps: int = Field(500, ge=0, description="steps between validation pictures; 0: only at the end")
-    num_eval_images: int = Field(4, ge=0, description="pairs validated on")
+    validation_disable: bool = Field(False, description="no validation pictures")
+    validation_on_startup: bool = Field(
+        True, description="the base model's pictures first, so that you see what is due"
+    )
+    validation_split: float = Field(
+        0.0, ge=0, description="share, or number from 1, of the pairs that are kept from training to validate on"
+    )
+    eval_dataset_id: str | None = Field(None, description="only pairs of this set are validated on")
+    num_eval_images: int = Field(4, ge=0, description="pairs of the data that are shown")
+    validation_using_datasets: bool = Field(True, description="false: no pairs of the data are shown")
+    validation: list[ValidationItem] = Field([], description="further pictures, each of a prompt and maybe more")
+    validation_prompt: str | None = Field(
+        None, description="one more prompt, on the first validation pair's references"
+    )
+    user_prompt_library: Path | None = Field(
+        None, description="JSON file of more: name -> prompt, or name -> {prompt, …}"
+    )
+    validation_prompt_library: bool | Path = Field(False, description="likewise a file; there is no built-in library")
+    validation_negative_prompt: str = Field("", description="what true CFG leads away from")
     validation_guidance: float = 2.5
+    validation_guidance_real: float = Field(1.0, ge=1, description="true CFG, twice the time; 1 is off")
+    validation_no_cfg_until_timestep: int = Field(0, ge=0, description="sampling steps before true CFG begins")
     validation_num_inference_steps: int = Field(28, ge=1)
+    validation_resolution: str | None = Field(  # pairs have their training size, and other pictures infer.py's default
+        None, coerce_numbers_to_str=True, description="area of what is no pair: WxH or a side, several by comma"
+    )
     validation_seed: int = 42
+
+    # eval loss
+    eval_steps_interval: int | None = Field(None, ge=0, description="steps between them; default validation_steps")
+    eval_timesteps: int = Field(8, ge=1, description="times at which the loss of a pair is taken, evenly spread")
+    eval_loss_disable: bool = Field(False, description="no eval loss")
+    num_eval_pairs: int = Field(8, ge=1, description="pairs that it is over; the time it takes grows with them")
 
     @model_validator(mode="after")
     def agree(self):
@@ -227,6 +281,8 @@ class Config(Strict):
             raise ValueError("flux_guidance_min is above flux_guidance_max")
         if self.base_model_precision == "bf16" and self.mixed_precision == "no":
             raise ValueError("base_model_precision bf16 needs mixed_precision bf16")
+        if self.validation_split > 1 and self.validation_split % 1:
+            raise ValueError("validation_split is a share below 1 or a whole number of pairs")
         return self
 
     def datasets(self) -> list[Dataset]:
@@ -291,7 +347,7 @@ def problem(kind: type[Strict], entry: dict) -> str:
         return f"{entry['input']!r} should be one object, {{...}}"
     if entry["type"] == "extra_forbidden":
         key = str(entry["loc"][-1])
-        owner = Dataset if len(entry["loc"]) > 1 else kind
+        owner = kind if len(entry["loc"]) == 1 else ValidationItem if entry["loc"][0] == "validation" else Dataset
         if key in owner.REFUSED:
             return f"{name} is not used here: {owner.REFUSED[key]}"
         known = owner.model_fields.keys() - {"ignored"}

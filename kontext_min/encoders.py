@@ -4,6 +4,7 @@ import gc
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -73,6 +74,12 @@ def encode_image(vae: VAE, image: Image.Image) -> Tensor:
 def decode_image(vae: VAE, latents: Tensor) -> Image.Image:
     """(1, 16, h, w) -> a picture."""
     return to_image(vae.decode(latents.to(vae.decoder.conv_in.weight.dtype))[0])
+
+
+def mask_weights(image: Image.Image, factor: int) -> Tensor:
+    """A mask -> (1, 1, h, w) fp32, the share of white in every latent's area of factor x factor pixels."""
+    white = torch.from_numpy(np.array(image.convert("L"), dtype=np.float32)) / 255
+    return F.avg_pool2d(white[None, None], factor)
 
 
 def pixels_per_token(vae: VAE) -> int:

@@ -4,7 +4,6 @@
 CONFIG_IGNORED = {
     "fuse_qkv_projections": "projections are always fused, and a LoRA on them still trains separate q, k, v",
     "num_train_epochs": "max_train_steps says how long",
-    "validation_resolution": "validation pictures have the sizes of their pairs",
     "offload_during_startup": "the encoders are always let go before the transformer is loaded",
     "aspect_bucket_rounding": "aspects are rounded to 2 decimals",
     "vae_batch_size": "pictures are encoded one by one",
@@ -17,7 +16,18 @@ CONFIG_IGNORED = {
     "compress_disk_cache": "latents hardly compress",
     "tracker_project_name": "the run's folder is its name",
     "tracker_run_name": "the run's folder is its name",
+    "num_validation_images": "name an item twice in `validation`, with two seeds",
+    "validation_randomize": "seeds are fixed, so that pictures can be compared",
+    "validation_seed_source": "noise is always drawn on the CPU",
+    "validation_disable_unconditional": "the empty prompt is no picture of its own",
+    "validation_stitch_input_location": "the input stands at the left",
+    "validation_noise_scheduler": "FLUX is sampled by Euler's method",
+    "validation_torch_compile": "validation runs the very modules that are trained",
+    "disable_benchmark": "the base model's pictures are made once, at the start",
+    "evaluation_type": "validation pictures are compared with the targets, by PSNR",
 }
+# another name of a config's key -> ours
+CONFIG_SAME = {"validation_step_interval": "validation_steps", "validation_input": "validation"}
 # key of a config -> what to do instead; the run refuses to start
 CONFIG_REFUSED = {
     "flow_schedule_auto_shift": "use flow_schedule_shift: auto",

@@ -6,7 +6,7 @@ Nothing here needs weights or a GPU, and nothing is written.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -81,8 +81,10 @@ def look(example: Example, mix: Mix, layout: Layout) -> Card:
     difference = Image.new("RGB", target.size, PALE)
     if compared is not None:
         difference = ImageChops.difference(compared, target).point(lambda value: value * AMPLIFIED)
+    if example.mask:  # what does not count is dark
+        target = Image.composite(target, target.point(lambda value: value // 4), example.mask.open().convert("L"))
     cells = [*references, target, *([difference] if references else []), framed(original, example.target)]
-    caption = use_of(0, example, replace(mix, caption_dropout=0, reference_dropout=0), 0).caption
+    caption = use_of(0, example, mix.complete(), 0).caption
     return Card(example, Size(*original.size), caption, [fitted(cell, layout.cell) for cell in cells], shifts)
 
 

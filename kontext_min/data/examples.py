@@ -21,7 +21,7 @@ from kontext_min.data.buckets import Geometry, Size, Transform
 from kontext_min.data.cache import Cache, digest, weights_id
 from kontext_min.data.degrade import degrade
 from kontext_min.data.pairs import Picture
-from kontext_min.encoders import TextEncoder, encode_image, free
+from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights
 from kontext_min.flow import Condition
 from kontext_min.models.vae import VAE
 
@@ -64,6 +64,7 @@ class View:
     strict: bool = False  # a reference that must show its target's frame
     crop: Crop | None = None  # cut anew in every epoch
     epoch: int = 0
+    mask: bool = False  # no picture, but where the loss counts
 
     @property
     def size(self) -> Size:
@@ -132,10 +133,11 @@ class Example:
     repeats: int = 0
     probability: float = 1.0
     regularise: bool = False
+    mask: View | None = None  # where the loss counts; None: everywhere
 
     def views(self) -> tuple[View, ...]:
-        """Target, then references."""
-        return (self.target, *self.references)
+        """Target, then references, then the mask."""
+        return (self.target, *self.references, *([self.mask] if self.mask else []))
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,12 @@ class Mix:
     several: str = "random"  # of several reference sets: one at random, or all of them combined
     caption_dropout: float = 0.0
     reference_dropout: float = 0.0
+    masked: float = 1.0  # share of uses in which a mask counts
+    black: float = 0.0  # weight of a mask's black part, white being 1
+
+    def complete(self) -> "Mix":
+        """The same with nothing left out."""
+        return replace(self, caption_dropout=0.0, reference_dropout=0.0, masked=1.0)
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,7 @@ class Use:
     target: View
     references: tuple[View, ...]
     caption: str
+    mask: View | None = None
 
     @property
     def shape(self) -> tuple:
@@ -175,7 +184,7 @@ def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) 
     A reference set's own captions take the place of the target's when it alone serves the use.
     """
     r = draw("use", mix.seed, example.set_id, example.name, epoch, repeat)
-    picked, caption_draw, no_caption, no_reference = r.random(4)
+    picked, caption_draw, no_caption, no_reference, masked = r.random(5)
     references, captions = example.references, example.captions
     if len(references) > 1 and mix.several == "random":
         choice = int(picked * len(references))
@@ -186,7 +195,8 @@ def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) 
     caption = captions[int(caption_draw * len(captions))] if no_caption >= mix.caption_dropout else ""
     if no_reference < mix.reference_dropout:
         references = ()
-    return Use(index, repeat, example, example.target.at(epoch), tuple(v.at(epoch) for v in references), caption)
+    mask = example.mask.at(epoch) if example.mask and masked < mix.masked else None
+    return Use(index, repeat, example, example.target.at(epoch), tuple(v.at(epoch) for v in references), caption, mask)
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,7 @@ class Batch:
     target: Tensor
     condition: Condition
     regularise: bool = False  # learn the base model's own prediction instead of the target
+    weight: Tensor | None = None  # (B, 1, h, w) of the loss at every latent, 1 on average of each use; None: 1
 
 
 @dataclass
@@ -208,6 +219,7 @@ class Examples:
     dtype: torch.dtype
     mix: Mix = field(default_factory=Mix)
     vae: VAE | None = None  # needed for views that are made anew at every use
+    prompts: tuple[str, ...] = ()  # texts that are needed beside the captions
 
     def __post_init__(self):
         self.vae_id = self.weights_of("vae")
@@ -220,7 +232,7 @@ class Examples:
         return weights_id(self.checkpoint.components[part], self.texts.folder / "weights.json")
 
     def _latent_key(self, view: View) -> str:
-        return digest("latents", self.vae_id, view.key())
+        return digest("mask" if view.mask else "latents", self.vae_id, view.key())
 
     def _text_key(self, caption: str) -> str:
         return digest("text", self.text_id, caption)
@@ -233,6 +245,7 @@ class Examples:
     def captions(self) -> list[str]:
         """Every caption that may be shown, once."""
         kept = {c: None for e in self.examples for group in (e.captions, *e.reference_captions) for c in group}
+        kept |= dict.fromkeys(self.prompts)
         return [*kept, ""] if self.mix.caption_dropout else list(kept)
 
     def fingerprint(self) -> str:
@@ -263,7 +276,7 @@ class Examples:
         if views:
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
             for key, (cache, view) in tqdm(views.items(), desc="encoding pictures", unit=" pictures"):
-                cache.put(key, {"latents": finite(encode_image(vae, view.open()), view)})
+                cache.put(key, {"latents": encode_view(vae, view)})
             del vae
             free(device)
         return len(captions), len(views)
@@ -283,10 +296,10 @@ class Examples:
     # -------------------------------------------------------------------------------------------- reading
 
     def latents(self, example: Example, view: View) -> Tensor:
-        """(1, 16, h, w) fp32: from the cache, or encoded now if the view is made anew at every use."""
+        """(1, 16, h, w) fp32 (of a mask 1 channel): from the cache, or encoded now if it is made anew at every use."""
         if view.fleeting:
             assert self.vae is not None, "views that are made anew need the VAE"
-            return finite(encode_image(self.vae, view.open()), view).cpu()
+            return encode_view(self.vae, view).cpu()
         return Cache(example.cache_dir).get(self.keys[view])["latents"]
 
     def text(self, caption: str) -> tuple[Tensor, Tensor]:
@@ -300,7 +313,17 @@ class Examples:
         target, *references = (torch.cat(column).to(device) for column in columns)
         texts = zip(*(self.text(use.caption) for use in uses), strict=True)
         txt, vec = (torch.cat(column).to(device) for column in texts)
-        return Batch(target, Condition(txt, vec, references), uses[0].example.regularise)
+        condition, weight = Condition(txt, vec, references), None
+        if any(use.mask for use in uses):
+            weight = torch.cat([self.weight(use, target.shape[-2:]) for use in uses]).to(device)
+        return Batch(target, condition, uses[0].example.regularise, weight)
+
+    def weight(self, use: Use, shape: tuple[int, int]) -> Tensor:
+        """(1, 1, h, w) how much a use's loss counts at every latent, 1 on average; 0 where a crop left no white."""
+        if use.mask is None:
+            return torch.ones(1, 1, *shape)
+        weight = self.mix.black + (1 - self.mix.black) * self.latents(use.example, use.mask)
+        return weight / weight.mean().clamp(min=1e-6)
 
     def uses(self, number: int) -> list[Use]:
         """Everything that an epoch shows, in the examples' order."""
@@ -335,8 +358,9 @@ def make_all(views: list[View], workers: int | None = None):
             pass
 
 
-def finite(latents: Tensor, view: View) -> Tensor:
-    """The latents themselves. ValueError naming the file when there is a NaN or an infinity among them."""
+def encode_view(vae: VAE, view: View) -> Tensor:
+    """Latents, or a mask's share of white. ValueError naming the file when there is a NaN or an infinity among them."""
+    latents = mask_weights(view.open(), vae.config.factor) if view.mask else encode_image(vae, view.open())
     if not torch.isfinite(latents).all():
         raise ValueError(
             f"{view.picture.path}: its latents are not finite; the picture or the VAE's weights are broken"

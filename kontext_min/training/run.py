@@ -1,7 +1,6 @@
 """One run and its folder: what is written when, going on from a checkpoint, and stopping without losing anything."""
 
 import signal
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -12,9 +11,11 @@ from kontext_min import flow
 from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import updates
 from kontext_min.config import Config
-from kontext_min.data.examples import Examples, Use, use_of
+from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
 from kontext_min.training import state
+from kontext_min.training.evaluate import Evaluator
+from kontext_min.training.items import Item, pair_item
 from kontext_min.training.trainer import train
 from kontext_min.training.validate import Validator
 
@@ -24,11 +25,12 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 class Run:
     """Trains, and leaves the LoRA, checkpoints and validation pictures in output_dir."""
 
-    def __init__(self, config: Config, flux: Flux, examples: Examples, validator: Validator):
-        self.config, self.flux, self.examples, self.validator = config, flux, examples, validator
+    def __init__(self, config: Config, flux: Flux, examples: Examples, validator: Validator, evaluator: Evaluator):
+        self.config, self.flux, self.examples = config, flux, examples
+        self.validator, self.evaluator = validator, evaluator
         self.file = config.output_dir / LORA_FILE
-        first = use_of(0, examples.examples[0], replace(examples.mix, caption_dropout=0, reference_dropout=0), epoch=0)
-        self.recipe = recipe(config, (validator.uses or [first])[0])
+        first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), False)
+        self.recipe = recipe(config, (validator.items or [first])[0])
         self.identity = state.identity(config, examples)
         self.interrupted = Event()
 
@@ -48,6 +50,10 @@ class Run:
         if not start:
             self.validator.begin()
         self.stop_when_told()
+        if self.config.validation_on_startup:
+            self.validator.prepare()
+        if not start:
+            self.look(0)
         try:
             train(self.config, self.flux, optimizer, self.examples, shift, start, self.each_step)
         except ValueError:  # nothing is lost: the LoRA as it was before the step that failed
@@ -68,9 +74,19 @@ class Run:
             state.save(self.config.output_dir, step, self.flux, self.optimizer, self.identity, limit)
         if last or stop or due(step, self.config.validation_steps):
             self.write(step)
-        if last or due(step, self.config.validation_steps):
-            tqdm.write(self.validator.run(step))
+        self.look(step)
         return stop
+
+    def look(self, step: int):
+        """The pictures and the eval loss that are due after a step; 0 is the base model's loss."""
+        last, interval = step == self.config.max_train_steps, self.config.eval_steps_interval
+        interval = self.config.validation_steps if interval is None else interval
+        self.flux.eval()
+        if last or step and due(step, self.config.validation_steps):
+            tqdm.write(self.validator.run(step))
+        if (last or step == 0 or due(step, interval)) and (text := self.evaluator.run(step)):
+            tqdm.write(text)
+        self.flux.train()
 
     def write(self, step: int):
         """The LoRA as it is after a step, in the dtype of the computation."""
@@ -93,7 +109,7 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def recipe(config: Config, shown: Use) -> dict:
+def recipe(config: Config, shown: Item) -> dict:
     """What infer.py needs to show this LoRA with no other argument than its file; references are copied beside it."""
     files, model = [], config.pretrained_model_name_or_path
     for i, view in enumerate(shown.references):
@@ -102,12 +118,14 @@ def recipe(config: Config, shown: Use) -> dict:
     return {
         "title": config.output_dir.name,
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "prompt": [shown.caption],
+        "prompt": [shown.prompt],
+        "negative_prompt": shown.negative,
+        "cfg_scale": config.validation_guidance_real,
         "image": [str(file.resolve()) for file in files],
         "guidance": config.validation_guidance,
         "steps": config.validation_num_inference_steps,
-        "seed": config.validation_seed,
-        "size": str(shown.target.size),
+        "seed": shown.seed,
+        "size": str(shown.size),
         "reference_size": "keep",  # the copies have the size in which the model saw them
         "lora_rank": config.lora_rank,
         "flux_lora_target": config.flux_lora_target,

@@ -1,17 +1,18 @@
 """The data list of a config -> planned examples. Whatever is wrong with any set is gathered and said at once."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kontext_min.config import Config, Dataset, Generator
+from kontext_min.config import Config, Dataset, Generator, ValidationItem
 from kontext_min.data import pairs
 from kontext_min.data.buckets import Geometry, extent, same_aspect
 from kontext_min.data.cache import Cache
 from kontext_min.data.captions import captions_of
 from kontext_min.data.degrade import check as check_generator
-from kontext_min.data.examples import Crop, Degradation, Example, Mix, View
+from kontext_min.data.examples import Crop, Degradation, Example, Mix, View, draw
 from kontext_min.data.pairs import Picture, Pictures
 from kontext_min.data.problems import Problems, near_miss
+from kontext_min.training.items import asked
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,10 @@ class Sets:
     """What a config's data list comes to."""
 
     training: list[Example]
-    validation: list[Example]
+    validation: list[Example]  # the first num_eval_images are shown, all are evaluated
     notes: list[str]  # for the screen: counts, where captions come from, what is made
+    unseen: bool = False  # whether validation is kept from training
+    asked: tuple[ValidationItem, ...] = ()  # what is shown beside the pairs
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,14 @@ class References:
     captions: dict[str, tuple[str, ...]]
     geometry: Geometry | None = None  # None: strict, by the target's own transform
     generator: Generator | None = None  # the pictures are the targets, degraded by it
+    mask: bool = False  # the pictures are masks of the targets' loss
 
 
 def mix_of(config: Config) -> Mix:
     """What an epoch shows."""
     several, dropout = config.conditioning_multidataset_sampling, config.caption_dropout_probability
-    return Mix(config.seed, several, dropout, config.reference_dropout_probability)
+    masks = (config.masked_loss_probability, config.masked_loss_weight)
+    return Mix(config.seed, several, dropout, config.reference_dropout_probability, *masks)
 
 
 def text_cache(config: Config) -> Cache:
@@ -49,14 +54,45 @@ def text_cache(config: Config) -> Cache:
 def read_sets(config: Config, step: int) -> Sets:
     """Find, check and plan every pair; step: training sizes are multiples of it, in pixels. ValueError says all.
 
-    Without a set of dataset_type eval, validation takes the first pairs that are trained on.
+    Validation takes the sets of dataset_type eval and what validation_split holds out; without them, the first pairs
+    that are trained on.
     """
     reader = Reader(config, config.aspect_bucket_alignment or step)
     found = {role: [e for entry in reader.of(role) for e in reader.plan(entry)] for role in ("image", "eval")}
+    wanted = asked(config, reader.problems)
+    chosen = {entry.id for entry in reader.entries if not entry.disable_validation}
+    if config.eval_dataset_id is not None:
+        if config.eval_dataset_id not in {entry.id for role in found for entry in reader.of(role)}:
+            hint = near_miss(config.eval_dataset_id, reader.by_id)
+            reader.problems.add("unknown ids", f"eval_dataset_id {config.eval_dataset_id} is no set of targets{hint}")
+        chosen &= {config.eval_dataset_id}
+    held_out = hold_out([e for e in found["image"] if e.set_id in chosen], config, reader.problems)
     reader.problems.raise_any()
-    shown = [e for e in found["eval"] or found["image"] if not reader.by_id[e.set_id].disable_validation]
+    apart = {(e.set_id, e.name) for e in held_out}
+    training = [e for e in found["image"] if (e.set_id, e.name) not in apart]
     notes = reader.notes + [f"{count} {remark}" for remark, count in reader.problems.remarks.items() if count]
-    return Sets(found["image"], shown[: config.num_eval_images], notes)
+    unseen = [e for e in found["eval"] if e.set_id in chosen] + held_out
+    if unseen:
+        notes.append(f"{len(unseen)} pairs are never trained on; validation is on these")
+        return Sets(training, unseen[: max(config.num_eval_images, config.num_eval_pairs)], notes, True, tuple(wanted))
+    shown = [e for e in training if e.set_id in chosen][: config.num_eval_images]
+    if shown:
+        notes.append("validation shows pairs that are trained on; validation_split=4 keeps four from training")
+    return Sets(training, shown, notes, False, tuple(wanted))
+
+
+def hold_out(examples: list[Example], config: Config, problems: Problems) -> list[Example]:
+    """The pairs that validation_split keeps from training: a share of the names below 1, else so many.
+
+    Which ones is a function of (seed, name), so a name is kept from every set, and further pairs change little.
+    """
+    examples = [e for e in examples if config.validation_split and not e.regularise]
+    names = sorted({e.name for e in examples}, key=lambda name: draw("held out", config.seed, name).random())
+    share = config.validation_split
+    count = max(1, round(share * len(names))) if share < 1 else int(share)
+    if names and count >= len(names):
+        problems.add("missing sets", f"validation_split {share:g} of {len(names)} pairs leaves none to train on")
+    return sorted((e for e in examples if e.name in names[:count]), key=lambda e: names.index(e.name))
 
 
 class Reader:
@@ -95,7 +131,12 @@ class Reader:
     def plan(self, entry: Dataset) -> list[Example]:
         """The examples of one target set; [] when something is wrong with it."""
         known = self.problems.count()
-        targets, captions, sets = self.find(entry)
+        targets, captions, found = self.find(entry)
+        sets, masks = [s for s in found if not s.mask], [s for s in found if s.mask]
+        if len(masks) > 1:
+            self.problems.add(
+                "incomplete entries", f"{entry.id} names {len(masks)} sets of masks; one is all it can use"
+            )
         self.check_captions(entry, sets)
         geometry = self.geometry(entry)
         if self.problems.count() > known:
@@ -109,6 +150,9 @@ class Reader:
         if not large:
             self.problems.add("sets without pictures", f"{entry.id}: all are below minimum_image_size")
         examples = [self.example(entry, geometry, name, large[name], captions[name], sets) for name in large]
+        for references in masks:
+            examples = [self.masked(e, references.pictures[e.name]) for e in examples]
+            self.notes.append(f"{entry.id}: the loss counts where {references.id} is white")
         self.notes += described(entry, examples, sets, small)
         return examples
 
@@ -195,6 +239,8 @@ class Reader:
         pictures = pairs.check_readable(pairs.in_folder(source.instance_data_dir, self.problems), self.problems)
         if source.role == "image" and "caption_strategy" not in source.model_fields_set:
             source = source.model_copy(update={"conditioning_type": "reference_strict"})  # its captions are not needed
+        if source.conditioning_type == "mask":
+            return [References(name, pictures, {}, mask=True)]
         captions = {stem: self.captions(source, picture) for stem, picture in pictures.items()}
         loose = source.conditioning_type == "reference_loose"
         if "resolution" not in source.model_fields_set:  # as large as its targets unless it says otherwise
@@ -263,16 +309,29 @@ class Reader:
                 continue
             if references.geometry is not None:
                 own = Crop(references.geometry, other.size(), (*seed, references.id))
-            elif not same_aspect(other.size(), picture.size()):
-                one, two = f"{other.path} is {other.size()}", f"{picture.path} {picture.size()}"
-                text = f"{one}, {two}; crop them alike or use reference_loose"
-                self.problems.add("strict references of another aspect", text)
+            else:
+                self.check_aspect(other, picture, "strict references", " or use reference_loose")
             views.append(self.view(entry, other, own, strict=references.geometry is None))
         own_captions = tuple(references.captions.get(name, ()) for references in sets)
         folder = entry.cache_dir_vae or self.config.cache_dir / "latents"
         often = (entry.repeats, entry.probability, entry.is_regularisation_data)
         target = self.view(entry, picture, crop)
         return Example(entry.id, name, target, tuple(views), captions, own_captions, folder, *often)
+
+    def check_aspect(self, other: Picture, picture: Picture, what: str, way_out: str = ""):
+        """What is cut by a target's transform has its aspect."""
+        if not same_aspect(other.size(), picture.size()):
+            one, two = f"{other.path} is {other.size()}", f"{picture.path} {picture.size()}"
+            self.problems.add(f"{what} of another aspect", f"{one}, {two}; crop them alike{way_out}")
+
+    def masked(self, example: Example, picture: Picture) -> Example:
+        """With a mask that is cut exactly as the target is."""
+        self.check_aspect(picture, example.target.picture, "masks")
+        mask = replace(example.target, picture=picture, mask=True)
+        if not self.config.masked_loss_weight and mask.open().getextrema()[0][1] == 0:
+            text = f"{picture.path}: what is left after the crop is black, so nothing would be learnt of its target"
+            self.problems.add("masks without white", text)
+        return replace(example, mask=mask)
 
     def view(self, entry: Dataset, picture: Picture, crop: Crop, **more) -> View:
         """A picture by its crop, of epoch 0 or anew in every epoch."""

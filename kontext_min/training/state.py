@@ -23,7 +23,11 @@ ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
 FREE = {  # keys that may change between a checkpoint and the run that goes on from it
     "max_train_steps", "output_dir", "cache_dir", "data_backend_config", "checkpointing_steps", "ignored",
     "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "validation_steps", "num_eval_images",
-    "validation_guidance", "validation_num_inference_steps", "validation_seed",
+    "validation_disable", "validation_on_startup", "validation_using_datasets", "validation", "validation_prompt",
+    "user_prompt_library", "validation_prompt_library", "validation_negative_prompt", "validation_guidance",
+    "validation_guidance_real", "validation_no_cfg_until_timestep", "validation_num_inference_steps",
+    "validation_resolution", "validation_seed", "eval_dataset_id", "eval_steps_interval", "eval_timesteps",
+    "eval_loss_disable", "num_eval_pairs",
 }  # fmt: skip
 FIXED = (
     "lora_rank",

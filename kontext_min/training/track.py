@@ -6,6 +6,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 
+def record(file: Path, line: dict):
+    """Add a line to a JSONL file in place of those that an interrupted run wrote for this step and later ones."""
+    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    kept = [old for old in lines if old["step"] < line["step"]]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in [*kept, line]), encoding="utf-8")
+
+
 class Tracker:
     """Appends to OUTPUT/metrics.jsonl and moves the bar. Use as a context manager.
 

@@ -67,10 +67,10 @@ def guidance(config: Config, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(1, generator=generator)
 
 
-LOSSES = {  # loss_type -> mean over everything; c is where huber and smooth_l1 turn linear
-    "l2": lambda v, wanted, c: F.mse_loss(v, wanted),
-    "huber": lambda v, wanted, c: F.huber_loss(v, wanted, delta=c),
-    "smooth_l1": lambda v, wanted, c: F.smooth_l1_loss(v, wanted, beta=c),
+LOSSES = {  # loss_type -> mean over everything, or each error; c is where huber and smooth_l1 turn linear
+    "l2": lambda v, wanted, c, how="mean": F.mse_loss(v, wanted, reduction=how),
+    "huber": lambda v, wanted, c, how="mean": F.huber_loss(v, wanted, delta=c, reduction=how),
+    "smooth_l1": lambda v, wanted, c, how="mean": F.smooth_l1_loss(v, wanted, beta=c, reduction=how),
 }
 
 
@@ -78,13 +78,17 @@ def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: f
     """The loss of the velocity over the target's latents, in fp32.
 
     The velocity to learn is noise - target; of regularisation data it is the base model's own, at the same x_t and t.
+    With masks it is the mean, over the uses, of each one's weighted mean.
     """
     noise, t, guidance = drawn
     x_t, wanted = flow.mix(batch.target, noise, t), noise - batch.target
     if batch.regularise:
         with torch.no_grad(), muted(flux):
             wanted = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
-    return LOSSES[loss_type](flow.velocity(flux, x_t, t, batch.condition, guidance).float(), wanted, c)
+    v = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
+    if batch.weight is None:
+        return LOSSES[loss_type](v, wanted, c)
+    return (LOSSES[loss_type](v, wanted, c, "none") * batch.weight).mean()
 
 
 def shift_factor(config: Config, shift: flow.Shift, batch: Batch) -> float:

@@ -120,9 +120,10 @@ def test_validation_sets_are_never_trained_on_and_disabled_sets_are_left_out(tmp
     entries = [{"id": name, "instance_data_dir": tmp_path / name} for name in "abc"]
     entries[1]["dataset_type"], entries[2]["disabled"] = "eval", True
     sets = sets_of(tmp_path, *entries, num_eval_images=2)
-    assert {e.set_id for e in sets.training} == {"a"} and [e.set_id for e in sets.validation] == ["b", "b"]
+    assert {e.set_id for e in sets.training} == {"a"} and [e.set_id for e in sets.validation] == ["b"] * 3
+    assert sets.unseen
     entries[1]["dataset_type"], entries[0]["disable_validation"] = "image", True
-    assert {e.set_id for e in sets_of(tmp_path, *entries).validation} == {"b"}
+    assert {e.set_id for e in sets_of(tmp_path, *entries, num_eval_images=2).validation} == {"b"}
 
 
 def test_the_defaults_of_an_entry(tmp_path):

@@ -1,0 +1,92 @@
+"""Whether training helps, in numbers: the loss at fixed noise and times, and whether the references matter for it."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kontext_min import flow
+from kontext_min.config import Config
+from kontext_min.data.cache import digest
+from kontext_min.data.examples import Examples, Use, use_of
+from kontext_min.models.flux import Flux
+from kontext_min.training.track import record
+from kontext_min.training.trainer import Draw, flow_loss, guidance
+
+CLEARLY = 0.99  # a loss below this share of another is clearly lower: the same noise and times make small shares tell
+
+
+class Evaluator:
+    """The loss of the validation pairs, each at the same noise and times at every step; lines of eval.jsonl.
+
+    Nothing is drawn from a global generator and no gradient is kept, so training does not notice.
+    """
+
+    def __init__(self, config: Config, flux: Flux, examples: Examples, unseen: bool):
+        self.config, self.flux, self.examples, self.unseen = config, flux, examples, unseen
+        self.file = config.output_dir / "validation" / "eval.jsonl"
+        chosen = [] if config.eval_loss_disable else examples.examples[: config.num_eval_pairs]
+        self.uses = [use_of(i, example, examples.mix, epoch=0) for i, example in enumerate(chosen)]
+        self.shown = [[view.key() for view in use.references] for use in self.uses]
+        count = config.eval_timesteps
+        self.times = [(k + 0.5) / count for k in range(count)]  # the middles of equal parts of [0, 1]
+
+    @torch.no_grad()
+    def run(self, step: int) -> str | None:
+        """Evaluate. -> what to say of it; None without pairs."""
+        if not self.uses:
+            return None
+        own = [self.losses(use, use) for use in self.uses]
+        loss, curve, probe = torch.stack(own).mean().item(), torch.stack(own).mean(0).tolist(), self.probe(own)
+        line = {"step": step, "loss": loss, "per_timestep": [*zip(self.times, curve, strict=True)], "probe": probe}
+        record(self.file, {**line, "pairs": len(self.uses), "unseen": self.unseen})
+        kind = "unseen" if self.unseen else "trained"
+        return f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {kind} pairs" + said(probe, step)
+
+    def probe(self, own: list[Tensor]) -> dict[str, float | None] | None:
+        """The mean loss of the pairs that have references, with their own, with another pair's, and with none."""
+        uses = [use for use in self.uses if use.references]
+        if not uses:
+            return None
+        others = [self.other(use) for use in uses]
+        groups = {"own": [own[use.index] for use in uses], "shuffled": [], "none": [self.losses(u, None) for u in uses]}
+        if None not in others:  # else a mean would be over fewer pairs
+            groups["shuffled"] = [self.losses(use, other) for use, other in zip(uses, others, strict=True)]
+        return {kind: torch.stack(found).mean().item() if found else None for kind, found in groups.items()}
+
+    def other(self, use: Use) -> Use | None:
+        """The next pair with other references, rather one of the same sizes."""
+        ring = self.uses[use.index + 1 :] + self.uses[: use.index]
+        ring = [u for u in ring if u.references and self.shown[u.index] != self.shown[use.index]]
+        return min(ring, key=lambda u: u.shape != use.shape, default=None)
+
+    def losses(self, use: Use, shown: Use | None) -> Tensor:
+        """(T,) the loss of a pair's target at every time, with the references of `shown`."""
+        device = next(self.flux.parameters()).device
+        batch = self.examples.batch([use], device)
+        references = self.examples.batch([shown], device).condition.references if shown else []
+        batch = replace(batch, condition=replace(batch.condition, references=references))
+        seed = digest("eval", str(self.config.validation_seed), use.example.set_id, use.example.name)
+        generator = torch.Generator().manual_seed(int(seed[:15], 16))
+        scale = guidance(self.config, generator).to(device)
+        found = []
+        for t in self.times:
+            noise = flow.draw_noise(batch.target.shape, generator).to(device)
+            drawn = Draw(noise, torch.tensor([t], device=device), scale)
+            found.append(flow_loss(self.flux, batch, drawn, self.config.loss_type, self.config.huber_c).cpu())
+        return torch.stack(found)
+
+
+def said(probe: dict[str, float | None] | None, step: int) -> str:
+    """What the probe tells, and a warning once training has begun and references make no clear difference."""
+    if probe is None:
+        return ""
+    names = {"shuffled": "another pair's reference", "none": "no reference"}
+    text = "".join(f", {probe[kind]:.4f} with {name}" for kind, name in names.items() if probe[kind] is not None)
+    compared = probe["none"] if probe["shuffled"] is None else probe["shuffled"]
+    if step == 0 or probe["own"] < CLEARLY * compared:
+        return text
+    return (
+        f"{text}\nwarning: the LoRA does not look at its reference: without the right one its loss is hardly higher; "
+        f"look at the pairs with train.py CONFIG --check, and whether the captions already say all"
+    )

@@ -1,0 +1,116 @@
+"""What validation shows: pairs of the data, and pictures that the user asks for with prompts of their own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kontext_min.config import Config, ValidationItem, checked, read_json5
+from kontext_min.data.buckets import Size, Transform, bucket_size, crop_box, nearest_aspect, parse_size
+from kontext_min.data.examples import Use, View
+from kontext_min.data.pairs import Picture
+from kontext_min.data.problems import Problems
+from kontext_min.presets import Preset
+
+TOKEN = 16  # pixels: sizes are multiples of it
+TITLE = 60  # letters of a prompt that serve as a name
+
+
+@dataclass(frozen=True)
+class Item:
+    """One validation picture: what it is made from, and what it should be where that is known."""
+
+    name: str
+    prompt: str
+    negative: str
+    seed: int
+    size: Size
+    references: tuple[View, ...] = ()
+    target: View | None = None
+    unseen: bool | None = None  # of a pair: whether it is kept from training
+
+    def record(self) -> dict:
+        """Its entry in items.json."""
+        said = {key: getattr(self, key) for key in ("name", "prompt", "negative", "seed", "unseen")}
+        counts = {"references": len(self.references), "target": self.target is not None}
+        return {**said, "size": str(self.size), **counts}
+
+    def title(self) -> str:
+        """Its line on a sheet."""
+        kind = {True: " (unseen)", False: " (trained on)", None: "" if self.references else " (text-to-image)"}
+        name = "" if self.prompt.startswith(self.name) else f"{self.name}: "
+        return f"{name}{self.prompt}{kind[self.unseen]}"
+
+
+def pair_item(config: Config, use: Use, unseen: bool | None) -> Item:
+    """A pair of the data, in its training size."""
+    settings = (use.caption, config.validation_negative_prompt, config.validation_seed, use.target.size)
+    return Item(use.example.name, *settings, use.references, use.target, unseen)
+
+
+def asked(config: Config, problems: Problems) -> list[ValidationItem]:
+    """What `validation`, `validation_prompt` and the libraries ask for; what is wrong with it becomes problems."""
+    wanted = list(config.validation)
+    if config.validation_prompt:
+        wanted.append(ValidationItem(prompt=config.validation_prompt))
+    for library in (config.user_prompt_library, config.validation_prompt_library):
+        if isinstance(library, Path):
+            wanted += from_library(library, problems)
+    for item in wanted:
+        try:
+            sizes_of(item.size or config.validation_resolution)
+            for path in item.images or []:
+                Picture(path).open()
+        except (ValueError, FileNotFoundError) as error:
+            problems.add("validation pictures that cannot be made", f"{item.name or item.prompt[:TITLE]}: {error}")
+    return wanted
+
+
+def from_library(file: Path, problems: Problems) -> list[ValidationItem]:
+    """A JSON file of name -> prompt, or name -> an entry as in `validation`."""
+    try:
+        entries = read_json5(file)
+        if not isinstance(entries, dict):
+            raise ValueError(f'{file} should hold one object, {{"name": "prompt"}}')
+        whole = {name: entry if isinstance(entry, dict) else {"prompt": entry} for name, entry in entries.items()}
+        return [checked(ValidationItem, {"name": name, **whole[name]}, f"{file}, {name}") for name in whole]
+    except (ValueError, FileNotFoundError) as error:
+        problems.add("prompt libraries that cannot be read", str(error))
+        return []
+
+
+def sizes_of(text: str | None) -> list[Size | None]:
+    """'1024x768, 512' -> sizes, a number being a square's side; nothing said -> [None]."""
+    parts = [part.strip().lower() for part in text.split(",")] if text else []
+    return [parse_size(part if "x" in part else f"{part}x{part}") for part in parts] or [None]
+
+
+def asked_items(config: Config, wanted: ValidationItem, first: Item | None, preset: Preset) -> list[Item]:
+    """What was asked for, once per size. first: the validation pair whose references serve where none are named."""
+    borrowed = wanted.images is None and first is not None
+    name = wanted.name or wanted.prompt[:TITLE]
+    negative = config.validation_negative_prompt if wanted.negative is None else wanted.negative
+    seed = config.validation_seed if wanted.seed is None else wanted.seed
+    sizes = sizes_of(wanted.size or (None if borrowed else config.validation_resolution))
+    if borrowed:
+        shapes = [(size.floored(TOKEN) if size else first.size, first.references) for size in sizes]
+    else:
+        shapes = [as_shipped(wanted.images or [], size, bool(wanted.size), preset) for size in sizes]
+    titles = [name if len(sizes) == 1 else f"{name} {size}" for size in sizes]
+    return [Item(t, wanted.prompt, negative, seed, *shape) for t, shape in zip(titles, shapes, strict=True)]
+
+
+def as_shipped(paths: list[Path], size: Size | None, exact: bool, preset: Preset) -> tuple[Size, tuple[View, ...]]:
+    """The output's size, and references by their files. Without a size both are what infer.py makes of them.
+
+    With one, references keep their aspect at its area; the output is exactly of it, or has the first one's aspect.
+    """
+    views = []
+    for picture in map(Picture, paths):
+        whole = picture.size()
+        own = nearest_aspect(whole, preset.sizes)
+        if size is not None:
+            own = bucket_size(whole.width / whole.height, (size.width * size.height) ** 0.5, TOKEN)
+        box = [edge / side for edge, side in zip(crop_box(whole, own), (*whole, *whole), strict=True)]
+        views.append(View(picture, Transform(own, tuple(box))))
+    if size is not None and (exact or not views):
+        return size.floored(TOKEN), tuple(views)
+    return views[0].size if views else preset.default, tuple(views)
