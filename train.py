@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kontext_min import presets
-from kontext_min.adapters.formats import read_lora
+from kontext_min.adapters.formats import AdapterFile, read_lora
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, start_from
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, explain, read_config
@@ -113,20 +113,20 @@ def load_base(config: Config, checkpoint: load.Checkpoint, place: tuple) -> Flux
     """The transformer, in the precision of the base model."""
     if not config.base_model_precision.startswith("int8"):
         return load.load_flux(checkpoint, *place)
-    print(f"base_model_precision {config.base_model_precision}: int8-torchao's weights, one scale a row, in the blocks")
+    print(f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)")
     return load.load_flux(checkpoint, *place, then=quantize_int8)
 
 
-def adapt(config: Config, flux: Flux) -> list[nn.Parameter]:
-    """Put the LoRA on, fresh or from a file. -> its parameters."""
+def adapt(config: Config, flux: Flux, trained: AdapterFile | None) -> list[nn.Parameter]:
+    """Put the LoRA on, fresh or with the values of a trained one. -> its parameters."""
     torch.manual_seed(config.seed)
     target, rank = config.flux_lora_target, config.lora_rank
     names = matching_modules(flux.config, TARGETS[target] if isinstance(target, str) else target)
     if not names:
         raise ValueError(f"flux_lora_target {target} matches no module of this model")
     parameters = add_lora(flux, names, rank, config.lora_alpha or rank, config.lora_dropout)
-    if config.init_lora:
-        start_from(flux, read_lora(config.init_lora).weights)
+    if trained:
+        start_from(flux, trained.weights)
     print(f"LoRA of rank {rank} on {len(names)} modules: {sum(p.numel() for p in parameters):,} parameters")
     return parameters
 
@@ -152,12 +152,13 @@ def main(argv: list[str]):
     examples, validation = encode(config, sets, checkpoint, (device, dtype))
     if "--prune-cache" in options:
         return print(examples.prune(validation))
+    trained = read_lora(config.init_lora) if config.init_lora else None  # before its folder may be set aside
     if state.chosen(config) is None and (aside := state.set_aside(config.output_dir)):
         print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
     flux = load_base(config, checkpoint, (device, dtype)).requires_grad_(False)
-    parameters = adapt(config, flux)
+    parameters = adapt(config, flux, trained)
     if config.gradient_checkpointing:
         apply_checkpointing(flux, config.gradient_checkpointing_interval or 1)
 

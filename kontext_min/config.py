@@ -11,17 +11,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import json5
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from kontext_min import foreign
 
@@ -171,8 +161,8 @@ class Config(Strict):
         description="the data list, or the path of its JSON file; default multidatabackend.json beside the config"
     )
     cache_dir: Path = Field(Path("cache"), description="latents and encoded text, by content; safe to delete")
-    aspect_bucket_alignment: Annotated[Literal[16, 64], BeforeValidator(int)] | None = Field(
-        None, description="training sizes are multiples of it, in pixels; default 64, and 16 for nano"
+    aspect_bucket_alignment: int | None = Field(
+        None, gt=0, multiple_of=16, description="training sizes are multiples of it, in pixels; default 64, nano's 16"
     )
     conditioning_multidataset_sampling: Literal["random", "combined"] = Field(
         "random", description="of several reference sets: one per use by a seeded draw, or all of them at once"
@@ -248,9 +238,7 @@ class Config(Strict):
     use_ema: bool = Field(False, description="also keep and save the moving average of the adapter, in ema/")
     ema_decay: float = Field(0.995, ge=0, lt=1, description="reached slowly: (1 + n) / (10 + n) after n updates")
     ema_update_interval: int = Field(1, ge=1, description="steps between updates of the average")
-    ema_validation: Literal["ema_only", "none"] = Field(
-        "ema_only", description="validate the average, or the last step"
-    )
+    ema_validation: Literal["ema_only", "none"] = Field("ema_only", description="none shows the last step instead")
 
     # what is left behind
     output_dir: Path = Path("output/run")

@@ -30,15 +30,16 @@ FREE = {  # keys that may change between a checkpoint and the run that goes on f
     "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "caption_strategy", "instance_prompt",  # the data's fingerprint tells of these
 }  # fmt: skip
-FIXED = (
-    "lora_rank",
-    "flux_lora_target",
-    "lora_type",
-    "optimizer",
-    "use_ema",
-    "weights",
-)  # without these there is nothing to go on
-LEFT_BEHIND = ("config.json", "metrics.jsonl", "validation", "*.safetensors", "ema", "checkpoint-*", "sample-*.png")
+FIXED = ("lora_rank", "flux_lora_target", "lora_type", "optimizer", "use_ema", "weights")  # nothing goes on without
+LEFT_BEHIND = (
+    "config.json",
+    "metrics.jsonl",
+    "validation",
+    "*.safetensors",
+    "ema",
+    "checkpoint-*",
+    "sample-reference-*.png",
+)
 
 
 def set_aside(folder: Path) -> Path | None:

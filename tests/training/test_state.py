@@ -55,7 +55,9 @@ def results(out):
     """The bytes of the LoRA's tensors, and the logged losses."""
     losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lora = load_file(out / "pytorch_lora_weights.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in lora.items()}, [(e["step"], e["loss"]) for e in losses]
+    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in lora.items()}, [
+        (e["step"], e["loss"]) for e in losses
+    ]
 
 
 VARIANTS = [
@@ -243,6 +245,10 @@ def test_a_run_may_start_from_a_lora_file(config, tmp_path):
     second = run(config, tmp_path / "second", f"init_lora={file}", "learning_rate=1e-12", "max_train_steps=1")
     old, new = read_lora(file).weights, read_lora(second / file.name).weights
     assert all(torch.allclose(old[n][1] @ old[n][0], new[n][1] @ new[n][0], atol=1e-7) for n in old | new)
+    run(config, first, f"init_lora={file}", "max_train_steps=1", "resume_from_checkpoint=null")  # from its own folder
+    assert torch.equal(read_lora(first / "previous-1" / file.name).weights["transformer_blocks.0.attn.to_q"][1],
+                       old["transformer_blocks.0.attn.to_q"][1])  # fmt: skip
+    file = first / "previous-1" / file.name
     for change, said in (("lora_rank=4", "of rank 2.*set lora_rank"), ("flux_lora_target=context", "set flux_lora_ta")):
         with pytest.raises(ValueError, match=said):
             run(config, tmp_path / "third", f"init_lora={file}", change)
