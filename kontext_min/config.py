@@ -174,7 +174,6 @@ class Config(Strict):
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
     caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(None, description="of targets")
-    instance_prompt: str | None = Field(None, description="of targets")
 
     caption_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of uses with an empty caption")
     reference_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of uses without references")
@@ -305,10 +304,9 @@ class Config(Strict):
     def completed(self, entry: Dataset) -> Dataset:
         """A set with this config's values for what it does not say itself."""
         shared = ("resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size")
-        captions = ("caption_strategy", "instance_prompt") if entry.role in ("image", "eval") else ()
+        captions = ("caption_strategy",) if entry.role in ("image", "eval") else ()
         said = {key: getattr(self, key) for key in (*shared, *captions) if key not in entry.model_fields_set}
-        said = {key: value for key, value in said.items() if value is not None}
-        return Dataset.model_validate({**entry.model_dump(exclude_unset=True, exclude={"ignored"}), **said})
+        return entry.model_copy(update={key: value for key, value in said.items() if value is not None})
 
 
 def read_json5(path: Path):

@@ -90,6 +90,7 @@ CONFIG_REFUSED = by_key({
     "nothing of yours is ever deleted; the messages name such pictures":
         "delete_problematic_images delete_unwanted_images",
     "use data_backend_config": "data_backend",
+    "say it in the set's own entry": "instance_prompt",
     "use pairs_file with a JSONL or CSV file": "parquet_caption_column parquet_filename_column",
 })  # fmt: skip
 # why it can be left out without harm -> keys of a dataset; the run says so once

@@ -28,7 +28,7 @@ FREE = {  # keys that may change between a checkpoint and the run that goes on f
     "validation_guidance", "validation_num_inference_steps", "validation_seed",
     "ema_validation", "skip_nonfinite_steps",
     "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
-    "caption_strategy", "instance_prompt",  # the data's fingerprint tells of these
+    "caption_strategy",  # the data's fingerprint tells of these
 }  # fmt: skip
 FIXED = ("lora_rank", "flux_lora_target", "lora_type", "optimizer", "use_ema", "weights")  # nothing goes on without
 LEFT_BEHIND = (

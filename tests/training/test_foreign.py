@@ -8,7 +8,7 @@ import pytest
 
 import train
 from kontext_min.config import Config, Dataset, read_config
-from kontext_min.foreign import RENAMED
+from kontext_min.foreign import CONFIG_IGNORED, CONFIG_REFUSED, RENAMED
 
 ROOT = Path(__file__).parents[2]
 # fmt: off
@@ -18,7 +18,7 @@ USED = {  # config keys with values as SimpleTuner's files and its documentation
     "gradient_checkpointing_interval": 2, "mixed_precision": "bf16", "data_backend_config": "config/pairs.json",
     "cache_dir": "cache", "aspect_bucket_alignment": "64", "conditioning_multidataset_sampling": "combined",
     "resolution": "1024", "resolution_type": "pixel_area", "minimum_image_size": 0, "maximum_image_size": "2048",
-    "target_downsample_size": 1024, "caption_strategy": "textfile", "instance_prompt": "a prompt",
+    "target_downsample_size": 1024, "caption_strategy": "textfile",
     "caption_dropout_probability": "0.1", "lora_type": "standard", "lora_rank": "16", "lora_alpha": 16,
     "lora_dropout": "0.1", "init_lora": "a.safetensors", "flux_lora_target": "all+ffs", "flow_schedule_shift": "3.0",
     "flow_sigmoid_scale": 1.0, "flow_use_uniform_schedule": "false", "flow_use_beta_schedule": "true",
@@ -71,7 +71,15 @@ REFUSED = {  # a value that asks for something, and one that asks for nothing, w
     "delete_unwanted_images": (True, False), "max_upscale_threshold": (1.5, None),
     "prepend_instance_prompt": (True, False),
     "only_instance_prompt": (True, "False"), "ignore_missing_files": (True, False), "variant": ("fp16", None),
+    "instance_prompt": ("a prompt", None),
 }
+LATER = """validation_prompt user_prompt_library validation_prompt_library validation_input eval_dataset_id
+    validation_using_datasets validation_guidance_real validation_negative_prompt validation_randomize
+    validation_seed_source validation_on_startup disable_benchmark validation_stitch_input_location validation_disable
+    validation_disable_unconditional validation_noise_scheduler validation_no_cfg_until_timestep eval_steps_interval
+    eval_timesteps eval_loss_disable evaluation_type validation_step_interval masked_loss_probability report_to
+    logging_dir tracker_project_name tracker_run_name tracker_image_layout push_to_hub push_checkpoints_to_hub
+    hub_model_id publishing_config webhook_config validation_lycoris_strength""".split()
 DATASET = {  # all that a set of SimpleTuner's may say
     "id": "a", "type": "local", "dataset_type": "image", "instance_data_dir": "x", "conditioning_data": "b",
     "conditioning_type": None, "source_dataset_id": "b", "resolution": "1024", "resolution_type": "area",
@@ -121,6 +129,12 @@ def test_refused_keys_say_what_to_do_and_may_stand_when_they_are_off(tmp_path, k
     with pytest.raises(ValueError, match=f"{key} is not used here: ...."):
         read(tmp_path, key, asking)
     assert key in read(tmp_path, key, off).ignored
+
+
+@pytest.mark.xfail(reason="validation, evaluation and tracking are built elsewhere; remove this mark with them")
+def test_keys_of_validation_and_tracking_are_known_too():
+    known = {*Config.model_fields, *CONFIG_IGNORED, *CONFIG_REFUSED, *RENAMED}
+    assert not set(LATER) - known
 
 
 def test_no_key_of_a_set_is_unknown():
