@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from kontext_min import presets
-from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules
+from kontext_min.adapters.formats import AdapterFile, read_lora
+from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, start_from
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Example, Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
+from kontext_min.models.flux import Flux
+from kontext_min.quantize import quantize_int8
 from kontext_min.training import state
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
@@ -43,6 +47,12 @@ def check_data(config: Config) -> Sets:
     problems, sets = [], None
     if isinstance(config.flux_lora_target, str) and config.flux_lora_target not in TARGETS:
         problems.append(f"flux_lora_target {config.flux_lora_target!r} is none of {', '.join(TARGETS)}")
+    try:
+        make_optimizer(config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
+        if config.init_lora:
+            read_lora(config.init_lora)
+    except (ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
     try:
         sets = read_sets(config, presets.named(config.pretrained_model_name_or_path).bucket_step)
     except (ValueError, FileNotFoundError) as error:
@@ -101,6 +111,28 @@ def encode(
     return examples, validation
 
 
+def load_base(config: Config, checkpoint: load.Checkpoint, place: tuple) -> Flux:
+    """The transformer, in the precision of the base model."""
+    if not config.base_model_precision.startswith("int8"):
+        return load.load_flux(checkpoint, *place)
+    print(f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)")
+    return load.load_flux(checkpoint, *place, then=quantize_int8)
+
+
+def adapt(config: Config, flux: Flux, trained: AdapterFile | None) -> list[nn.Parameter]:
+    """Put the LoRA on, fresh or with the values of a trained one. -> its parameters."""
+    torch.manual_seed(config.seed)
+    target, rank = config.flux_lora_target, config.lora_rank
+    names = matching_modules(flux.config, TARGETS[target] if isinstance(target, str) else target)
+    if not names:
+        raise ValueError(f"flux_lora_target {target} matches no module of this model")
+    parameters = add_lora(flux, names, rank, config.lora_alpha or rank, config.lora_dropout)
+    if trained:
+        start_from(flux, trained.weights)
+    print(f"LoRA of rank {rank} on {len(names)} modules: {sum(p.numel() for p in parameters):,} parameters")
+    return parameters
+
+
 def main(argv: list[str]):
     options = [a for a in argv if a.startswith("-") and "=" not in a]
     files, overrides = [a for a in argv if "=" not in a and a not in options], [a for a in argv if "=" in a]
@@ -123,28 +155,21 @@ def main(argv: list[str]):
     examples, validation = encode(config, sets, items, checkpoint, (device, dtype))
     if "--prune-cache" in options:
         return print(examples.prune(validation))
+    trained = read_lora(config.init_lora) if config.init_lora else None  # before its folder may be set aside
     if state.chosen(config) is None and (aside := state.set_aside(config.output_dir)):
         print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
-    # model: load -> freeze -> adapt -> checkpoint
-    flux = load.load_flux(checkpoint, device, dtype).requires_grad_(False)
-    torch.manual_seed(config.seed)
-    target = config.flux_lora_target
-    names = matching_modules(flux.config, TARGETS[target] if isinstance(target, str) else target)
-    if not names:
-        raise ValueError(f"flux_lora_target {target} matches no module of this model")
-    parameters = add_lora(flux, names, config.lora_rank, config.lora_alpha or config.lora_rank)
-    print(f"LoRA of rank {config.lora_rank} on {len(names)} modules: {sum(p.numel() for p in parameters):,} parameters")
+    # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
+    flux = load_base(config, checkpoint, (device, dtype)).requires_grad_(False)
+    parameters = adapt(config, flux, trained)
     if config.gradient_checkpointing:
-        apply_checkpointing(flux)
+        apply_checkpointing(flux, config.gradient_checkpointing_interval or 1)
 
     # loop
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
     validator = Validator(editor, validation, items, sampling_of(config), config.output_dir / "validation")
-    betas = (config.adam_beta1, config.adam_beta2)
-    settings = (config.learning_rate, betas, config.adam_weight_decay, config.adam_epsilon)
-    optimizer = make_optimizer(config.optimizer, parameters, *settings)
+    optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, **config.optimizer_options())
     evaluator = Evaluator(config, flux, validation, sets.unseen)
     print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
 

@@ -21,19 +21,19 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     LEFT_OUT: ClassVar[dict[str, str]] = {}  # key without a meaning here that does no harm -> why
-    REFUSED: ClassVar[dict[str, str]] = {}  # key that is not used here -> what to do instead
-    SAME: ClassVar[dict[str, str]] = {}  # another name of a key -> ours
+    REFUSED: ClassVar[dict[str, str]] = {}  # key that is not used here, unless it is off -> what to do instead
 
     ignored: dict[str, str] = Field({}, description="not to be set: keys that were left out, and why")
 
     @model_validator(mode="before")
     @classmethod
     def leave_out(cls, values):
-        """Take out the keys of LEFT_OUT, remembering them; other names become ours."""
+        """Take out the keys of LEFT_OUT, and those of REFUSED that ask for nothing, remembering them."""
         if not isinstance(values, dict):
             return values
-        values = {key if cls.SAME.get(key, key) in values else cls.SAME.get(key, key): values[key] for key in values}
         ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values}
+        off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in foreign.OFF]
+        ignored |= dict.fromkeys(off, "what it says is always so here")
         return {key: value for key, value in values.items() if key not in ignored} | {"ignored": ignored}
 
 
@@ -159,30 +159,41 @@ class ValidationItem(Strict):
 class Config(Strict):
     """One training run."""
 
-    LEFT_OUT, REFUSED, SAME = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED, foreign.CONFIG_SAME
+    LEFT_OUT, REFUSED = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED
 
     # model
     model_family: Literal["flux"] = "flux"
     model_flavour: Literal["kontext"] = "kontext"
     model_type: Literal["lora"] = "lora"
     pretrained_model_name_or_path: str = Field("nano", description="model folder, hub id, or nano, the embedded model")
-    base_model_precision: Literal["no_change", "bf16"] = Field(
-        "no_change", description="of the frozen base; quantised bases are not built yet"
+    base_model_precision: Literal["no_change", "bf16", "int8-quanto", "int8-torchao"] = Field(
+        "no_change", description="of the frozen base; both int8 are the same: weights in int8, half the memory of bf16"
     )
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="what is computed in; no is fp32")
     gradient_checkpointing: bool = Field(
         True, description="recompute each block in backward: less memory, 4/3 the work"
     )
+    gradient_checkpointing_interval: int | None = Field(None, ge=1, description="recompute only every n-th block")
 
     # data
-    data_backend_config: DataList = Field(description="the data list, or the path of its JSON file")
+    data_backend_config: DataList = Field(
+        description="the data list, or the path of its JSON file; default multidatabackend.json beside the config"
+    )
     cache_dir: Path = Field(Path("cache"), description="latents and encoded text, by content; safe to delete")
-    aspect_bucket_alignment: Literal[16, 64] | None = Field(
-        None, description="training sizes are multiples of it, in pixels; default 64, and 16 for nano"
+    aspect_bucket_alignment: int | None = Field(
+        None, gt=0, multiple_of=16, description="training sizes are multiples of it, in pixels; default 64, nano's 16"
     )
     conditioning_multidataset_sampling: Literal["random", "combined"] = Field(
         "random", description="of several reference sets: one per use by a seeded draw, or all of them at once"
     )
+    # what sets that do not say it themselves have
+    resolution: float | None = Field(None, gt=0)
+    resolution_type: Literal["pixel_area", "pixel", "area"] | None = None
+    minimum_image_size: float | None = None
+    maximum_image_size: float | None = None
+    target_downsample_size: float | None = None
+    caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(None, description="of targets")
+
     caption_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of uses with an empty caption")
     reference_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of uses without references")
 
@@ -190,6 +201,8 @@ class Config(Strict):
     lora_type: Literal["standard"] = "standard"
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = Field(None, gt=0, description="strength is alpha / rank; default: the rank")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of each adapter's inputs left out in a step")
+    init_lora: Path | None = Field(None, description="a LoRA file to start from, of the same modules and rank")
     flux_lora_target: str | list[str] = Field(
         "all", description="which linears are adapted: a set's name, or patterns of diffusers' module names"
     )
@@ -219,15 +232,33 @@ class Config(Strict):
     seed: int = 42
 
     # optimizer
-    optimizer: Literal["adamw", "optimi-lion"] = "adamw"
+    optimizer: Literal[
+        "adamw", "adamw_bf16", "ao-adamw8bit", "optimi-adam", "optimi-adamw", "optimi-stableadamw", "optimi-adan",
+        "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-sgd",
+    ] = Field("adamw", description="adamw_bf16 and ao-adamw8bit are AdamW in less memory")  # fmt: skip
     learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
+    ] = Field("constant", description="both constants are the same")
     lr_warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly from 0")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="of adamw; optimi-lion has its own")
+    lr_end: float = Field(0.0, ge=0, description="learning rate that every schedule but the constant comes down to")
+    lr_power: float = Field(0.8, gt=0, description="of polynomial")
+    lr_num_cycles: int = Field(1, ge=1, description="cycles of cosine_with_restarts and sine")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="of adamw alone: the others have defaults of their own")
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_weight_decay: float = Field(0.01, ge=0)
     adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is scaled down to this norm")
+    optimizer_beta1: float | None = Field(None, ge=0, lt=1, description="of any optimizer with betas")
+    optimizer_beta2: float | None = Field(None, ge=0, lt=1)
+    optimizer_config: dict[str, bool | float] = Field({}, description="further arguments of it: key=value,key=value")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="the gradient is scaled down to this norm; never cut value by value, as SimpleTuner does"
+    )
+    skip_nonfinite_steps: int = Field(0, ge=0, description="steps without a finite loss that are left out, not fatal")
+    use_ema: bool = Field(False, description="also keep and save the moving average of the adapter, in ema/")
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="reached slowly: (1 + n) / (10 + n) after n updates")
+    ema_update_interval: int = Field(1, ge=1, description="steps between updates of the average")
+    ema_validation: Literal["ema_only", "none"] = Field("ema_only", description="none shows the last step instead")
 
     # what is left behind
     output_dir: Path = Path("output/run")
@@ -272,6 +303,22 @@ class Config(Strict):
     eval_loss_disable: bool = Field(False, description="no eval loss")
     num_eval_pairs: int = Field(8, ge=1, description="pairs that it is over; the time it takes grows with them")
 
+    @field_validator("base_model_precision", mode="before")
+    @classmethod
+    def built(cls, value):
+        """Other precisions have names too."""
+        if value not in ("no_change", "bf16", "int8-quanto", "int8-torchao"):
+            raise ValueError(f"{value} is not built yet; int8-quanto is, or no_change")
+        return value
+
+    @field_validator("optimizer_config", mode="before")
+    @classmethod
+    def as_pairs(cls, value):
+        """`key=value,key=value` -> a mapping."""
+        if not isinstance(value, str):
+            return value or {}
+        return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
+
     @model_validator(mode="after")
     def agree(self):
         """Settings that contradict each other."""
@@ -279,22 +326,41 @@ class Config(Strict):
             raise ValueError("flow_use_uniform_schedule and flow_use_beta_schedule exclude each other")
         if self.flux_guidance_min > self.flux_guidance_max:
             raise ValueError("flux_guidance_min is above flux_guidance_max")
+        if self.lr_end > self.learning_rate and not self.lr_scheduler.startswith("constant"):
+            raise ValueError("lr_end is above learning_rate")
+        if self.lr_scheduler == "sine" and self.lr_warmup_steps:
+            raise ValueError("sine rises by itself: set lr_warmup_steps to 0 and its number of waves as lr_num_cycles")
         if self.base_model_precision == "bf16" and self.mixed_precision == "no":
             raise ValueError("base_model_precision bf16 needs mixed_precision bf16")
         if self.validation_split > 1 and self.validation_split % 1:
             raise ValueError("validation_split is a share below 1 or a whole number of pairs")
         return self
 
+    def optimizer_options(self) -> dict[str, bool | float]:
+        """What is said of the optimizer beside its learning rate, the general after the particular."""
+        options = {**self.optimizer_config, "beta1": self.optimizer_beta1, "beta2": self.optimizer_beta2}
+        options = {key: value for key, value in options.items() if value is not None}
+        if self.optimizer != "adamw":
+            return options
+        betas = {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
+        return {**betas, "weight_decay": self.adam_weight_decay, "eps": self.adam_epsilon, **options}
+
     def datasets(self) -> list[Dataset]:
         """The data list. Raises ValueError naming file and key."""
         if isinstance(self.data_backend_config, list):
-            return self.data_backend_config
+            return [self.completed(entry) for entry in self.data_backend_config]
         entries = read_json5(self.data_backend_config)
         if not isinstance(entries, list):
             raise ValueError(f"{self.data_backend_config} should hold a list of datasets, [...]")
-        return [
-            checked(Dataset, entry, f"{self.data_backend_config}, entry {i + 1}") for i, entry in enumerate(entries)
-        ]
+        where = f"{self.data_backend_config}, entry"
+        return [self.completed(checked(Dataset, entry, f"{where} {i + 1}")) for i, entry in enumerate(entries)]
+
+    def completed(self, entry: Dataset) -> Dataset:
+        """A set with this config's values for what it does not say itself."""
+        shared = ("resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size")
+        captions = ("caption_strategy",) if entry.role in ("image", "eval") else ()
+        said = {key: getattr(self, key) for key in (*shared, *captions) if key not in entry.model_fields_set}
+        return entry.model_copy(update={key: value for key, value in said.items() if value is not None})
 
 
 def read_json5(path: Path):
@@ -313,6 +379,9 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold one object, {{...}}")
     values = {key.removeprefix("--"): value for key, value in values.items()}
+    values = {foreign.RENAMED.get(key, key): value for key, value in values.items()}
+    if (beside := Path(path).parent / "multidatabackend.json").is_file():
+        values.setdefault("data_backend_config", beside)
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -355,7 +424,8 @@ def problem(kind: type[Strict], entry: dict) -> str:
         return f"unknown key {name}" + (f", did you mean {near[0]}?" if near else "")
     if entry["type"] == "missing":
         return f"{name} is required"
-    return f"{name} = {entry['input']!r}: {entry['msg'][0].lower()}{entry['msg'][1:]}"
+    message = entry["msg"].removeprefix("Value error, ")
+    return f"{name} = {entry['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def explain(config: Config) -> list[str]:

@@ -1,77 +1,144 @@
-"""Keys of SimpleTuner's that have no knob here: what happens to each, and why. One table instead of code per key."""
+"""Keys of SimpleTuner's that have no knob here: what happens to each, and why. Tables instead of code per key."""
 
-# key of a config -> why it can be left out without harm; the run says so once
-CONFIG_IGNORED = {
-    "fuse_qkv_projections": "projections are always fused, and a LoRA on them still trains separate q, k, v",
-    "num_train_epochs": "max_train_steps says how long",
-    "offload_during_startup": "the encoders are always let go before the transformer is loaded",
-    "aspect_bucket_rounding": "aspects are rounded to 2 decimals",
-    "vae_batch_size": "pictures are encoded one by one",
-    "write_batch_size": "cache entries are written one by one",
-    "read_batch_size": "batches are read as they are needed",
-    "max_workers": "as many as there are cores",
-    "image_processing_batch_size": "pictures are encoded one by one",
-    "aspect_bucket_worker_count": "sizes are read from the files' headers",
-    "override_dataset_config": "caches are keyed by content, so a changed dataset is never confused with the old one",
-    "compress_disk_cache": "latents hardly compress",
-    "tracker_project_name": "the run's folder is its name",
-    "tracker_run_name": "the run's folder is its name",
-    "num_validation_images": "name an item twice in `validation`, with two seeds",
-    "validation_randomize": "seeds are fixed, so that pictures can be compared",
-    "validation_seed_source": "noise is always drawn on the CPU",
-    "validation_disable_unconditional": "the empty prompt is no picture of its own",
-    "validation_stitch_input_location": "the input stands at the left",
-    "validation_noise_scheduler": "FLUX is sampled by Euler's method",
-    "validation_torch_compile": "validation runs the very modules that are trained",
-    "disable_benchmark": "the base model's pictures are made once, at the start",
-    "evaluation_type": "validation pictures are compared with the targets, by PSNR",
+
+def by_key(reasons: dict[str, str]) -> dict[str, str]:
+    """{what is said: "key key …"} -> {key: what is said}."""
+    return {key: said for said, keys in reasons.items() for key in keys.split()}
+
+
+RENAMED = {
+    "checkpoint_step_interval": "checkpointing_steps",
+    "fused_qkv_projections": "fuse_qkv_projections",
+    "validation_step_interval": "validation_steps",
+    "validation_input": "validation",
 }
-# another name of a config's key -> ours
-CONFIG_SAME = {"validation_step_interval": "validation_steps", "validation_input": "validation"}
-# key of a config -> what to do instead; the run refuses to start
-CONFIG_REFUSED = {
-    "flow_schedule_auto_shift": "use flow_schedule_shift: auto",
-    "caption_dropout": "use caption_dropout_probability",
-    "peft_lora_target_modules": "use flux_lora_target",
-    "delete_problematic_images": "nothing of yours is ever deleted; the messages name such pictures",
-    "delete_unwanted_images": "nothing of yours is ever deleted; the messages name such pictures",
-    "grad_clip_method": "gradients are always clipped by norm, by max_grad_norm",
-    "data_backend": "use data_backend_config",
-}
-# key of a dataset -> why it can be left out without harm; the run says so once
-DATASET_IGNORED = {
-    "hash_filenames": "caches are keyed by content",
-    "preserve_data_backend_cache": "caches are keyed by content and never cleared",
-    "skip_file_discovery": "files are always looked at; that is fast",
-    "vae_cache_ondemand": "everything is encoded before training starts",
-    "text_embeds": "there is one text cache",
-    "metadata_backend": "nothing is kept beside the pictures",
-    "source_dataset_id": "references are linked from the targets' side, by conditioning_data",
-    "disable_multiline_split": "set it false: every line of a caption file is a caption of its own",
-    "ignore_epochs": "epochs are counted for all sets alike",
-    "write_batch_size": "entries are written one by one",
-    "max_workers": "as many as there are cores",
-}
-# key of a dataset -> what to do instead; the run refuses to start
-DATASET_REFUSED = {
-    "disable": "use disabled",
-    "vae_cache_disable": "latents are always cached; set cache_dir_vae to a place with room",
-    "minimum_aspect_ratio": "move such pictures out of the folder",
-    "maximum_aspect_ratio": "move such pictures out of the folder",
-    "max_upscale_threshold": "use minimum_image_size",
-    "max_num_samples": "use probability, or move pictures out of the folder",
-    "crop_aspect_buckets": "use crop_aspect square or preserve",
-    "prepend_instance_prompt": "write the prompt into the caption files",
-    "only_instance_prompt": "use caption_strategy instanceprompt",
-    "caption_shuffle": "instructions are sentences, not tag lists; write alternatives as lines",
-    "caption_filter_list": "edit the caption files",
-    "start_epoch": "train in two runs",
-    "start_step": "train in two runs",
-    "end_epoch": "train in two runs",
-    "end_step": "train in two runs",
-    "huggingface": "save the pictures to a folder; side_by_side cuts composite ones",
-    "parquet": "use pairs_file with a JSONL or CSV file",
-    "csv": "use pairs_file with a CSV file",
-    "video": "Kontext edits pictures",
-    "timestep_sampling_offset": "use flow_schedule_shift",
-}
+
+# values, as text in small letters, by which a refused key asks for nothing: such a key is left out too
+OFF = {"", "none", "false", "0", "0.0", "[]", "{}", "default", "standard", "diffusers", "unmodified", "flow_matching"}
+
+# why it can be left out without harm -> keys of a config; the run says so once
+CONFIG_IGNORED = by_key({
+    "projections are always fused, and a LoRA on them still trains separate q, k, v": "fuse_qkv_projections",
+    "max_train_steps says how long": "num_train_epochs ignore_final_epochs strict_epoch_limit",
+    "the encoders are always let go before the transformer is loaded":
+        "offload_during_startup fully_unload_text_encoder delete_model_after_load keep_vae_loaded offload_during_save",
+    "weights are quantised one by one while they are read, on the device that trains": "quantize_via",
+    "text encoders run once, in mixed_precision, and are let go again":
+        "text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision text_encoder_4_precision",
+    "mixed_precision says it": "base_model_default_dtype gradient_precision",
+    "the VAE computes in fp32": "vae_dtype",
+    "pictures are encoded one by one, whole":
+        "vae_batch_size vae_enable_tiling vae_enable_slicing vae_enable_patch_conv vae_enable_temporal_roll "
+        "image_processing_batch_size",
+    "captions are encoded one by one, whole":
+        "text_encoder_batch_size text_encoder_limit text_embed_full_cache tokenizer_max_length",
+    "cache entries are written one by one": "write_batch_size",
+    "batches are read as they are needed": "read_batch_size dataloader_prefetch dataloader_prefetch_qlen",
+    "as many as there are cores": "max_workers enable_multiprocessing torch_num_threads",
+    "sizes are read from the files' headers": "aspect_bucket_worker_count",
+    "aspects are rounded to 2 decimals": "aspect_bucket_rounding",
+    "caches are keyed by content, so a changed dataset is never confused with the old one":
+        "override_dataset_config preserve_data_backend_cache vae_cache_scan_behaviour metadata_update_interval "
+        "aspect_bucket_disable_rebuild cache_clear_validation_prompts",
+    "latents hardly compress": "compress_disk_cache",
+    "everything is kept in cache_dir; a set's cache_dir_vae puts its latents elsewhere": "cache_dir_text cache_dir_vae",
+    "everything is encoded before training starts": "vae_cache_ondemand text_cache_ondemand",
+    "files are always looked at; that is fast": "skip_file_discovery",
+    "batches of few pictures are no problem": "allow_dataset_oversubscription disable_bucket_pruning",
+    "an epoch shows every set; repeats and probability weigh them": "data_backend_sampling",
+    "gradients are always clipped by norm; SimpleTuner's value does next to nothing": "grad_clip_method",
+    "the quantity of noise is what the flow says": "noise_offset noise_offset_probability",
+    "every use draws its own time": "disable_segmented_timestep_sampling",
+    "times are continuous": "training_scheduler_timestep_spacing inference_scheduler_timestep_spacing",
+    "huber_c stays the same at all times": "huber_schedule",
+    "only read by LyCORIS, and lora_type is standard": "lycoris_config init_lokr_norm",
+    "torch picks the fastest attention there is": "attention_mechanism sageattention_usage",
+    "checkpointing is torch's, block by block":
+        "gradient_checkpointing_backend gradient_checkpointing_segment_stride",
+    "an adapter's optimizer state is small and stays on the device":
+        "optimizer_cpu_offload_method optimizer_offload_gradients optimizer_release_gradients fuse_optimizer",
+    "the average is small and stays beside the adapter": "ema_device ema_cpu_only ema_foreach_disable",
+    "checkpoints always appear whole or not at all": "checkpointing_use_tempdir delete_invalid_checkpoints",
+    "checkpoints_total_limit counts all of them": "checkpoints_rolling_total_limit",
+    "it changes nothing of the result":
+        "set_grads_to_none disable_tf32 i_know_what_i_am_doing local_rank seed_for_each_device trust_remote_code "
+        "print_filenames print_sampler_statistics debug_aspect_buckets debug_dataset_loader configs_dir "
+        "accelerator_cache_clear_interval save_text_encoder merge_environment_config pretrained_transformer_subfolder "
+        "prodigy_steps find_unused_parameters",
+    "the run's folder is its name": "tracker_project_name tracker_run_name",
+    "name an item twice in `validation`, with two seeds": "num_validation_images",
+    "seeds are fixed, so that pictures can be compared": "validation_randomize",
+    "noise is always drawn on the CPU": "validation_seed_source",
+    "the empty prompt is no picture of its own": "validation_disable_unconditional",
+    "the input stands at the left": "validation_stitch_input_location",
+    "FLUX is sampled by Euler's method": "validation_noise_scheduler",
+    "validation runs the very modules that are trained": "validation_torch_compile",
+    "the base model's pictures are made once, at the start": "disable_benchmark",
+    "validation pictures are compared with the targets, by PSNR": "evaluation_type",
+})  # fmt: skip
+# what to do instead -> keys of a config; the run refuses to start unless the key is off
+CONFIG_REFUSED = by_key({
+    "use flow_schedule_shift: auto": "flow_schedule_auto_shift",
+    "use the times of flow_use_uniform_schedule, flow_use_beta_schedule or neither":
+        "flux_fast_schedule flow_custom_timesteps flow_timesteps_mode flow_cubic_schedule_weights",
+    "the input is always mix(target, noise, t)": "input_perturbation input_perturbation_steps offset_noise",
+    "Kontext was trained with text that is padded and not masked": "t5_padding flux_attention_masked_training",
+    "use caption_dropout_probability": "caption_dropout",
+    "use flux_lora_target": "peft_lora_target_modules",
+    "leave it out: A is drawn as by PEFT, B is zero": "lora_init_type use_dora peft_lora_mode singlora_ramp_up_steps",
+    "files are in diffusers' format, which ComfyUI reads": "lora_format",
+    "use init_lora, which starts at step 0": "init_lora_step init_lora_ema",
+    "only weights are quantised, by base_model_precision": "quantize_activations quantization_config",
+    "only the transformer is trained": "train_text_encoder text_encoder_lr control",
+    "set learning_rate itself": "lr_scale lr_scale_sqrt",
+    "ema_decay warms up by (1 + n) / (10 + n)": "ema_warmup_steps",
+    "use checkpointing_steps and checkpoints_total_limit": "checkpointing_rolling_steps checkpoint_epoch_interval",
+    "training is on one GPU": "deepspeed_config enable_group_offload offload_param_path",
+    "put or link all files into one folder, for pretrained_model_name_or_path":
+        "pretrained_transformer_model_name_or_path pretrained_vae_model_name_or_path pretrained_t5_model_name_or_path "
+        "revision non_ema_revision variant",
+    "FLUX predicts a flow": "prediction_type",
+    "latents and text are always cached, in cache_dir": "vae_cache_disable text_cache_disable",
+    "what is missing is listed, and nothing is left out": "ignore_missing_files enable_nsfw_check",
+    "nothing of yours is ever deleted; the messages name such pictures":
+        "delete_problematic_images delete_unwanted_images",
+    "use data_backend_config": "data_backend",
+    "say it in the set's own entry": "instance_prompt",
+    "use pairs_file with a JSONL or CSV file": "parquet_caption_column parquet_filename_column",
+})  # fmt: skip
+# why it can be left out without harm -> keys of a dataset; the run says so once
+DATASET_IGNORED = by_key({
+    "caches are keyed by content": "hash_filenames",
+    "caches are keyed by content and never cleared": "preserve_data_backend_cache",
+    "files are always looked at; that is fast": "skip_file_discovery",
+    "everything is encoded before training starts": "vae_cache_ondemand",
+    "there is one text cache": "text_embeds",
+    "nothing is kept beside the pictures": "metadata_backend",
+    "references are linked from the targets' side, by conditioning_data": "source_dataset_id",
+    "set it false: every line of a caption file is a caption of its own": "disable_multiline_split",
+    "epochs are counted for all sets alike": "ignore_epochs",
+    "entries are written one by one": "write_batch_size",
+    "as many as there are cores": "max_workers",
+})  # fmt: skip
+# what to do instead -> keys of a dataset; the run refuses to start unless the key is off
+DATASET_REFUSED = by_key({
+    "use disabled": "disable",
+    "latents are always cached; set cache_dir_vae to a place with room": "vae_cache_disable",
+    "move such pictures out of the folder": "minimum_aspect_ratio maximum_aspect_ratio",
+    "use minimum_image_size": "max_upscale_threshold",
+    "use probability, or move pictures out of the folder": "max_num_samples",
+    "use crop_aspect square or preserve": "crop_aspect_buckets",
+    "write the prompt into the caption files": "prepend_instance_prompt",
+    "use caption_strategy instanceprompt": "only_instance_prompt",
+    "instructions are sentences, not tag lists; write alternatives as lines": "caption_shuffle",
+    "edit the caption files": "caption_filter_list",
+    "train in two runs": "start_epoch start_step end_epoch end_step",
+    "save the pictures to a folder; side_by_side cuts composite ones": "huggingface",
+    "use pairs_file with a JSONL or CSV file": "parquet",
+    "use pairs_file with a CSV file": "csv",
+    "Kontext edits pictures": "video",
+    "use flow_schedule_shift": "timestep_sampling_offset",
+})  # fmt: skip
+CONFIG_IGNORED["disable_multiline_split"] = DATASET_IGNORED["disable_multiline_split"]
+for _key in ("max_upscale_threshold", "prepend_instance_prompt", "only_instance_prompt"):
+    CONFIG_REFUSED[_key] = DATASET_REFUSED[_key]

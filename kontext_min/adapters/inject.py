@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from kontext_min.adapters.formats import SWAPPED_THEIRS
 from kontext_min.adapters.layers import Adapted, LoRA
 from kontext_min.checkpoints.keys import SWAPPED, flux_linears
 from kontext_min.models.flux import Flux, FluxConfig
@@ -49,10 +50,10 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) if "*" in pattern else f".{name}".endswith(f".{pattern}")
 
 
-def add_lora(flux: Flux, names: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
+def add_lora(flux: Flux, names: list[str], rank: int, alpha: float, dropout: float = 0.0) -> list[nn.Parameter]:
     """Put a fresh update on every named module. -> the new parameters on the model's device, in the table's order.
 
-    The draws come from torch's global generator: seed it first.
+    dropout: share of each update's inputs left out in training. The draws come from torch's global generator: seed it.
     """
     wanted = set(names)
     parameters = []
@@ -62,6 +63,7 @@ def add_lora(flux: Flux, names: list[str], rank: int, alpha: float) -> list[nn.P
                 linear = flux.get_submodule(ours)
                 inputs = (linear.base if isinstance(linear, Adapted) else linear).in_features
                 lora = LoRA.fresh(part.name, (part.rows, inputs), rank, alpha, part.start)
+                lora.dropout = dropout
                 parameters += attach(flux, ours, lora)
     return parameters
 
@@ -94,6 +96,22 @@ def apply_weights(flux: Flux, weights: dict[str, tuple[Tensor, Tensor, float]], 
             )
         b = torch.cat(b.chunk(2)[::-1]) if ours == SWAPPED else b
         attach(flux, ours, LoRA(name, a.to(dtype), b.to(dtype), scale * strength, part.start).requires_grad_(False))
+
+
+def start_from(flux: Flux, weights: dict[str, tuple[Tensor, Tensor, float]]):
+    """Give the fresh updates the values of a trained adapter: diffusers name -> (A, B, scale), as files have it.
+
+    Raises ValueError unless both have the same modules and rank.
+    """
+    fresh = {update.name: update for update in updates(flux)}
+    if odd := sorted(fresh.keys() ^ weights.keys()):
+        raise ValueError(f"init_lora: {len(odd)} modules are not in both, {', '.join(odd[:3])}; set flux_lora_target")
+    for name, (a, b, scale) in weights.items():
+        if (a.shape, b.shape) != (fresh[name].A.shape, fresh[name].B.shape):
+            raise ValueError(f"init_lora: {name} is of rank {len(a)}, {a.shape[1]} to {len(b)} channels; set lora_rank")
+        b = torch.cat(b.chunk(2)[::-1]) if name == SWAPPED_THEIRS else b
+        fresh[name].A.data.copy_(a)
+        fresh[name].B.data.copy_(b * (scale / fresh[name].scale))
 
 
 def updates(flux: Flux) -> Iterator[LoRA]:

@@ -11,12 +11,13 @@ class LoRA(nn.Module):
     """The update of one module (rows `start` to `start + rows` of a possibly fused linear).
 
     A (rank, in) and B (rows, rank) are kept in their own dtype (fp32 in training) and used in the input's.
-    `name` is the module's name in diffusers' layout, by which files know it.
+    `name` is the module's name in diffusers' layout, by which files know it. `dropout` is the share of the inputs
+    left out, by draws of torch's global generator, wherever gradients are recorded.
     """
 
     def __init__(self, name: str, a: Tensor, b: Tensor, scale: float, start: int = 0):
         super().__init__()
-        self.name, self.scale, self.start = name, scale, start
+        self.name, self.scale, self.start, self.dropout = name, scale, start, 0.0
         self.A = nn.Parameter(a)
         self.B = nn.Parameter(b)
 
@@ -29,13 +30,14 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * B A x, (..., rows)."""
+        x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
 
 class Adapted(nn.Module):
-    """A frozen linear with any number of LoRA updates, each added to its own rows of the output."""
+    """A frozen linear (or what stands for one) with any number of LoRA updates, each added to its own output rows."""
 
-    def __init__(self, base: nn.Linear):
+    def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
         self.updates = nn.ModuleList()

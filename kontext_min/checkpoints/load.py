@@ -7,6 +7,7 @@ and stream its weights in. Sizes come from config.json, or from the tensors' sha
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,8 +271,13 @@ def required(config_of, component: Component, tensors: Tensors):
     return config
 
 
-def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Flux:
-    """The transformer, frozen and in eval mode, in `dtype` on `device`."""
+def load_flux(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    then: Callable[[Flux, str], None] = lambda flux, name: None,
+) -> Flux:
+    """The transformer, frozen and in eval mode, in `dtype` on `device`; `then` as in `fill`, to quantise on the way."""
     component = checkpoint.components["transformer"]
     tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))
     diffusers = "x_embedder.weight" in tensors.names()
@@ -281,7 +287,7 @@ def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     with torch.device("meta"):
         flux = Flux(config)
     table = keys.flux_diffusers(config) if diffusers else same_names(flux)
-    fill(flux, tensors, table, dtype, device)
+    fill(flux, tensors, table, dtype, device, then)
     return flux.eval()
 
 

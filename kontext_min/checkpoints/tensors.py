@@ -97,10 +97,18 @@ def refuse(title: str, problem: str, names: Iterable[str]):
         raise ValueError(f"{title}: {len(names)} {problem}: {', '.join(names[:5])}{more}")
 
 
-def fill(module: nn.Module, tensors: Tensors, table: Mapping[str, Source], dtype: torch.dtype, device: torch.device):
+def fill(
+    module: nn.Module,
+    tensors: Tensors,
+    table: Mapping[str, Source],
+    dtype: torch.dtype,
+    device: torch.device,
+    then: Callable[[nn.Module, str], None] = lambda module, name: None,
+):
     """Give a module built on `meta` its parameters, one tensor at a time, all names and shapes checked beforehand.
 
-    table: our name -> where it comes from. Raises ValueError on missing, unexpected or mis-shaped tensors.
+    table: our name -> where it comes from; then(module, our name) is called after each tensor, to change its form.
+    Raises ValueError on missing, unexpected or mis-shaped tensors.
     """
     wanted = {name for source in table.values() for name in source.names}
     refuse(tensors.title, "tensors missing", wanted - tensors.names())
@@ -113,6 +121,7 @@ def fill(module: nn.Module, tensors: Tensors, table: Mapping[str, Source], dtype
         tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()  # a copy: never a view of the file
         owner, _, leaf = ours.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        then(module, ours)
 
 
 def _misshaped(parameters: Mapping[str, Tensor], tensors: Tensors, table: Mapping[str, Source]) -> list[str]:

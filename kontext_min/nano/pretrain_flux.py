@@ -7,7 +7,7 @@ import copy
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Phase:
     sizes: tuple[Size, ...]
     examples: int
     steps: int
-    batch: int
+    batch: int  # examples of the first size; as many pixels of the others
     text_length: int  # tokens; early on, instructions lose padding (none is longer)
     first_index: int
 
@@ -61,10 +61,12 @@ class Bucket:
 PHASES = (
     Phase("64px", (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80)),
           examples=60_000, steps=2000, batch=96, text_length=16, first_index=0),
-    Phase("96px", (Size(96, 96), Size(96, 96), Size(112, 80), Size(80, 112), Size(128, 64), Size(64, 128)),
-          examples=36_000, steps=1000, batch=96, text_length=24, first_index=10**6),
+    Phase("96px", (Size(96, 96), Size(96, 96), Size(96, 96), Size(96, 96),
+                   Size(112, 80), Size(80, 112), Size(128, 64), Size(64, 128),
+                   Size(144, 144), Size(192, 128), Size(128, 192)),
+          examples=30_000, steps=1000, batch=96, text_length=24, first_index=10**6),
 )
-DISTIL_STEPS, DISTIL_BATCH = 200, 48  # with the last phase's examples
+DISTIL_STEPS = 200  # with half the last phase's batch
 # fmt: on
 
 
@@ -125,11 +127,13 @@ def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase)
     return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in keys]
 
 
-def choose(buckets: list[Bucket], batch: int, generator: torch.Generator) -> Bucket:
-    """The batch of a step: one bucket, in proportion to its examples."""
+def choose(buckets: list[Bucket], batch: int, size: Size, generator: torch.Generator) -> Bucket:
+    """The batch of a step: one bucket, in proportion to its examples; as many pixels as `batch` pictures of `size`."""
     counts = torch.tensor([len(bucket.target) for bucket in buckets], dtype=torch.float32)
     bucket = buckets[torch.multinomial(counts, 1, generator=generator).item()]
-    rows = torch.randint(len(bucket.target), (batch,), generator=generator)
+    area = 64 * bucket.target.shape[-2] * bucket.target.shape[-1]
+    count = round(batch * size.width * size.height / area)
+    rows = torch.randint(len(bucket.target), (count,), generator=generator)
     references = [latents[rows].float() for latents in bucket.references]
     return Bucket(bucket.target[rows].float(), references, bucket.t5[rows], bucket.clip[rows])
 
@@ -237,7 +241,7 @@ def pretrain_flux(
         buckets = cached_buckets(folder, vae, tokenizer_folder, phase)
         while run.step < done:
             generator = torch.Generator().manual_seed(run.step)
-            data = cut(choose(buckets, phase.batch, generator), phase.text_length)
+            data = cut(choose(buckets, phase.batch, phase.sizes[0], generator), phase.text_length)
             nothing = tuple(ids[:, : data.t5.shape[1]] for ids in empty)
             loss = loss_of(run.nano, data, nothing, generator)
             run.update(loss, rate(run.step, total))
@@ -246,25 +250,25 @@ def pretrain_flux(
                 run.save()
                 report(run.nano)
     if run.step < total + distil:
-        distil_guidance(
-            run, folder, cached_buckets(folder, vae, tokenizer_folder, phases[-1]), empty, total, distil, log
-        )
+        last = replace(phases[-1], steps=distil, batch=phases[-1].batch // 2)
+        distil_guidance(run, folder, cached_buckets(folder, vae, tokenizer_folder, last), empty, total, last, log)
         report(run.nano)
     return run.nano.eval()
 
 
-def distil_guidance(run: Run, folder: Path, buckets: list[Bucket], empty, first: int, steps: int, log: "Log") -> None:
+def distil_guidance(run: Run, folder: Path, buckets: list[Bucket], empty, first: int, phase: Phase, log: "Log") -> None:
     """The last steps; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
     file = folder / "teacher.pt"
     if run.step == first:
-        torch.save(run.nano.state_dict(), file)
+        save_whole(run.nano.state_dict(), file)
     teacher = copy.deepcopy(run.nano).requires_grad_(False)
     teacher.load_state_dict(torch.load(file, weights_only=True))
-    while run.step < first + steps:
+    while run.step < first + phase.steps:
         generator = torch.Generator().manual_seed(run.step)
-        loss = distil_loss(run.nano, teacher, choose(buckets, DISTIL_BATCH, generator), empty, generator)
-        run.update(loss, DISTIL_SHARE * (first + steps - run.step) / steps)
-        log("guidance", run.step, first + steps, loss)
+        data = choose(buckets, phase.batch, phase.sizes[0], generator)
+        loss = distil_loss(run.nano, teacher, data, empty, generator)
+        run.update(loss, DISTIL_SHARE * (first + phase.steps - run.step) / phase.steps)
+        log("guidance", run.step, first + phase.steps, loss)
     run.save()
 
 

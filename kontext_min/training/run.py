@@ -1,6 +1,7 @@
 """One run and its folder: what is written when, going on from a checkpoint, and stopping without losing anything."""
 
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Event
 
@@ -14,6 +15,7 @@ from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
 from kontext_min.training import state
+from kontext_min.training.ema import EMA
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item, pair_item
 from kontext_min.training.trainer import train
@@ -28,7 +30,7 @@ class Run:
     def __init__(self, config: Config, flux: Flux, examples: Examples, validator: Validator, evaluator: Evaluator):
         self.config, self.flux, self.examples = config, flux, examples
         self.validator, self.evaluator = validator, evaluator
-        self.file = config.output_dir / LORA_FILE
+        self.file, self.ema_file = config.output_dir / LORA_FILE, config.output_dir / "ema" / LORA_FILE
         first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), False)
         self.recipe = recipe(config, (validator.items or [first])[0])
         self.identity = state.identity(config, examples)
@@ -36,11 +38,13 @@ class Run:
 
     def go(self, optimizer: torch.optim.Optimizer, shift: flow.Shift) -> str:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
-        self.optimizer = optimizer
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.ema = EMA(parameters, self.config.ema_decay) if self.config.use_ema else None
+        self.parts = {"optimizer": optimizer} | ({"ema": self.ema} if self.ema else {})
         self.done = 0
         start, path = 0, state.chosen(self.config)
         if path is not None:
-            start = state.restore(path, self.flux, optimizer, self.identity, self.config.allow_changed_resume)
+            start = state.restore(path, self.flux, self.parts, self.identity, self.config.allow_changed_resume)
             print(f"going on from {path}, after step {start}")
             self.done = start
         text = self.config.model_dump_json(indent=2, exclude={"ignored"})
@@ -63,15 +67,18 @@ class Run:
         if self.interrupted.is_set():
             return f"stopped; {self.file} is the LoRA so far; go on with resume_from_checkpoint=latest"
         picture = self.validator.folder / f"{self.config.max_train_steps:06d}.png"
-        return f"{self.file}\n{picture}" if picture.exists() else str(self.file)
+        left = [self.file] + [self.ema_file] * self.config.use_ema + [picture] * picture.exists()
+        return "\n".join(map(str, left))
 
     def each_step(self, step: int) -> bool:
         """After the n-th step, counted from 1: what is due. -> whether to stop."""
         self.done = step
+        if self.ema and due(step, self.config.ema_update_interval):
+            self.ema.update()
         last, stop = step == self.config.max_train_steps, self.interrupted.is_set()
         if last or stop or due(step, self.config.checkpointing_steps):
             limit = self.config.checkpoints_total_limit
-            state.save(self.config.output_dir, step, self.flux, self.optimizer, self.identity, limit)
+            state.save(self.config.output_dir, step, self.flux, self.parts, self.identity, limit)
         if last or stop or due(step, self.config.validation_steps):
             self.write(step)
         self.look(step)
@@ -82,16 +89,21 @@ class Run:
         last, interval = step == self.config.max_train_steps, self.config.eval_steps_interval
         interval = self.config.validation_steps if interval is None else interval
         self.flux.eval()
-        if last or step and due(step, self.config.validation_steps):
-            tqdm.write(self.validator.run(step))
-        if (last or step == 0 or due(step, interval)) and (text := self.evaluator.run(step)):
-            tqdm.write(text)
+        with self.ema.applied() if self.ema and self.config.ema_validation == "ema_only" else nullcontext():
+            if last or step and due(step, self.config.validation_steps):
+                tqdm.write(self.validator.run(step))
+            if (last or step == 0 or due(step, interval)) and (text := self.evaluator.run(step)):
+                tqdm.write(text)
         self.flux.train()
 
     def write(self, step: int):
-        """The LoRA as it is after a step, in the dtype of the computation."""
+        """The LoRA as it is after a step, in the dtype of the computation, and its average if there is one."""
         recipe = {**self.recipe, "trained_steps": step}
         write_lora(self.file, list(updates(self.flux)), recipe, self.examples.dtype)
+        if self.ema:
+            self.ema_file.parent.mkdir(exist_ok=True)
+            with self.ema.applied():
+                write_lora(self.ema_file, list(updates(self.flux)), {**recipe, "ema": True}, self.examples.dtype)
 
     def stop_when_told(self):
         """Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once."""
@@ -127,6 +139,7 @@ def recipe(config: Config, shown: Item) -> dict:
         "seed": shown.seed,
         "size": str(shown.size),
         "reference_size": "keep",  # the copies have the size in which the model saw them
+        "base_model_precision": config.base_model_precision,
         "lora_rank": config.lora_rank,
         "flux_lora_target": config.flux_lora_target,
     }

@@ -1,13 +1,15 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped, bit for bit.
 
-Noise, times and the order of the data are functions of (seed, step), so a checkpoint is the adapter, the optimizer's
-state and the step. `checkpoint-N/` appears whole or not at all, and old ones are removed only after a new one is whole.
+Noise, times, dropout and the order of the data are functions of (seed, step), so a checkpoint is the adapter, the
+states of optimizer and EMA, and the step. `checkpoint-N/` appears whole or not at all, and old ones are removed only
+after a new one is whole.
 """
 
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +21,7 @@ from kontext_min.data.cache import checksum
 from kontext_min.data.examples import Examples
 from kontext_min.models.flux import Flux
 
-ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
+ADAPTER, PARTS, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
 FREE = {  # keys that may change between a checkpoint and the run that goes on from it
     "max_train_steps", "output_dir", "cache_dir", "data_backend_config", "checkpointing_steps", "ignored",
     "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "validation_steps", "num_eval_images",
@@ -28,15 +30,20 @@ FREE = {  # keys that may change between a checkpoint and the run that goes on f
     "validation_guidance_real", "validation_no_cfg_until_timestep", "validation_num_inference_steps",
     "validation_resolution", "validation_seed", "eval_dataset_id", "eval_steps_interval", "eval_timesteps",
     "eval_loss_disable", "num_eval_pairs",
+    "ema_validation", "skip_nonfinite_steps",
+    "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
+    "caption_strategy",  # the data's fingerprint tells of these
 }  # fmt: skip
-FIXED = (
-    "lora_rank",
-    "flux_lora_target",
-    "lora_type",
-    "optimizer",
-    "weights",
-)  # without these there is nothing to go on
-LEFT_BEHIND = ("config.json", "metrics.jsonl", "validation", "*.safetensors", "checkpoint-*", "sample-reference-*.png")
+FIXED = ("lora_rank", "flux_lora_target", "lora_type", "optimizer", "use_ema", "weights")  # nothing goes on without
+LEFT_BEHIND = (
+    "config.json",
+    "metrics.jsonl",
+    "validation",
+    "*.safetensors",
+    "ema",
+    "checkpoint-*",
+    "sample-reference-*.png",
+)
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -55,7 +62,7 @@ def set_aside(folder: Path) -> Path | None:
 def identity(config: Config, examples: Examples) -> dict:
     """What must be the same for a run to go on: the settings that shape the training, and the data's content."""
     values = config.model_dump(mode="json", exclude=FREE)
-    if config.lr_scheduler in ("linear", "cosine"):
+    if not config.lr_scheduler.startswith("constant"):
         values["max_train_steps"] = config.max_train_steps
     return {**values, "data": examples.fingerprint(), "weights": examples.weights_of("transformer")}
 
@@ -65,15 +72,18 @@ def adapter_of(flux: Flux) -> dict[str, torch.Tensor]:
     return {f"{u.name}.{part}": getattr(u, part).detach().cpu() for u in updates(flux) for part in ("A", "B")}
 
 
-def save(folder: Path, step: int, flux: Flux, optimizer: torch.optim.Optimizer, identity: dict, limit: int) -> Path:
-    """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so."""
+def save(folder: Path, step: int, flux: Flux, parts: dict[str, Any], identity: dict, limit: int) -> Path:
+    """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so.
+
+    parts: what has a state_dict beside the adapter, by name: the optimizer, the EMA.
+    """
     final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         adapter = adapter_of(flux)
         save_file(adapter, temporary / ADAPTER, metadata={"checksum": checksum(adapter)})
-        torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
+        torch.save({name: part.state_dict() for name, part in parts.items()}, temporary / PARTS)
         state = {"step": step, "adapter": checksum(adapter), "identity": identity}
         (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -118,8 +128,8 @@ def chosen(config: Config) -> Path | None:
     return path
 
 
-def restore(path: Path, flux: Flux, optimizer: torch.optim.Optimizer, identity: dict, allow_changes: bool) -> int:
-    """Bring adapter and optimizer to the state of a checkpoint. -> its step.
+def restore(path: Path, flux: Flux, parts: dict[str, Any], identity: dict, allow_changes: bool) -> int:
+    """Bring the adapter and all parts to the state of a checkpoint. -> its step.
 
     Raises ValueError listing what changed since, or naming the checkpoint before a damaged one.
     """
@@ -128,7 +138,7 @@ def restore(path: Path, flux: Flux, optimizer: torch.optim.Optimizer, identity: 
         adapter = load_file(path / ADAPTER)
         if checksum(adapter) != state["adapter"]:
             raise ValueError("the adapter's checksum differs")
-        optimizer_state = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        saved = torch.load(path / PARTS, map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
         before = [p for p in checkpoints(path.parent) if p != path]
         remedy = f"go on with resume_from_checkpoint={before[-1]}" if before else "start anew"
@@ -142,5 +152,6 @@ def restore(path: Path, flux: Flux, optimizer: torch.optim.Optimizer, identity: 
     for update in updates(flux):
         for part in ("A", "B"):
             getattr(update, part).data.copy_(adapter[f"{update.name}.{part}"])
-    optimizer.load_state_dict(optimizer_state)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
     return state["step"]

@@ -24,6 +24,7 @@ class Tracker:
         path = folder / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []
         path.write_text("".join(f"{line}\n" for line in lines[:start]), encoding="utf-8")
+        self.skipped = sum("skipped" in json.loads(line) for line in lines[:start])
         self.file = open(path, "a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=start, unit="step", desc="training")
 
@@ -34,9 +35,11 @@ class Tracker:
         self.file.close()
         self.bar.close()
 
-    def log(self, step: int, **values: float):
-        """One optimizer step."""
+    def log(self, step: int, **values: float | None):
+        """One optimizer step; a skipped one has no loss."""
+        self.skipped += "skipped" in values
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if values["loss"] is not None:
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
         self.bar.update()

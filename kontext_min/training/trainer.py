@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from kontext_min import flow
 from kontext_min.adapters.inject import muted
@@ -19,7 +20,8 @@ from kontext_min.config import Config
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Batch, Examples, Use
 from kontext_min.models.flux import Flux
-from kontext_min.training.optim import rate
+from kontext_min.training import state
+from kontext_min.training.optim import Schedule, set_rate
 from kontext_min.training.track import Tracker
 
 
@@ -42,12 +44,16 @@ def draw(batch: Batch, uses: list[Use], number: int, config: Config, shift: flow
     factor, device = shift_factor(config, shift, batch), batch.target.device
     columns = []
     for use in uses:
-        seed = digest("noise", str(config.seed), str(number), str(use.index), str(use.repeat))
-        generator = torch.Generator().manual_seed(int(seed[:15], 16))
+        generator = torch.Generator().manual_seed(seed_of("noise", config.seed, number, use.index, use.repeat))
         t = flow.shift_time(density(config)(generator), factor)
         noise = flow.draw_noise((1, *batch.target.shape[1:]), generator)
         columns.append((noise, t, guidance(config, generator)))
     return Draw(*(torch.cat(column).to(device) for column in zip(*columns, strict=True)))
+
+
+def seed_of(*parts: str | int) -> int:
+    """A seed made of all the parts together."""
+    return int(digest(*map(str, parts))[:15], 16)
 
 
 def density(config: Config) -> flow.Density:
@@ -109,33 +115,53 @@ def train(
 ):
     """Optimizer steps start + 1 to max_train_steps; each_step(n) is called after the n-th and ends the run with True.
 
-    Raises ValueError when a loss or gradient is no longer finite: the parameters are then still those before it.
+    Raises ValueError when a loss or gradient is no longer finite: the parameters are then still those before it. Up to
+    skip_nonfinite_steps such steps are left out instead, counted in metrics.jsonl.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
+    schedule = schedule_of(config)
     numbered = islice(enumerate(batches(examples, config)), start * config.gradient_accumulation_steps, None)
     with Tracker(config.output_dir, config.max_train_steps, start) as tracker:
         for step in range(start, config.max_train_steps):
             began = time.perf_counter()
-            loss = 0.0
+            loss, seen = 0.0, []
             for number, uses in islice(numbered, config.gradient_accumulation_steps):
                 batch = examples.batch(uses, device)
                 drawn = draw(batch, uses, number, config, shift)
+                torch.manual_seed(seed_of("dropout", config.seed, number))
                 part = flow_loss(flux, batch, drawn, config.loss_type, config.huber_c)
                 part = part / config.gradient_accumulation_steps
                 part.backward()
                 loss += part.item()
+                seen += zip(uses, drawn.t, strict=True)
             norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise ValueError(
-                    f"step {step + 1}: the loss is {loss} and the gradient's norm {norm}; lower learning_rate"
-                )
-            share = rate(config.lr_scheduler, step, config.max_train_steps, config.lr_warmup_steps)
-            lr = config.learning_rate * share
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+            values = {"loss": loss, "grad_norm": norm, "lr": config.learning_rate * schedule.at(step)}
+            if math.isfinite(loss) and math.isfinite(norm):
+                set_rate(optimizer, values["lr"])
+                optimizer.step()
+            else:
+                skip(config, step + 1, values, seen, tracker)
             optimizer.zero_grad()
-            tracker.log(step + 1, loss=loss, grad_norm=norm, lr=lr, seconds=time.perf_counter() - began)
+            tracker.log(step + 1, **values, seconds=time.perf_counter() - began)
             if each_step(step + 1):
                 return
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The learning rate's curve over this run."""
+    end = config.lr_end / config.learning_rate
+    steps = (config.max_train_steps, config.lr_warmup_steps)
+    return Schedule(config.lr_scheduler, *steps, end, config.lr_power, config.lr_num_cycles)
+
+
+def skip(config: Config, step: int, values: dict, seen: list[tuple[Use, Tensor]], tracker: Tracker):
+    """Turn the values of a step that is not finite into those of a skipped one; ValueError if it is one too many."""
+    items = ", ".join(f"{use.example.name} at t = {float(t):.4f}" for use, t in seen)
+    what = f"step {step}: the loss is {values['loss']} and the gradient's norm {values['grad_norm']}, of {items}"
+    if tracker.skipped >= config.skip_nonfinite_steps:
+        kept = state.checkpoints(config.output_dir)
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise ValueError(f"{what}; {last}; lower learning_rate, or let a few such steps go by: skip_nonfinite_steps=3")
+    values |= {"loss": None, "grad_norm": None, "skipped": True}
+    tqdm.write(f"{what}; skipped, {tracker.skipped + 1} of {config.skip_nonfinite_steps}")

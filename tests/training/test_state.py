@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from kontext_min.adapters.formats import read_lora
+from kontext_min.adapters.inject import updates
 from kontext_min.training import state
+from kontext_min.training.validate import Validator
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,12 +55,27 @@ def results(out):
     """The bytes of the LoRA's tensors, and the logged losses."""
     losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lora = load_file(out / "pytorch_lora_weights.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in lora.items()}, [(e["step"], e["loss"]) for e in losses]
+    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in lora.items()}, [
+        (e["step"], e["loss"]) for e in losses
+    ]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "optimi-lion"])
-def test_a_resumed_run_equals_an_uninterrupted_run(config, tmp_path, optimizer):
-    whole = run(config, tmp_path / "whole", f"optimizer={optimizer}")
+VARIANTS = [
+    ["optimizer=adamw"],
+    ["optimizer=optimi-lion", "lora_dropout=0.2", "use_ema=true", "ema_update_interval=2"],
+    [
+        "optimizer=adamw_bf16",
+        "use_ema=true",
+        "base_model_precision=int8-quanto",
+        "mixed_precision=bf16",
+        "validation_steps=0",
+    ],
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=["adamw", "lion, dropout, EMA", "bf16, EMA, int8"])
+def test_a_resumed_run_equals_an_uninterrupted_run(config, tmp_path, settings):
+    whole = run(config, tmp_path / "whole", *settings)
     parts = tmp_path / "parts"
 
     def stop_after_seven(self, step, each_step=train.Run.each_step):
@@ -65,10 +84,16 @@ def test_a_resumed_run_equals_an_uninterrupted_run(config, tmp_path, optimizer):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Run, "each_step", stop_after_seven)
-        run(config, parts, f"optimizer={optimizer}")
+        run(config, parts, *settings)
     assert [p.name for p in state.checkpoints(parts)] == ["checkpoint-5", "checkpoint-7"]
-    run(config, parts, f"optimizer={optimizer}")
+    run(config, parts, *settings)
     assert results(parts) == results(whole)
+    assert ("use_ema=true" in settings) == (whole / "ema").is_dir()
+    for file in (whole / "ema").glob("*"):
+        average, last = load_file(file), load_file(whole / file.name)
+        resumed = load_file(parts / "ema" / file.name)
+        assert average.keys() == last.keys() and any(not torch.equal(average[k], last[k]) for k in last)
+        assert all(torch.equal(average[k], resumed[k]) for k in last)
     assert [p.name for p in state.checkpoints(parts)] == ["checkpoint-10", "checkpoint-12"]
     assert (parts / "validation" / "psnr.jsonl").read_text() == (whole / "validation" / "psnr.jsonl").read_text()
 
@@ -179,7 +204,7 @@ def test_a_new_run_in_a_used_folder_sets_the_old_one_aside(config, tmp_path, cap
 
 def test_what_a_checkpoint_cannot_do_without_is_refused_even_when_changes_are_allowed(config, tmp_path):
     out = run(config, tmp_path / "out")
-    for change in ("lora_rank=4", "optimizer=optimi-lion", "flux_lora_target=context"):
+    for change in ("lora_rank=4", "optimizer=optimi-lion", "flux_lora_target=context", "use_ema=true"):
         with pytest.raises(ValueError, match=change.partition("=")[0] + ": ") as raised:
             run(config, out, change, "allow_changed_resume=true", "max_train_steps=14")
         assert "or set allow_changed_resume" not in str(raised.value)
@@ -193,3 +218,39 @@ def test_pruning_and_a_refused_resume_leave_the_run_as_it_was(config, tmp_path, 
     with pytest.raises(ValueError, match="learning_rate: 0.001 -> 0.5"):
         run(config, out, "learning_rate=0.5")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_average_is_shown_and_both_files_are_named(config, tmp_path, capsys):
+    shown = []
+
+    def see(self, step, see=Validator.run):
+        shown.append({u.name: u.B.detach().clone() for u in updates(self.editor.flux)})
+        return see(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validator, "run", see)
+        out = run(config, tmp_path / "out", "use_ema=true", "max_train_steps=3")
+        run(config, tmp_path / "raw", "use_ema=true", "ema_validation=none", "max_train_steps=3")
+    said = capsys.readouterr().out
+    for folder, files in ((out, shown[0]), (tmp_path / "raw", shown[1])):
+        file = folder / ("ema" if folder == out else "") / "pytorch_lora_weights.safetensors"
+        weights = read_lora(file).weights
+        assert all(torch.allclose(b, files[name] * scale) for name, (_, b, scale) in weights.items())
+    assert f"{out}/pytorch_lora_weights.safetensors\n{out}/ema/pytorch_lora_weights.safetensors" in said
+
+
+def test_a_run_may_start_from_a_lora_file(config, tmp_path):
+    first = run(config, tmp_path / "first", "lora_alpha=4", "max_train_steps=2")
+    file = first / "pytorch_lora_weights.safetensors"
+    second = run(config, tmp_path / "second", f"init_lora={file}", "learning_rate=1e-12", "max_train_steps=1")
+    old, new = read_lora(file).weights, read_lora(second / file.name).weights
+    assert all(torch.allclose(old[n][1] @ old[n][0], new[n][1] @ new[n][0], atol=1e-7) for n in old | new)
+    run(config, first, f"init_lora={file}", "max_train_steps=1", "resume_from_checkpoint=null")  # from its own folder
+    assert torch.equal(read_lora(first / "previous-1" / file.name).weights["transformer_blocks.0.attn.to_q"][1],
+                       old["transformer_blocks.0.attn.to_q"][1])  # fmt: skip
+    file = first / "previous-1" / file.name
+    for change, said in (("lora_rank=4", "of rank 2.*set lora_rank"), ("flux_lora_target=context", "set flux_lora_ta")):
+        with pytest.raises(ValueError, match=said):
+            run(config, tmp_path / "third", f"init_lora={file}", change)
+    with pytest.raises(ValueError, match="nowhere.* does not exist"):
+        run(config, tmp_path / "third", "init_lora=nowhere.safetensors")

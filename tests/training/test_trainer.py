@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -160,11 +161,50 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(config):
     assert logged["grad_norm"] == pytest.approx(norm, rel=1e-6)
 
 
+def spoil(flux, steps):
+    """Make the gradient of these steps NaN, counted from 1, by a hook that looks at how often it was called."""
+    first = next(updates(flux))
+    calls = iter(range(1, 1000))
+    first.B.register_hook(lambda grad: grad * float("nan") if next(calls) in steps else grad)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_one_sentence(config):
     flux, parameters, examples = prepared(config)
     parameters[1].data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="step 1: the loss is nan.*lower learning_rate"):
+    with pytest.raises(ValueError, match="step 1: the loss is nan.*no checkpoint yet; lower learning_rate"):
         train(config, flux, adamw(config, parameters), examples, Shift())
+
+
+def test_a_gradient_that_is_not_finite_is_said_with_items_times_and_the_last_good_checkpoint(config):
+    flux, parameters, examples = prepared(config)
+    spoil(flux, {3})
+    (config.output_dir / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError) as raised:
+        train(config, flux, adamw(config, parameters), examples, Shift())
+    said = str(raised.value)
+    uses = next(islice(batches(examples, config), 2, None))
+    times = draw(examples.batch(uses, CPU), uses, 2, config, Shift()).t
+    for part in (f"{use.example.name} at t = {t:.4f}" for use, t in zip(uses, times.tolist(), strict=True)):
+        assert part in said
+    assert "step 3: the loss is 0." in said or "step 3: the loss is 1." in said or "step 3: the loss is 2." in said
+    assert "gradient's norm nan" in said and f"last good checkpoint is {config.output_dir / 'checkpoint-2'};" in said
+    assert all(torch.isfinite(p).all() for p in parameters)
+
+
+def test_as_many_steps_as_asked_are_skipped_and_counted_and_not_one_more(config, capsys):
+    run = config.model_copy(update={"skip_nonfinite_steps": 2, "max_train_steps": 5})
+    flux, parameters, examples = prepared(run)
+    spoil(flux, {2, 4})
+    seen = []
+    train(run, flux, adamw(run, parameters), examples, Shift(), 0, lambda step: seen.append(parameters[1].tolist()))
+    assert seen[0] == seen[1] != seen[2] == seen[3] != seen[4]
+    lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] is None for line in lines] == [line.get("skipped", False) for line in lines]
+    assert [line["step"] for line in lines if line.get("skipped")] == [2, 4]
+    assert "skipped, 2 of 2" in capsys.readouterr().out
+    spoil(flux, {1})  # a run that goes on has not forgotten them
+    with pytest.raises(ValueError, match="step 5: the loss"):
+        train(run, flux, adamw(run, parameters), examples, Shift(), 4)
 
 
 def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path):
@@ -266,3 +306,26 @@ def test_guidance_of_a_random_range_and_huber_loss_do_what_they_say(config):
     huber = torch.where(error.abs() < 0.5, error**2 / 2, 0.5 * (error.abs() - 0.25)).mean()
     torch.testing.assert_close(flow_loss(flux, batch, draws[0], "huber", 0.5), huber)
     torch.testing.assert_close(flow_loss(flux, batch, draws[0], "smooth_l1", 0.5), 2 * huber)
+
+
+def test_dropout_is_the_same_again_in_every_run_and_off_where_nothing_is_learned(config):
+    results = []
+    for checkpointing in (False, True):
+        dropping = config.model_copy(update={"lora_dropout": 0.3, "max_train_steps": 4})
+        flux, _, examples = prepared(dropping)
+        for update in updates(flux):
+            update.dropout = dropping.lora_dropout
+        if checkpointing:
+            apply_checkpointing(flux)
+        torch.manual_seed(len(results))  # what was drawn before does not count
+        parameters = [p for p in flux.parameters() if p.requires_grad]
+        train(dropping, flux, adamw(dropping, parameters), examples, Shift())
+        results.append((losses_of(dropping), [p.detach().clone() for p in parameters]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    uses = examples.uses(0)[:1]
+    batch = examples.batch(uses, CPU)
+    drawn = draw(batch, uses, 0, dropping, Shift())
+    assert flow_loss(flux, batch, drawn).item() != flow_loss(flux, batch, drawn).item()
+    with torch.no_grad():
+        assert flow_loss(flux, batch, drawn).item() == flow_loss(flux, batch, drawn).item()
