@@ -22,6 +22,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     LEFT_OUT: ClassVar[dict[str, str]] = {}  # key without a meaning here that does no harm -> why
     REFUSED: ClassVar[dict[str, str]] = {}  # key that is not used here, unless it is off -> what to do instead
+    SAME: ClassVar[dict[str, str]] = {}  # another name of a key -> ours
 
     ignored: dict[str, str] = Field({}, description="not to be set: keys that were left out, and why")
 
@@ -31,6 +32,7 @@ class Strict(BaseModel):
         """Take out the keys of LEFT_OUT, and those of REFUSED that ask for nothing, remembering them."""
         if not isinstance(values, dict):
             return values
+        values = {cls.SAME.get(key, key): value for key, value in values.items()}
         ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values}
         off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in foreign.OFF]
         ignored |= dict.fromkeys(off, "what it says is always so here")
@@ -159,7 +161,7 @@ class ValidationItem(Strict):
 class Config(Strict):
     """One training run."""
 
-    LEFT_OUT, REFUSED = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED
+    LEFT_OUT, REFUSED, SAME = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED, foreign.RENAMED
 
     # model
     model_family: Literal["flux"] = "flux"
@@ -379,14 +381,14 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold one object, {{...}}")
     values = {key.removeprefix("--"): value for key, value in values.items()}
-    values = {foreign.RENAMED.get(key, key): value for key, value in values.items()}
+    values = {Config.SAME.get(key, key): value for key, value in values.items()}
     if (beside := Path(path).parent / "multidatabackend.json").is_file():
         values.setdefault("data_backend_config", beside)
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not KEY=VALUE, such as learning_rate=1e-4")
-        values[key] = parse_value(text)
+        values[Config.SAME.get(key, key)] = parse_value(text)
     return checked(Config, values, str(path))
 
 

@@ -53,7 +53,6 @@ IGNORED = {  # left out with a reason
     "disable_segmented_timestep_sampling": True, "training_scheduler_timestep_spacing": "trailing",
     "disable_multiline_split": False, "ignore_final_epochs": True, "dataloader_prefetch": True,
     "set_grads_to_none": True, "disable_tf32": True, "i_know_what_i_am_doing": True,
-    "validation_resolution": "1024x1024",
 }
 REFUSED = {  # a value that asks for something, and one that asks for nothing, which is left out
     "flow_schedule_auto_shift": (True, "false"), "flux_fast_schedule": (True, False),
