@@ -20,10 +20,11 @@ from kontext_min.data.examples import Example, Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.sampler import Sampling
-from kontext_min.training import state
+from kontext_min.training import state, track
 from kontext_min.training.optim import make_optimizer
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
+from kontext_min.training.start import screen
 from kontext_min.training.validate import Validator
 
 OPTIONS = ("--explain", "--check", "--prune-cache")
@@ -43,6 +44,7 @@ def check_data(config: Config) -> Sets:
     problems, sets = [], None
     if isinstance(config.flux_lora_target, str) and config.flux_lora_target not in TARGETS:
         problems.append(f"flux_lora_target {config.flux_lora_target!r} is none of {', '.join(TARGETS)}")
+    problems += track.missing(config)
     try:
         sets = read_sets(config, presets.named(config.pretrained_model_name_or_path).bucket_step)
     except (ValueError, FileNotFoundError) as error:
@@ -131,13 +133,13 @@ def main(argv: list[str]):
     if not names:
         raise ValueError(f"flux_lora_target {target} matches no module of this model")
     parameters = add_lora(flux, names, config.lora_rank, config.lora_alpha or config.lora_rank)
-    print(f"LoRA of rank {config.lora_rank} on {len(names)} modules: {sum(p.numel() for p in parameters):,} parameters")
     if config.gradient_checkpointing:
         apply_checkpointing(flux)
 
     # loop
     vae = examples.vae = load.load_vae(checkpoint, device, torch.float32)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
+    print(*screen(config, editor, examples), sep="\n")
     sampling = Sampling(config.validation_num_inference_steps, config.validation_guidance, seed=config.validation_seed)
     validator = Validator(editor, validation, sampling, config.output_dir / "validation")
     betas = (config.adam_beta1, config.adam_beta2)

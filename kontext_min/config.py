@@ -218,6 +218,16 @@ class Config(Strict):
     validation_num_inference_steps: int = Field(28, ge=1)
     validation_seed: int = 42
 
+    # who is told
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = Field(
+        "none", description="trackers beside metrics.jsonl, through their own libraries"
+    )
+    tracker_project_name: str = Field("kontext_min", description="the project at W&B")
+    tracker_run_name: str | None = Field(None, description="default: the name of output_dir")
+    logging_dir: Path | None = Field(
+        None, description="trackers write to a folder in it of the run's name; default: output_dir/logs"
+    )
+
     @model_validator(mode="after")
     def agree(self):
         """Settings that contradict each other."""

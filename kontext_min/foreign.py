@@ -15,8 +15,6 @@ CONFIG_IGNORED = {
     "aspect_bucket_worker_count": "sizes are read from the files' headers",
     "override_dataset_config": "caches are keyed by content, so a changed dataset is never confused with the old one",
     "compress_disk_cache": "latents hardly compress",
-    "tracker_project_name": "the run's folder is its name",
-    "tracker_run_name": "the run's folder is its name",
 }
 # key of a config -> what to do instead; the run refuses to start
 CONFIG_REFUSED = {

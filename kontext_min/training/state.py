@@ -24,6 +24,7 @@ FREE = {  # keys that may change between a checkpoint and the run that goes on f
     "max_train_steps", "output_dir", "cache_dir", "data_backend_config", "checkpointing_steps", "ignored",
     "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "validation_steps", "num_eval_images",
     "validation_guidance", "validation_num_inference_steps", "validation_seed",
+    "report_to", "tracker_project_name", "tracker_run_name", "logging_dir",
 }  # fmt: skip
 FIXED = (
     "lora_rank",
@@ -32,7 +33,10 @@ FIXED = (
     "optimizer",
     "weights",
 )  # without these there is nothing to go on
-LEFT_BEHIND = ("config.json", "metrics.jsonl", "validation", "*.safetensors", "checkpoint-*", "sample-reference-*.png")
+LEFT_BEHIND = (
+    "config.json", "metrics.jsonl", "validation", "*.safetensors", "checkpoint-*", "sample-reference-*.png",
+    "logs", "wandb-id", "README.md", "report.html",
+)  # fmt: skip
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -110,7 +110,7 @@ def train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
     numbered = islice(enumerate(batches(examples, config)), start * config.gradient_accumulation_steps, None)
-    with Tracker(config.output_dir, config.max_train_steps, start) as tracker:
+    with Tracker(config, device, start) as tracker:
         for step in range(start, config.max_train_steps):
             began = time.perf_counter()
             loss = 0.0
@@ -133,5 +133,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             tracker.log(step + 1, loss=loss, grad_norm=norm, lr=lr, seconds=time.perf_counter() - began)
-            if each_step(step + 1):
+            stop = each_step(step + 1)
+            tracker.validated(step + 1)
+            if stop:
                 return
