@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kontext_min import presets
+from kontext_min import presets, report
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, explain, read_config
@@ -146,6 +146,7 @@ def main(argv: list[str]):
     settings = (config.learning_rate, betas, config.adam_weight_decay, config.adam_epsilon)
     optimizer = make_optimizer(config.optimizer, parameters, *settings)
     print(Run(config, flux, examples, validator).go(optimizer, checkpoint.shift))
+    print(report.write(config.output_dir))
 
 
 if __name__ == "__main__":
