@@ -7,7 +7,6 @@ import base64
 import html
 import io
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def write(run: Path) -> Path:
     if not any((run / name).exists() for name in ("metrics.jsonl", "config.json")):
         raise FileNotFoundError(f"{run} holds no run: metrics.jsonl and config.json are not there; give an output_dir")
     blob = gather(run)
-    data = json.dumps(finite(blob), ensure_ascii=False, allow_nan=False)
+    data = json.dumps(blob, ensure_ascii=False, allow_nan=False)
     for character in "<>&":  # nothing in a prompt can end the script that holds it
         data = data.replace(character, f"\\u{ord(character):04x}")
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
@@ -74,22 +73,18 @@ def gather(run: Path) -> dict:
 
 def read(path: Path):
     """JSON, or None where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return parse(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def lines(path: Path) -> list[dict]:
     """JSON lines; the last one may be cut off, when the run was killed."""
     texts = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(text) for text in texts[:-1] if text]
+    return [parse(text) for text in texts[:-1] if text]
 
 
-def finite(value):
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def parse(text: str):
+    """JSON with None for NaN and infinities, which browsers do not read."""
+    return json.loads(text, parse_constant=lambda name: None)
 
 
 def files_of(folder: Path, i: int) -> dict:
@@ -132,7 +127,7 @@ def uri(file: Path, edge: int, quality: int) -> str:
 def psnr_of(psnr: list[dict], i: int) -> dict:
     """step -> (base, LoRA) of one pair, in dB."""
     kept = {line["step"]: line["pairs"][i] for line in psnr if i < len(line.get("pairs") or [])}
-    return {step: [round(pair[kind], 1) for kind in ("base", "lora")] for step, pair in kept.items()}
+    return {step: [pair[kind] and round(pair[kind], 1) for kind in ("base", "lora")] for step, pair in kept.items()}
 
 
 def curve(entries: list[dict], *path: str) -> list[tuple[int, float]]:
@@ -142,7 +137,7 @@ def curve(entries: list[dict], *path: str) -> list[tuple[int, float]]:
         value = entry
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
-        if isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(value, int | float):
             points.append((entry["step"], value))
     return points[:: -(-len(points) // POINTS) or 1] + (points[-1:] if len(points) > POINTS else [])
 
@@ -177,7 +172,7 @@ def numbers(metrics: list[dict], psnr: list[dict]) -> list[tuple[str, str]]:
     if memory := [line["memory"] for line in metrics if line.get("memory")]:
         limit = metrics[-1].get("memory_limit")
         found.append(("memory at most", f"{max(memory):.1f} GB" + (f" of {limit:.1f}" if limit else "")))
-    if psnr:
+    if psnr and psnr[-1]["base"] and psnr[-1]["lora"]:
         found.append(
             ("to the target, without and with the LoRA", f"{psnr[-1]['base']:.1f} → {psnr[-1]['lora']:.1f} dB")
         )
@@ -208,7 +203,7 @@ def findings(metrics: list[dict], held_out: list[dict], named: list, files: dict
     """What is probably wrong: (what, what was seen and what to do), after the quickstart's troubleshooting table."""
     found, fifth = [], len(metrics) // 5
     probe = next((line["probe"] for line in reversed(held_out) if line.get("probe")), {})
-    if probe.get("shuffled") and probe["shuffled"] < UNUSED * probe["own"]:
+    if probe.get("own") and probe.get("shuffled") and probe["shuffled"] < UNUSED * probe["own"]:
         seen = (
             f"The eval loss is {probe['own']:.4g} with a pair's own reference, {probe['shuffled']:.4g} with another's."
         )

@@ -18,11 +18,6 @@ LICENCES = {  # name of a published model -> the hub's fields
         "license_link": f"https://huggingface.co/black-forest-labs/{KONTEXT}/blob/main/LICENSE.md",
     },
 }
-SHOWN = (  # keys of the config in the table
-    "learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer", "train_batch_size", "gradient_accumulation_steps",
-    "lora_rank", "lora_alpha", "flux_lora_target", "flow_schedule_shift", "flux_guidance_value", "loss_type",
-    "base_model_precision", "mixed_precision", "seed",
-)  # fmt: skip
 
 
 def write_card(config: Config, recipe: dict, examples: Examples) -> Path:
@@ -35,6 +30,7 @@ def write_card(config: Config, recipe: dict, examples: Examples) -> Path:
     front["tags"] = ["flux", "flux-kontext", "lora", "image-to-image", "kontext_min"]
     front["widget"] = widget(folder, step)
     pictures = f"![input, base, LoRA and target of the validation pairs]({sheet.as_posix()})\n"
+    given = config.model_fields_set - {"data_backend_config", "ignored", "output_dir", "cache_dir"}
     sections = [
         "---",
         *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items() if value),
@@ -43,14 +39,15 @@ def write_card(config: Config, recipe: dict, examples: Examples) -> Path:
         f"A LoRA for `{model}`, trained for {step} steps on the data below with kontext_min.\n",
         pictures if (folder / sheet).exists() else "",
         "## Use\n",
-        f"The instruction it was validated with: {json.dumps(prompt, ensure_ascii=False)}\n",
+        f"The instruction of its sample: {json.dumps(prompt, ensure_ascii=False)}\n",
         usage(model, recipe, presets.preset_of(examples.checkpoint.folder)),
         "## Data\n",
         *data_rows(examples),
         "\n## Settings\n",
         "| key | value |\n|---|---|",
-        *(f"| {key} | {cell(getattr(config, key))} |" for key in SHOWN),
-        "\n## Licence\n",
+        *(f"| {key} | {cell(getattr(config, key))} |" for key in type(config).model_fields if key in given),
+        "\nEvery other key has its default; `config.json` lists all.\n",
+        "## Licence\n",
         f"{known.get('license_name', known['license'])}, that of the base model." if known else
         "That of the base model; look there.",
     ]  # fmt: skip
@@ -67,15 +64,12 @@ def widget(folder: Path, step: int) -> list[dict]:
 
 
 def data_rows(examples: Examples) -> list[str]:
-    """A table of the sets: pairs, pictures alone, captions, sizes."""
-    rows = ["| set | targets | with references | captions | sizes |", "|---|---|---|---|---|"]
+    """A table of the sets."""
+    rows = ["| set | targets | with references | sizes |", "|---|---|---|---|"]
     for name in dict.fromkeys(example.set_id for example in examples.examples):
         own = [example for example in examples.examples if example.set_id == name]
-        captions = {c for e in own for group in (e.captions, *e.reference_captions) for c in group}
         sizes = ", ".join(sorted({str(example.target.size) for example in own}))
-        rows.append(
-            f"| {cell(name)} | {len(own)} | {sum(bool(e.references) for e in own)} | {len(captions)} | {sizes} |"
-        )
+        rows.append(f"| {cell(name)} | {len(own)} | {sum(bool(e.references) for e in own)} | {sizes} |")
     return rows
 
 

@@ -36,6 +36,8 @@ class Tracker:
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
         self.reporters = [REPORTERS[name](config, start) for name in asked(config)]
         self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
+        if not start:
+            self.validated(0)  # what was rendered before the first step
 
     def __enter__(self) -> "Tracker":
         return self

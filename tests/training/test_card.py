@@ -47,7 +47,7 @@ def test_the_hub_reads_the_front_matter_and_the_tables_are_true(run):
     assert (read.data.library_name, read.data.pipeline_tag) == ("diffusers", "image-to-image")
     assert read.data.base_model is None and read.data.license is None  # of a folder of one's own nothing is known
     rows = [line for line in read.text.splitlines() if line.startswith("| ")]
-    assert "| t | 3 | 3 | 1 | 64x64 |" in rows
+    assert "| t | 3 | 3 | 64x64 |" in rows
     assert {"| learning_rate | 0.03 |", "| lora_rank | 4 |", "| lora_alpha | 8.0 |"} <= set(rows)
     assert "trained for 3 steps" in read.text and (run / "validation" / "000003.png").exists()
     assert "(validation/000003.png)" in read.text and "ComfyUI" in read.text
@@ -91,6 +91,14 @@ def test_the_header_says_precision_base_and_modelspec_and_diffusers_reads_alpha_
         run, weight_name=file.name, return_alphas=True, return_lora_metadata=True
     )
     assert settings["transformer.r"] == settings["transformer.lora_alpha"] == 4
+
+
+def test_the_gallery_shows_the_pictures_that_are_there_with_their_prompts(tmp_path):
+    assert card.widget(tmp_path, 7) == []
+    (tmp_path / "validation" / "000007").mkdir(parents=True)
+    (tmp_path / "validation" / "items.json").write_text(json.dumps([{"prompt": "gone"}, {"prompt": PROMPT}]))
+    (tmp_path / "validation" / "000007" / "01.png").touch()
+    assert card.widget(tmp_path, 7) == [{"text": PROMPT, "output": {"url": "validation/000007/01.png"}}]
 
 
 def test_a_published_base_is_named_with_its_licence_and_several_references_leave_diffusers_out():

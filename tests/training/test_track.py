@@ -21,6 +21,9 @@ def config(tmp_path, **values) -> Config:
 def steps(config: Config, start: int, end: int, loss: float = 1.0):
     """As the trainer does it: steps start + 1 to end, with validation at every fourth."""
     folder = config.output_dir / "validation"
+    if not start:
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (64, 16)).save(folder / "000000.png")
     with Tracker(config, CPU, start) as tracker:
         for step in range(start + 1, end + 1):
             tracker.log(step, loss=loss / step, grad_norm=0.5, lr=1e-3, seconds=0.1)
@@ -67,7 +70,7 @@ def test_tensorboards_own_reader_reads_a_resumed_run_without_doubled_steps(tmp_p
     assert [e.value for e in events.Scalars("validation/eval/own")] == [0.25, 0.25]
     images = events.Images("validation/00")
     assert [(image.step, image.width, image.height) for image in images] == [(4, 32, 16), (8, 32, 16)]
-    assert [image.width for image in events.Images("validation/sheet")] == [64, 64]
+    assert [(image.step, image.width) for image in events.Images("validation/sheet")] == [(0, 64), (4, 64), (8, 64)]
 
 
 def test_wandbs_own_library_takes_it_offline(tmp_path, monkeypatch):

@@ -182,6 +182,8 @@ def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path, caps
         assert part in said, said
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert json.loads((out / "config.json").read_text())["max_train_steps"] == 6
+    assert (out / "README.md").is_file() and said.endswith(f"{out / 'report.html'}\n")
+    assert (out / "report.html").stat().st_size > 10_000
     assert sorted(p.name for p in (out / "validation").glob("*.png")) == ["000005.png", "000006.png"]
     adapter = read_lora(out / "pytorch_lora_weights.safetensors")
     names = matching_modules(load_flux(find(config.pretrained_model_name_or_path), CPU, FP32).config, TARGETS["all"])
