@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kontext_min import presets
+from kontext_min import presets, report
 from kontext_min.adapters.formats import AdapterFile, read_lora
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, start_from
 from kontext_min.checkpoints import load
@@ -22,12 +22,13 @@ from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import Flux
 from kontext_min.quantize import quantize_int8
-from kontext_min.training import state
+from kontext_min.training import state, track
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
+from kontext_min.training.start import screen
 from kontext_min.training.validate import Validator, items_of, sampling_of
 
 OPTIONS = ("--explain", "--check", "--prune-cache")
@@ -47,6 +48,7 @@ def check_data(config: Config) -> Sets:
     problems, sets = [], None
     if isinstance(config.flux_lora_target, str) and config.flux_lora_target not in TARGETS:
         problems.append(f"flux_lora_target {config.flux_lora_target!r} is none of {', '.join(TARGETS)}")
+    problems += track.missing(config)
     try:
         make_optimizer(config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
         if config.init_lora:
@@ -168,10 +170,12 @@ def main(argv: list[str]):
     # loop
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
+    print(*screen(config, editor, examples), sep="\n")
     validator = Validator(editor, validation, items, sampling_of(config), config.output_dir / "validation")
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, **config.optimizer_options())
     evaluator = Evaluator(config, flux, validation, sets.unseen)
     print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
+    print(report.write(config.output_dir))
 
 
 if __name__ == "__main__":

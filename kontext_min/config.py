@@ -305,6 +305,16 @@ class Config(Strict):
     eval_loss_disable: bool = Field(False, description="no eval loss")
     num_eval_pairs: int = Field(8, ge=1, description="pairs that it is over; the time it takes grows with them")
 
+    # who is told
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = Field(
+        "none", description="trackers beside metrics.jsonl, through their own libraries"
+    )
+    tracker_project_name: str = Field("kontext_min", description="the project at W&B")
+    tracker_run_name: str | None = Field(None, description="default: the name of output_dir")
+    logging_dir: Path | None = Field(
+        None, description="trackers write to a folder in it of the run's name; default: output_dir/logs"
+    )
+
     @field_validator("base_model_precision", mode="before")
     @classmethod
     def built(cls, value):

@@ -65,7 +65,6 @@ CONFIG_IGNORED = by_key({
         "print_filenames print_sampler_statistics debug_aspect_buckets debug_dataset_loader configs_dir "
         "accelerator_cache_clear_interval save_text_encoder merge_environment_config pretrained_transformer_subfolder "
         "prodigy_steps find_unused_parameters",
-    "the run's folder is its name": "tracker_project_name tracker_run_name",
     "name an item twice in `validation`, with two seeds": "num_validation_images",
     "seeds are fixed, so that pictures can be compared": "validation_randomize",
     "noise is always drawn on the CPU": "validation_seed_source",

@@ -1,13 +1,64 @@
-"""Trading work for memory: activation checkpointing of the transformer's blocks."""
+"""Memory: activation checkpointing of the transformer's blocks, what a run will take, and what it takes."""
 
+import os
 from functools import partial
+from pathlib import Path
 
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kontext_min.models.flux import Flux
+
+GB = 1e9  # bytes
 
 
 def apply_checkpointing(flux: Flux, every: int = 1):
     """Keep only the input of every n-th block for backward and compute the rest again. Gradients stay the same."""
     for block in (*flux.double_blocks[::every], *flux.single_blocks[::every]):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def in_use(device: torch.device) -> dict[str, float]:
+    """GB in use (`memory`) and GB there are (`memory_limit`); {} where the system does not tell.
+
+    CUDA: the peak that was allocated; MPS: what is allocated now; CPU: what of the process is in memory now.
+    """
+    if device.type == "cuda":
+        used, limit = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "mps":
+        used, limit = torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+    elif (statm := Path("/proc/self/statm")).exists():
+        page = os.sysconf("SC_PAGE_SIZE")
+        used, limit = int(statm.read_text().split()[1]) * page, os.sysconf("SC_PHYS_PAGES") * page
+    else:
+        return {}
+    return {"memory": round(used / GB, 3), "memory_limit": round(limit / GB, 3)}
+
+
+def size_of(tensor: Tensor) -> int:
+    """Bytes of a tensor; of a quantised one, of all that it is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(size_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def predicted(flux: Flux, vae: nn.Module, tokens: int, checkpointed: bool) -> list[str]:
+    """The memory of a training step, line by line: what can be counted, and what cannot.
+
+    tokens: of the largest batch.
+    """
+    frozen = [t for t in (*flux.parameters(), *flux.buffers()) if not t.requires_grad]
+    trained = [p for p in flux.parameters() if p.requires_grad]
+    parts = {
+        "transformer": sum(map(size_of, frozen)),
+        "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers()))),
+        "adapter, gradient and two moments in fp32": 16 * sum(p.numel() for p in trained),
+    }
+    if checkpointed:
+        blocks, width = len(flux.double_blocks) + len(flux.single_blocks), flux.config.hidden_size
+        inputs = blocks * width * frozen[0].element_size() * tokens
+        parts[f"inputs of {blocks} blocks, kept for {tokens} tokens"] = inputs
+    open_end = "what one block computes" if checkpointed else "all activations (gradient_checkpointing is off)"
+    lines = [f"{size / GB:8.3f} GB  {name}" for name, size in parts.items()]
+    return [*lines, f"{sum(parts.values()) / GB:8.3f} GB  and {open_end}: measured, in the bar and metrics.jsonl"]

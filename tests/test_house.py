@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORACLES = {"diffusers", "transformers", "peft", "accelerate"}
 OPTIONAL = {"torchao", "tensorboard", "wandb"}  # imported where they are used, and nowhere else
 LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of its modules
-    5: ["train", "infer"],
+    5: ["train", "infer", "report"],
     4: ["training"],
     3: ["edit", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
@@ -85,12 +85,17 @@ def test_siblings_among_the_networks_do_not_import_each_other():
             assert not [name for name in imports(MODULES[module]) if ours(name)], module
 
 
-def test_nothing_imports_nano_or_the_report_or_a_door():
+def test_nothing_imports_nano_or_a_door_and_train_alone_imports_the_report():
     for module in HOUSE:
         for name in imports(MODULES[module]):
             stem = name.removeprefix("kontext_min.")
-            assert stem == name or stem.partition(".")[0] not in ("nano", "report"), (module, name)
+            forbidden = ("nano",) if module == "train" else ("nano", "report")
+            assert stem == name or stem.partition(".")[0] not in forbidden, (module, name)
             assert ours(name) not in ("train", "infer"), (module, name)
+
+
+def test_the_report_knows_files_alone():
+    assert not [name for name in imports(MODULES["report"]) if ours(name)]
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

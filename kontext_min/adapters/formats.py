@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -146,4 +147,7 @@ def header(ranks: dict[str, int], recipe: dict) -> dict[str, str]:
         "modelspec.architecture": "flux-kontext/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": str(recipe.get("title", "kontext_min LoRA")),
+        "modelspec.resolution": recipe.get("size", "1024x1024"),
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.description": f"LoRA of {recipe.get('model', 'FLUX.1 Kontext')}, rank {rank}, alpha baked in",
     }

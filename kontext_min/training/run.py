@@ -15,6 +15,7 @@ from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
 from kontext_min.training import state
+from kontext_min.training.card import write_card
 from kontext_min.training.ema import EMA
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item, pair_item
@@ -64,6 +65,7 @@ class Run:
             self.write(self.done)
             print(f"stopped; the LoRA so far is in {self.file}")
             raise
+        write_card(self.config, {**self.recipe, "trained_steps": self.done}, self.examples)
         if self.interrupted.is_set():
             return f"stopped; {self.file} is the LoRA so far; go on with resume_from_checkpoint=latest"
         picture = self.validator.folder / f"{self.config.max_train_steps:06d}.png"
@@ -139,6 +141,7 @@ def recipe(config: Config, shown: Item) -> dict:
         "seed": shown.seed,
         "size": str(shown.size),
         "reference_size": "keep",  # the copies have the size in which the model saw them
+        "precision": "bf16" if config.mixed_precision == "bf16" else "fp32",
         "base_model_precision": config.base_model_precision,
         "lora_rank": config.lora_rank,
         "flux_lora_target": config.flux_lora_target,

@@ -30,20 +30,16 @@ FREE = {  # keys that may change between a checkpoint and the run that goes on f
     "validation_guidance_real", "validation_no_cfg_until_timestep", "validation_num_inference_steps",
     "validation_resolution", "validation_seed", "eval_dataset_id", "eval_steps_interval", "eval_timesteps",
     "eval_loss_disable", "num_eval_pairs",
+    "report_to", "tracker_project_name", "tracker_run_name", "logging_dir",
     "ema_validation", "skip_nonfinite_steps",
     "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "caption_strategy",  # the data's fingerprint tells of these
 }  # fmt: skip
 FIXED = ("lora_rank", "flux_lora_target", "lora_type", "optimizer", "use_ema", "weights")  # nothing goes on without
 LEFT_BEHIND = (
-    "config.json",
-    "metrics.jsonl",
-    "validation",
-    "*.safetensors",
-    "ema",
-    "checkpoint-*",
-    "sample-reference-*.png",
-)
+    "config.json", "metrics.jsonl", "validation", "*.safetensors", "ema", "checkpoint-*", "sample-reference-*.png",
+    "logs", "wandb-id", "README.md", "report.html",
+)  # fmt: skip
 
 
 def set_aside(folder: Path) -> Path | None:

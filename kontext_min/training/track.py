@@ -1,9 +1,22 @@
-"""What a run writes while it goes: metrics.jsonl, one line per optimizer step, and a progress bar."""
+"""What a run writes while it goes: metrics.jsonl, a line per optimizer step; a bar; and what `report_to` asks for.
+
+TensorBoard and W&B are written through their own libraries, imported only if asked for.
+"""
 
 import json
+import secrets
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
 from tqdm import tqdm
+
+from kontext_min.config import Config
+from kontext_min.memory import in_use
+
+SMOOTHING = 0.98  # of the loss in the bar: a mean over about 50 steps
 
 
 def record(file: Path, line: dict):
@@ -15,18 +28,25 @@ def record(file: Path, line: dict):
 
 
 class Tracker:
-    """Appends to OUTPUT/metrics.jsonl and moves the bar. Use as a context manager.
+    """Appends to OUTPUT/metrics.jsonl, moves the bar and tells the reporters. Use as a context manager.
 
     start: the steps already done; later lines of an interrupted run are taken out, since they are written again.
     """
 
-    def __init__(self, folder: Path, total: int, start: int = 0):
-        path = folder / "metrics.jsonl"
+    def __init__(self, config: Config, device: torch.device, start: int = 0):
+        path = config.output_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []
         path.write_text("".join(f"{line}\n" for line in lines[:start]), encoding="utf-8")
         self.skipped = sum("skipped" in json.loads(line) for line in lines[:start])
         self.file = open(path, "a", encoding="utf-8")
-        self.bar = tqdm(total=total, initial=start, unit="step", desc="training")
+        self.folder, self.device = config.output_dir / "validation", device
+        self.loss, self.weight = 0.0, 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
+        self.reporters = [REPORTERS[name](config, start) for name in asked(config)]
+        self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
+        if not start:
+            self.validated(0)  # what was rendered before the first step
 
     def __enter__(self) -> "Tracker":
         return self
@@ -34,12 +54,123 @@ class Tracker:
     def __exit__(self, *_):
         self.file.close()
         self.bar.close()
+        for reporter in self.reporters:
+            reporter.close()
 
     def log(self, step: int, **values: float | None):
         """One optimizer step; a skipped one has no loss."""
+        values |= in_use(self.device)
         self.skipped += "skipped" in values
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
+        for reporter in self.reporters:
+            told = {f"train/{name}": value for name, value in values.items() if value is not None}
+            reporter.scalars(step, told)
         if values["loss"] is not None:
-            self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * values["loss"]
+            self.weight = SMOOTHING * self.weight + 1 - SMOOTHING
+        shown = {"loss": f"{self.loss / (self.weight or 1):.4f}", "lr": f"{values['lr']:.1e}"}
+        if "memory" in values:
+            shown["memory"] = f"{values['memory']:.1f}GB"
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+
+    def validated(self, step: int):
+        """Pass on the numbers and pictures that validation left for this step, if it was due."""
+        for reporter in self.reporters:
+            reporter.scalars(step, numbers(self.folder, step))
+            reporter.pictures(step, pictures(self.folder, step))
+
+
+def numbers(folder: Path, step: int) -> dict[str, float]:
+    """Every number of a step in validation/*.jsonl: validation/FILE/NAME -> value."""
+    found = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        for line in (line for line in lines if line["step"] == step):
+            flat = {**line, **(line.get("probe") or {})}
+            flat = {name: value for name, value in flat.items() if name != "step" and isinstance(value, float)}
+            found |= {f"validation/{file.stem}/{name}": value for name, value in flat.items()}
+    return found
+
+
+def pictures(folder: Path, step: int) -> dict[str, Image.Image]:
+    """The validation pictures of a step: the stitched sheet, and the LoRA's own by number."""
+    files = {"validation/sheet": folder / f"{step:06d}.png"}
+    files |= {f"validation/{file.stem}": file for file in sorted((folder / f"{step:06d}").glob("*.png"))}
+    return {name: Image.open(file).convert("RGB") for name, file in files.items() if file.exists()}
+
+
+# ------------------------------------------------------------------------------------------------ reporters
+
+
+class TensorBoard:
+    """An event file in a folder; it makes void what an interrupted run wrote for steps after `start`."""
+
+    def __init__(self, config: Config, start: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(log_folder(config)), purge_step=start + 1)
+
+    def scalars(self, step: int, values: dict[str, float]):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def pictures(self, step: int, images: dict[str, Image.Image]):
+        for name, image in images.items():
+            self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def close(self):
+        self.writer.close()
+
+
+class WandB:
+    """A run at W&B; a resumed one goes on under the same id. W&B drops steps that it has, and they are the same."""
+
+    def __init__(self, config: Config, start: int):
+        import wandb
+
+        file, folder = config.output_dir / "wandb-id", log_folder(config)
+        if not start or not file.exists():
+            file.write_text(secrets.token_hex(4), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"project": config.tracker_project_name, "name": run_name(config), "dir": str(folder)}
+        identity = file.read_text(encoding="utf-8")
+        values = config.model_dump(mode="json", exclude={"ignored"})
+        self.run, self.image = wandb.init(id=identity, resume="allow", config=values, **settings), wandb.Image
+
+    def scalars(self, step: int, values: dict[str, float]):
+        if values:
+            self.run.log(values, step=step)
+
+    def pictures(self, step: int, images: dict[str, Image.Image]):
+        if images:
+            self.run.log({name: self.image(image) for name, image in images.items()}, step=step)
+
+    def close(self):
+        self.run.finish()
+
+
+REPORTERS = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+def asked(config: Config) -> list[str]:
+    """The reporters of report_to."""
+    return list(REPORTERS) if config.report_to == "all" else [name for name in REPORTERS if name == config.report_to]
+
+
+def missing(config: Config) -> list[str]:
+    """One sentence for each library that report_to needs and that is not there."""
+    specs = {name: find_spec(name) for name in asked(config)}
+    absent = [name for name, spec in specs.items() if spec is None or spec.origin is None]  # no origin: a mere folder
+    return [f"report_to {config.report_to} needs a library: pip install {name}" for name in absent]
+
+
+def run_name(config: Config) -> str:
+    """What a tracker calls this run."""
+    return config.tracker_run_name or config.output_dir.name
+
+
+def log_folder(config: Config) -> Path:
+    """Where trackers write: a folder of the run's name in logging_dir; without one, logs beside the rest of the run."""
+    return config.logging_dir / run_name(config) if config.logging_dir else config.output_dir / "logs"

@@ -122,7 +122,7 @@ def train(
     device = parameters[0].device
     schedule = schedule_of(config)
     numbered = islice(enumerate(batches(examples, config)), start * config.gradient_accumulation_steps, None)
-    with Tracker(config.output_dir, config.max_train_steps, start) as tracker:
+    with Tracker(config, device, start) as tracker:
         for step in range(start, config.max_train_steps):
             began = time.perf_counter()
             loss, seen = 0.0, []
@@ -144,7 +144,9 @@ def train(
                 skip(config, step + 1, values, seen, tracker)
             optimizer.zero_grad()
             tracker.log(step + 1, **values, seconds=time.perf_counter() - began)
-            if each_step(step + 1):
+            stop = each_step(step + 1)
+            tracker.validated(step + 1)
+            if stop:
                 return
 
 

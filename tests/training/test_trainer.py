@@ -207,13 +207,23 @@ def test_as_many_steps_as_asked_are_skipped_and_counted_and_not_one_more(config,
         train(run, flux, adamw(run, parameters), examples, Shift(), 4)
 
 
-def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path):
+def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text("// a comment\n" + config.model_dump_json(exclude_defaults=True))
     train_py.main([str(path), "max_train_steps=6", f"--output_dir={tmp_path / 'named'}"])
-    out = tmp_path / "named"
+    out, said = tmp_path / "named", capsys.readouterr().out
+    modules = 2 * 8 + 2 * 3  # attention of two double blocks and two single ones, 64 x 64 each
+    for part in (
+        f"on {modules} modules: {modules * 4 * 128:,} trainable",
+        "data     4 pairs and 0 pictures",
+        "epoch    4 uses in 2 batches: 2 steps; max_train_steps 6 is 3.0 epochs",
+        "GB  transformer",
+    ):
+        assert part in said, said
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert json.loads((out / "config.json").read_text())["max_train_steps"] == 6
+    assert (out / "README.md").is_file() and said.endswith(f"{out / 'report.html'}\n")
+    assert (out / "report.html").stat().st_size > 10_000
     assert sorted(p.name for p in (out / "validation").glob("*.png")) == ["000005.png", "000006.png"]
     adapter = read_lora(out / "pytorch_lora_weights.safetensors")
     names = matching_modules(load_flux(find(config.pretrained_model_name_or_path), CPU, FP32).config, TARGETS["all"])
