@@ -64,9 +64,9 @@ PHASES = (
     Phase("96px", (Size(96, 96), Size(96, 96), Size(96, 96), Size(96, 96),
                    Size(112, 80), Size(80, 112), Size(128, 64), Size(64, 128),
                    Size(144, 144), Size(192, 128), Size(128, 192)),
-          examples=30_000, steps=1000, batch=96, text_length=24, first_index=10**6),
+          examples=30_000, steps=800, batch=96, text_length=24, first_index=10**6),
 )
-DISTIL_STEPS = 200  # with half the last phase's batch
+DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on
 
 
