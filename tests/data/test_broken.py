@@ -300,7 +300,7 @@ def refused_generator(data, entries):
     generated(entries, {"type": "canny"})
 
 
-@broken("1 generators", "blur_type is 'gausian'", "did you mean gaussian?")
+@broken("1 generators", "blur_type is 'gausian'", "one of gaussian, box, both")
 def unknown_blur_type(data, entries):
     generated(entries, {"type": "superresolution", "blur_type": "gausian"})
 
