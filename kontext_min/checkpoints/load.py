@@ -25,7 +25,7 @@ from kontext_min.models.vae import VAE, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]  # of a file's tensors, by name
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the first and shortest that exists is taken
+SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the plainest that exists is taken
     "transformer": ("flux1-kontext-dev*.safetensors", "flux1-dev-kontext*.safetensors", "flux*.safetensors"),
     "vae": ("ae.safetensors", "*vae*.safetensors"),
     "text_encoder": ("clip_l*.safetensors",),
@@ -102,11 +102,8 @@ def find_component(folder: Path, part: str) -> Component:
     if indices:
         shards = read_json(indices[0]).get("weight_map", {}).values()
         return Component(tuple(own / name for name in sorted(set(shards))), config)
-    files = sorted(own.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
-    if files:
-        return Component((files[0],), config)
-    for pattern in SINGLE_FILES[part]:
-        matches = sorted(folder.glob(pattern), key=lambda path: (len(path.name), path.name))
+    for place, pattern in [(own, "*.safetensors"), *((folder, pattern) for pattern in SINGLE_FILES[part])]:
+        matches = sorted(place.glob(pattern), key=lambda path: (path.name.count("."), len(path.name), path.name))
         if matches:
             return Component((matches[0],), config)
     pickles = [path.name for path in own.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth")]
@@ -182,7 +179,12 @@ def vae_config(config: dict, shapes: Shapes) -> VAEConfig:
             raise ValueError("vae/config.json: use_quant_conv and use_post_quant_conv must be false, as in FLUX")
         return VAEConfig(**{"layers_per_block": 1, **settings(keys.VAE_SETTINGS, config)})
     channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(count(shapes, "encoder.down")))
-    return VAEConfig(channels, layers_per_block=count(shapes, "encoder.down.0.block"), groups=math.gcd(32, *channels))
+    return VAEConfig(
+        channels=channels,
+        layers_per_block=count(shapes, "encoder.down.0.block"),
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        groups=math.gcd(32, *channels),
+    )
 
 
 def t5_config(config: dict, shapes: Shapes) -> T5Config:

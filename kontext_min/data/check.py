@@ -85,7 +85,7 @@ def look(example: Example, mix: Mix, layout: Layout) -> tuple[Image.Image, list[
     """Open an example's pictures, as epoch 0 shows them, once each -> its card, and what is wrong with its frames."""
     original = example.target.picture.open()
     target = example.target.transform(original)
-    references = [v.degraded(target) if v.degradation else v.open() for v in example.references]
+    references = [view.open() for view in example.references]
     shifts = [shift_between(r, target) if r.size == target.size else None for r in references]
     warnings = misaligned(example, shifts)
     measured = zip(example.references, shifts, strict=True)

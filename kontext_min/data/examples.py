@@ -89,17 +89,12 @@ class View:
         return digest(*content) if how is None else digest(*content, how.name, repr(how.parameters), repr(how.seed))
 
     def open(self) -> Image.Image:
-        """RGB, of the view's size."""
-        if self.degradation is None:
-            return self.transform(self.picture.open())
-        file = self.file()
-        return Image.open(file).convert("RGB") if file and file.is_file() else self.degraded()
-
-    def degraded(self, clean: Image.Image | None = None) -> Image.Image:
-        """The degradation at training size, seeded by name and epoch. clean: the picture at that size, if at hand."""
-        how = self.degradation
-        clean = clean or self.transform(self.picture.open())
-        return degrade(clean, how.name, how.parameters, draw(*how.seed, self.epoch))
+        """RGB, of the view's size; a degradation, unless it is kept, is made now, seeded by name and epoch."""
+        how, file = self.degradation, self.file()
+        if file and file.is_file():
+            return Image.open(file).convert("RGB")
+        image = self.transform(self.picture.open())
+        return degrade(image, how.name, how.parameters, draw(*how.seed, self.epoch)) if how else image
 
     def file(self) -> Path | None:
         """Where a kept degradation lies; its name changes with source and parameters."""
@@ -108,11 +103,11 @@ class View:
         return self.degradation.folder / f"{self.picture.path.stem}-{self.key()[:12]}.png"
 
     def make(self):
-        """Write the degraded picture, whole or not at all."""
+        """Write the degraded picture that is to be kept, whole or not at all."""
         file = self.file()
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        self.degraded().save(temporary, "PNG")
+        self.open().save(temporary, "PNG")
         temporary.replace(file)
 
 
@@ -241,9 +236,8 @@ class Examples:
 
     def captions(self) -> list[str]:
         """Every caption that may be shown, once."""
-        kept = {c: None for e in self.examples for group in (e.captions, *e.reference_captions) for c in group}
-        kept |= dict.fromkeys(self.prompts)
-        return [*kept, ""] if self.mix.caption_dropout else list(kept)
+        shown = [c for e in self.examples for group in (e.captions, *e.reference_captions) for c in group]
+        return list(dict.fromkeys([*shown, *self.prompts, *([""] if self.mix.caption_dropout else [])]))
 
     def fingerprint(self) -> str:
         """The data's content: every picture, every caption, how often and how mixed; places do not count."""

@@ -187,7 +187,7 @@ def empty_caption(data, entries):
     (data / "target/a.txt").write_text(" \n\n")
 
 
-@broken("1 captions that are not UTF-8", "target/a.txt")
+@broken("1 pictures without a caption", "target/a.png (a.txt is not UTF-8)")
 def latin1_caption(data, entries):
     (data / "target/a.txt").write_bytes("mach es schön".encode("latin-1"))
 
