@@ -134,10 +134,10 @@ def parse_range(text: str) -> tuple[float, float]:
     """'0-0.5' -> (0.0, 0.5)."""
     try:
         first, last = map(float, text.split("-"))
-        assert 0 <= first <= last <= 1
-    except (ValueError, AssertionError) as error:
-        sentence = f"--cfg-range is a share of the steps such as 0-0.5, both from 0 to 1; got {text!r}"
-        raise ValueError(sentence) from error
+    except ValueError:
+        first, last = 1.0, 0.0
+    if not 0 <= first <= last <= 1:
+        raise ValueError(f"--cfg-range is a share of the steps such as 0-0.5, both from 0 to 1; got {text!r}")
     return first, last
 
 
