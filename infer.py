@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
@@ -25,23 +25,24 @@ from kontext_min.encoders import encode_texts, pixels_per_token
 from kontext_min.sampler import Sampling
 
 CHUNK = "kontext_min"  # the PNG text chunk that holds a picture's settings as JSON
-DEFAULTS = {
-    "model": "nano",
-    "lora": [],
-    "image": [],
-    "prompt": [],
-    "negative_prompt": "",
-    "cfg_scale": 1.0,
-    "cfg_range": "0-1",
-    "guidance": 2.5,
-    "steps": 28,
-    "seed": 0,
-    "num_images": 1,
-    "size": "auto",
-    "reference_size": "auto",
-    "precision": "auto",
-    "device": "auto",
+OPTIONS = {  # setting -> default, help, and what else argparse should know
+    "model": ("nano", "model folder, hub id, or 'nano', the tiny model in this repository", {}),
+    "lora": ([], "LoRA file with its strength (1); repeatable", {"metavar": "FILE[:SCALE]"}),
+    "image": ([], "reference picture; repeatable; none is text-to-image", {"metavar": "PATH"}),
+    "prompt": ([], "the instruction; repeatable", {"metavar": "TEXT"}),
+    "negative_prompt": ("", "what true CFG leads away from", {"metavar": "TEXT"}),
+    "cfg_scale": (1.0, "true CFG, twice the time; 1 is off", {}),
+    "cfg_range": ("0-1", "share of the steps with true CFG, from 0 to 1: 0-0.5 is the first half", {"metavar": "A-B"}),
+    "guidance": (2.5, "the distilled guidance", {}),
+    "steps": (28, "sampling steps", {}),
+    "seed": (0, "of the first picture; the next ones count up", {}),
+    "num_images": (1, "pictures per prompt", {}),
+    "size": ("auto", "of the output, WxH; auto: as the first reference", {"metavar": "SIZE"}),
+    "reference_size": ("auto", "auto: nearest preferred size; keep: its own; match: --size; WxH", {"metavar": "SIZE"}),
+    "precision": ("auto", "auto: bf16 on a GPU, else fp32", {"choices": ["auto", "fp32", "bf16"]}),
+    "device": ("auto", "auto: the best there is", {"choices": ["auto", "cpu", "cuda", "mps"]}),
 }
+DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 OF_THE_SAMPLE = ("image", "size", "reference_size", "seed")  # of what a LoRA file says
 LARGEST = 8192  # pixels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,28 +51,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; what is not given is absent from the namespace."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--model", help="model folder, hub id, or 'nano' (default), the tiny model in this repository")
-    add("--lora", action="append", metavar="FILE[:SCALE]", help="LoRA file with its strength (1); repeatable")
-    add("--image", action="append", metavar="PATH", help="reference picture; repeatable; none is text-to-image")
-    add("--prompt", action="append", metavar="TEXT", help="the instruction; repeatable")
-    add("--negative-prompt", metavar="TEXT", help="what true CFG leads away from (default: the empty prompt)")
-    add("--cfg-scale", type=float, help="true CFG, twice the time; 1 (default) is off")
-    add("--cfg-range", metavar="A-B", help="share of the steps with true CFG, from 0 to 1: 0-0.5 is the first half")
-    add("--guidance", type=float, help="the distilled guidance (2.5)")
-    add("--steps", type=int, help="sampling steps (28)")
-    add("--seed", type=int, help="of the first picture (0); the next ones count up")
-    add("--num-images", type=int, help="pictures per prompt (1)")
-    add("--size", metavar="WxH|auto", help="of the output; auto: as the first reference")
-    add(
-        "--reference-size",
-        metavar="auto|keep|match|WxH",
-        help="auto: nearest preferred size; keep: its own; match: --size",
-    )
-    add("--precision", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU, else fp32")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"])
-    add("--out", metavar="FILE|DIR", help="a .png, or a folder (output/infer)")
-    add("--again", metavar="PNG", help="make a picture of this program again, with its settings")
+    for name, (default, text, more) in OPTIONS.items():
+        kind = {"action": "append"} if isinstance(default, list) else {"type": type(default)}
+        said = "" if default in ([], "") else f" (default {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text + said, **kind, **more)
+    parser.add_argument("--out", metavar="FILE|DIR", help="a .png, or a folder (default output/infer)")
+    parser.add_argument("--again", metavar="PNG", help="make a picture of this program again, with its settings")
     return parser.parse_args(argv)
 
 
@@ -96,15 +81,12 @@ def fingerprint(path: Path) -> str:
 def recall(path: Path, replaced: dict) -> dict:
     """The settings of a picture of this program; files it was made from, unless replaced, must be the same still."""
     try:
-        chunk = Image.open(path).info.get(CHUNK) if path.is_file() else None
-    except UnidentifiedImageError:
-        chunk = None
-    if chunk is None:
-        raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings")
-    settings = json.loads(chunk)
+        settings = json.loads(Image.open(path).info[CHUNK])
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings") from error
     hashes = settings.pop("sha256")
-    loras = [str(split_lora(text)[0]) for text in settings["lora"]]
-    for name in [*(settings["image"] if "image" not in replaced else []), *(loras if "lora" not in replaced else [])]:
+    files = {"image": settings["image"], "lora": [str(split_lora(text)[0]) for text in settings["lora"]]}
+    for name in [name for key, names in files.items() if key not in replaced for name in names]:
         if not Path(name).is_file():
             raise FileNotFoundError(f"{path} was made from {name}, which is no longer there; name another file")
         if fingerprint(Path(name)) != hashes[name]:
@@ -117,29 +99,30 @@ def sample_of(lora: AdapterFile, given: dict) -> dict:
     recipe = {key: value for key, value in lora.recipe.items() if key in DEFAULTS}
     if "image" in given or "prompt" in given:
         return {key: value for key, value in recipe.items() if key not in OF_THE_SAMPLE}
-    beside = [lora.path.parent / Path(name).name for name in recipe.get("image", [])]  # where the folder was moved to
-    found = [str(b) if b.is_file() else name for name, b in zip(recipe.get("image", []), beside, strict=True)]
-    absent = [name for name in found if not Path(name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{lora.path}: its sample picture {absent[0]} is not here; give yours with --image")
-    return {**recipe, "image": found}
+    images = []
+    for name in map(Path, recipe.get("image", [])):
+        beside = lora.path.parent / name.name  # where the folder was moved to
+        images.append(str(beside if beside.is_file() else name))
+        if not Path(images[-1]).is_file():
+            raise FileNotFoundError(f"{lora.path}: its sample picture {name} is not here; give yours with --image")
+    return {**recipe, "image": images}
 
 
 def gather(given: argparse.Namespace) -> dict:
-    """All settings, from the most to the least particular source."""
+    """All settings, from the most to the least particular source, with `adapters`: (LoRA, strength) of each."""
     given = vars(given).copy()
     again = recall(Path(given.pop("again")), given) if "again" in given else {}
-    loras = [read_lora(split_lora(text)[0]) for text in given.get("lora", again.get("lora", []))]
-    recipe = {} if again else {key: value for lora in loras for key, value in sample_of(lora, given).items()}
-    settings = {**DEFAULTS, **recipe, **again, **given, "adapters": loras}
+    named = map(split_lora, given.get("lora", again.get("lora", [])))
+    adapters = [(read_lora(file), strength) for file, strength in named]
+    recipe = {} if again else {key: value for lora, _ in adapters for key, value in sample_of(lora, given).items()}
+    settings = {**DEFAULTS, **recipe, **again, **given, "adapters": adapters}
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
     if settings["steps"] < 1 or settings["num_images"] < 1:
         raise ValueError("--steps and --num-images must be at least 1")
     if not 0 <= settings["seed"] < 2**63:
         raise ValueError(f"--seed {settings['seed']}: a seed is from 0 to {2**63 - 1}")
-    numbers = [settings["guidance"], settings["cfg_scale"], *(split_lora(text)[1] for text in settings["lora"])]
-    if not all(map(math.isfinite, numbers)):
+    if not all(map(math.isfinite, (settings["guidance"], settings["cfg_scale"], *(scale for _, scale in adapters)))):
         raise ValueError("--guidance, --cfg-scale and the strengths of LoRAs must be finite numbers")
     for text, words in ((settings["size"], ["auto"]), (settings["reference_size"], ["auto", "keep", "match"])):
         if text not in words and max(parse_size(text)) > LARGEST:  # said now, not after the model is loaded
@@ -149,14 +132,13 @@ def gather(given: argparse.Namespace) -> dict:
 
 def parse_range(text: str) -> tuple[float, float]:
     """'0-0.5' -> (0.0, 0.5)."""
-    first, _, last = text.partition("-")
     try:
-        span = (float(first), float(last))
+        first, last = map(float, text.split("-"))
     except ValueError:
-        span = (1.0, 0.0)
-    if not 0 <= span[0] <= span[1] <= 1:
+        first, last = 1.0, 0.0
+    if not 0 <= first <= last <= 1:
         raise ValueError(f"--cfg-range is a share of the steps such as 0-0.5, both from 0 to 1; got {text!r}")
-    return span
+    return first, last
 
 
 def choose_device(name: str) -> torch.device:
@@ -169,11 +151,6 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' -> bf16 on a GPU, else fp32."""
-    return DTYPES[name] if name != "auto" else DTYPES["fp32" if device.type == "cpu" else "bf16"]
-
-
 # ------------------------------------------------------------------------------------------------ work
 
 
@@ -184,13 +161,12 @@ def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Edi
     encoded = encode_texts(checkpoint, texts, device, dtype)
     vae = load.load_vae(checkpoint, device, torch.float32)
     flux = load.load_flux(checkpoint, device, dtype)
-    for adapter, text in zip(settings["adapters"], settings["lora"], strict=True):
-        path, strength = split_lora(text)
+    for lora, strength in settings["adapters"]:
         try:
-            apply_weights(flux, adapter.weights, strength, dtype)
+            apply_weights(flux, lora.weights, strength, dtype)
         except ValueError as error:
-            raise ValueError(f"{path} does not fit {settings['model']}: {error}") from error
-        print(f"LoRA {path}: {len(adapter.weights)} modules at strength {strength:g}")
+            raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
+        print(f"LoRA {lora.path}: {len(lora.weights)} modules at strength {strength:g}")
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
 
 
@@ -226,13 +202,12 @@ def paths_for(out: Path, count: int) -> list[Path]:
 def save(image: Image.Image, path: Path, settings: dict):
     """A PNG with everything needed to make it again."""
     files = [str(Path(p).resolve()) for p in settings["image"]]
-    strengths = [split_lora(text)[1] for text in settings["lora"]]
-    loras = [(lora.path.resolve(), strength) for lora, strength in zip(settings["adapters"], strengths, strict=True)]
-    kept = {key: settings[key] for key in DEFAULTS}  # the precision as it was chosen, for another machine
+    loras = [(str(lora.path.resolve()), strength) for lora, strength in settings["adapters"]]
+    kept = {key: settings[key] for key in DEFAULTS}
     if presets.locate(kept["model"]) == kept["model"] and Path(kept["model"]).is_dir():
         kept["model"] = str(Path(kept["model"]).resolve())
     kept |= {"image": files, "lora": [f"{file}:{scale:g}" for file, scale in loras], "num_images": 1}
-    kept["sha256"] = {str(file): fingerprint(Path(file)) for file in [*files, *(file for file, _ in loras)]}
+    kept["sha256"] = {file: fingerprint(Path(file)) for file in [*files, *(file for file, _ in loras)]}
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(kept, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,11 +222,11 @@ def main(argv: list[str] | None = None):
     for path in settings["image"]:
         open_image(Path(path))  # unreadable pictures are said before anything is loaded
     device = choose_device(settings["device"])
-    dtype = choose_dtype(settings["precision"], device)
-    settings["precision"] = next(name for name, known in DTYPES.items() if known == dtype)
+    if settings["precision"] == "auto":  # kept as it is chosen here, for another machine
+        settings["precision"] = "fp32" if device.type == "cpu" else "bf16"
     span = parse_range(settings["cfg_range"])
     paths = iter(paths_for(out, len(settings["prompt"]) * settings["num_images"]))
-    editor, encoded = build(settings, device, dtype)
+    editor, encoded = build(settings, device, DTYPES[settings["precision"]])
     references, size = prepare(settings, editor)
     negative = encoded.get(settings["negative_prompt"]) if settings["cfg_scale"] != 1 else None
     for prompt in settings["prompt"]:

@@ -4,6 +4,7 @@ Our names are those of the single files (`flux1-kontext-dev.safetensors`, `ae.sa
 Where diffusers splits a fused linear, each part is a range of its rows; adapters use the same table.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,33 +98,30 @@ class Part(NamedTuple):
     rows: int
 
 
+def flux_levels(config: FluxConfig) -> Iterator[tuple[str, str, dict, dict]]:
+    """The top level and every block: our prefix, diffusers' prefix, the table of linears and that of norms."""
+    yield "", "", {ours: FLUX_TOP[ours] for ours in FLUX_TOP if config.guidance_embed or "guidance" not in ours}, {}
+    for i in range(config.depth):
+        yield f"double_blocks.{i}.", f"transformer_blocks.{i}.", FLUX_DOUBLE, FLUX_DOUBLE_NORMS
+    for i in range(config.depth_single_blocks):
+        yield f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", FLUX_SINGLE, FLUX_SINGLE_NORMS
+
+
 def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
     """Every linear of the transformer by our name -> the diffusers modules it is made of, in row order."""
     hidden, mlp = config.hidden_size, config.mlp_hidden
-    out_rows = {  # of linears that are one module in both layouts; the others have `hidden`
+    rows = {  # of a linear, by our name, or of its part, by diffusers'; the others have `hidden`
         "final_layer.linear": config.out_channels, SWAPPED: 2 * hidden, "modulation.lin": 3 * hidden,
-        "img_mod.lin": 6 * hidden, "txt_mod.lin": 6 * hidden, "img_mlp.0": mlp, "txt_mlp.0": mlp,
+        "img_mod.lin": 6 * hidden, "txt_mod.lin": 6 * hidden, "img_mlp.0": mlp, "txt_mlp.0": mlp, "proj_mlp": mlp,
     }  # fmt: skip
     table: dict[str, list[Part]] = {}
-
-    def add(ours: str, theirs: str | tuple[str, ...], prefix: tuple[str, str] = ("", "")):
-        if isinstance(theirs, str):
-            table[prefix[0] + ours] = [Part(prefix[1] + theirs, 0, out_rows.get(ours, hidden))]
-            return
-        widths = [hidden, hidden, hidden, mlp][: len(theirs)]
-        starts = [sum(widths[:i]) for i in range(len(widths))]
-        parts = zip(theirs, starts, widths, strict=True)
-        table[prefix[0] + ours] = [Part(prefix[1] + name, start, rows) for name, start, rows in parts]
-
-    for ours, theirs in FLUX_TOP.items():
-        if config.guidance_embed or not ours.startswith("guidance_in"):
-            add(ours, theirs)
-    for i in range(config.depth):
-        for ours, theirs in FLUX_DOUBLE.items():
-            add(ours, theirs, (f"double_blocks.{i}.", f"transformer_blocks.{i}."))
-    for i in range(config.depth_single_blocks):
-        for ours, theirs in FLUX_SINGLE.items():
-            add(ours, theirs, (f"single_blocks.{i}.", f"single_transformer_blocks.{i}."))
+    for our_prefix, their_prefix, linears, _ in flux_levels(config):
+        for ours, theirs in linears.items():
+            parts, start = [], 0
+            for name in [theirs] if isinstance(theirs, str) else theirs:
+                parts.append(Part(their_prefix + name, start, rows.get(ours, rows.get(name, hidden))))
+                start += parts[-1].rows
+            table[our_prefix + ours] = parts
     return table
 
 
@@ -160,12 +158,8 @@ def flux_diffusers(config: FluxConfig) -> dict[str, Source]:
         for kind in ("weight", "bias"):
             names = tuple(f"{part.name}.{kind}" for part in parts)
             table[f"{ours}.{kind}"] = Source(names, tuple(part.rows for part in parts), form)
-    for i in range(config.depth):
-        for ours, theirs in FLUX_DOUBLE_NORMS.items():
-            table[f"double_blocks.{i}.{ours}"] = Source((f"transformer_blocks.{i}.{theirs}",))
-    for i in range(config.depth_single_blocks):
-        for ours, theirs in FLUX_SINGLE_NORMS.items():
-            table[f"single_blocks.{i}.{ours}"] = Source((f"single_transformer_blocks.{i}.{theirs}",))
+    for our_prefix, their_prefix, _, norms in flux_levels(config):
+        table |= {our_prefix + ours: Source((their_prefix + theirs,)) for ours, theirs in norms.items()}
     return table
 
 
@@ -184,8 +178,8 @@ def vae_diffusers_name(name: str, levels: int) -> str:
 def vae_diffusers(config: VAEConfig, names: list[str]) -> dict[str, Source]:
     """Our VAE tensors (`names`) in diffusers' layout, where the attention's 1x1 convolutions are linears."""
     projections = tuple(f"mid.attn_1.{p}.weight" for p in ("q", "k", "v", "proj_out"))
-    table = {}
-    for name in names:
-        form = "linear" if name.endswith(projections) else "same"
-        table[name] = Source((vae_diffusers_name(name, len(config.channels)),), form=form)
-    return table
+    levels = len(config.channels)
+    return {
+        name: Source((vae_diffusers_name(name, levels),), form="linear" if name.endswith(projections) else "same")
+        for name in names
+    }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from kontext_min import flow
 from kontext_min.checkpoints import keys
@@ -22,8 +23,9 @@ from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.t5 import T5Config, T5Encoder
 from kontext_min.models.vae import VAE, VAEConfig
 
+Shapes = dict[str, tuple[int, ...]]  # of a file's tensors, by name
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the first and shortest that exists is taken
+SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the plainest that exists is taken
     "transformer": ("flux1-kontext-dev*.safetensors", "flux1-dev-kontext*.safetensors", "flux*.safetensors"),
     "vae": ("ae.safetensors", "*vae*.safetensors"),
     "text_encoder": ("clip_l*.safetensors",),
@@ -68,12 +70,10 @@ def find(model: str | Path, download: bool = True) -> Checkpoint:
 
 def hub_folder(repo_id: str, download: bool) -> Path:
     """A hub id -> its folder in the local cache, downloaded if need be and allowed."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id) or Path(repo_id).parent.is_dir():
         raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
-    if Path(repo_id).parent.is_dir() and repo_id.partition("/")[0] not in ("", "."):
-        raise FileNotFoundError(f"{repo_id} is no folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     command = f"`hf download {repo_id} --local-dir weights/{repo_id.partition('/')[2]}`"
     try:
@@ -82,22 +82,16 @@ def hub_folder(repo_id: str, download: bool) -> Path:
             return folder
     except LocalEntryNotFoundError:
         pass  # not in the cache: fetch it
+    absent = f"{repo_id} is not on this machine"
     if not download:
-        raise FileNotFoundError(
-            f"{repo_id} is not on this machine; accept its licence on its hub page, then run {command}"
-        )
+        raise FileNotFoundError(f"{absent}; accept its licence on its hub page, then run {command}")
     try:
         return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
-    except GatedRepoError as error:
-        raise FileNotFoundError(
-            f"{repo_id} is gated: accept its licence on its hub page, run `hf auth login`, then {command}"
-        ) from error
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} is unknown to the hub, or private: check it, or `hf auth login`") from error
+        remedy = "accept its licence on its hub page, run `hf auth login`, then"
+        raise FileNotFoundError(f"{repo_id} is gated, private or unknown: {remedy} {command}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(
-            f"{repo_id} is not on this machine and the hub cannot be reached; where it can, run {command}"
-        ) from error
+        raise FileNotFoundError(f"{absent} and the hub cannot be reached; where it can, run {command}") from error
 
 
 def find_component(folder: Path, part: str) -> Component:
@@ -108,11 +102,8 @@ def find_component(folder: Path, part: str) -> Component:
     if indices:
         shards = read_json(indices[0]).get("weight_map", {}).values()
         return Component(tuple(own / name for name in sorted(set(shards))), config)
-    files = sorted(own.glob("*.safetensors"), key=lambda path: (path.name.count("."), path.name))
-    if files:
-        return Component((files[0],), config)
-    for pattern in SINGLE_FILES[part]:
-        matches = sorted(folder.glob(pattern), key=lambda path: (len(path.name), path.name))
+    for place, pattern in [(own, "*.safetensors"), *((folder, pattern) for pattern in SINGLE_FILES[part])]:
+        matches = sorted(place.glob(pattern), key=lambda path: (path.name.count("."), len(path.name), path.name))
         if matches:
             return Component((matches[0],), config)
     pickles = [path.name for path in own.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth")]
@@ -153,9 +144,8 @@ def settings(table: dict[str, str], config: dict) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def flux_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
+def flux_config(config: dict, shapes: Shapes) -> FluxConfig:
     """Sizes of the transformer, from config.json or (single file) from the shapes of its tensors."""
-    config = component.config
     if config:
         if config.get("patch_size", 1) != 1:
             raise ValueError(f"transformer/config.json: patch_size {config['patch_size']}; FLUX has 1")
@@ -165,8 +155,6 @@ def flux_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> Flu
     if head_dim % 32:  # the axes are 1/8, 7/16 and 7/16 of it, all even
         raise ValueError(f"rotary axes for heads of {head_dim} channels are unknown; put a config.json in transformer/")
     return FluxConfig(
-        in_channels=shapes["img_in.weight"][1],
-        out_channels=shapes["final_layer.linear.weight"][0],
         vec_in_dim=shapes["vector_in.in_layer.weight"][1],
         context_in_dim=shapes["txt_in.weight"][1],
         hidden_size=hidden,
@@ -179,14 +167,13 @@ def flux_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> Flu
     )
 
 
-def count(shapes: dict[str, tuple[int, ...]], stem: str) -> int:
+def count(shapes: Shapes, stem: str) -> int:
     """How many blocks are called `stem.N.`."""
     return len({match[1] for name in shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))})
 
 
-def vae_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> VAEConfig:
+def vae_config(config: dict, shapes: Shapes) -> VAEConfig:
     """Sizes of the autoencoder, from config.json or (single file) from the shapes of its tensors."""
-    config = component.config
     if config:
         if config.get("use_quant_conv", True) or config.get("use_post_quant_conv", True):
             raise ValueError("vae/config.json: use_quant_conv and use_post_quant_conv must be false, as in FLUX")
@@ -197,13 +184,11 @@ def vae_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> VAEC
         layers_per_block=count(shapes, "encoder.down.0.block"),
         latent_channels=shapes["decoder.conv_in.weight"][1],
         groups=math.gcd(32, *channels),
-        in_channels=shapes["encoder.conv_in.weight"][1],
     )
 
 
-def t5_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> T5Config:
+def t5_config(config: dict, shapes: Shapes) -> T5Config:
     """Sizes of T5, from config.json or (single file) from the shapes of its tensors."""
-    config = component.config
     if config:
         activation = config.get("feed_forward_proj", "relu")
         if activation != "gated-gelu":
@@ -222,9 +207,9 @@ def t5_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> T5Con
     )
 
 
-def clip_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> CLIPConfig:
+def clip_config(config: dict, shapes: Shapes) -> CLIPConfig:
     """Sizes of CLIP, from config.json or (single file) from the shapes of its tensors; heads are 64 wide there."""
-    config = component.config.get("text_config", component.config)
+    config = config.get("text_config", config)
     if config:
         activation = config.get("hidden_act", "quick_gelu")
         if activation not in ACTIVATIONS:
@@ -244,31 +229,28 @@ def clip_config(component: Component, shapes: dict[str, tuple[int, ...]]) -> CLI
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def shapes_of(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape by name."""
-    return {name: tensors.shape(name) for name in tensors.names()}
-
-
-def same_names(module: torch.nn.Module) -> dict[str, Source]:
+def same_names(module: nn.Module) -> dict[str, Source]:
     """The table of a file that uses our own names."""
     return {name: Source((name,)) for name, _ in module.named_parameters()}
 
 
-def required(config_of, component: Component, tensors: Tensors):
-    """A config, or one sentence when a tensor or a setting that tells the sizes is not there.
+def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, tensors: Tensors) -> nn.Module:
+    """A network without weights, or one sentence when a tensor or a setting that tells its sizes is not there.
 
     Without config.json and with sizes of one's own, what the tensors do not tell is guessed, and a line says so.
     """
+    file = component.files[0].parent / "config.json"
     try:
-        config = config_of(component, shapes_of(tensors))
+        config = config_of(component.config, {name: tensors.shape(name) for name in tensors.names()})
     except KeyError as error:
-        where = component.files[0].parent / "config.json" if component.config else tensors.title
+        where = file if component.config else tensors.title
         raise ValueError(f"{where}: {error} is missing, so this is not the file it should be") from error
     except TypeError as error:
-        raise ValueError(f"{component.files[0].parent / 'config.json'}: a setting is malformed ({error})") from error
-    if not component.config and config not in (FluxConfig(), VAEConfig(), T5Config(), CLIPConfig()):
+        raise ValueError(f"{file}: a setting is malformed ({error})") from error
+    if not component.config and config != type(config)():
         print(f"{tensors.title}: no config.json and not the published sizes, so heads, groups and scales are guessed")
-    return config
+    with torch.device("meta"):
+        return kind(config)
 
 
 def load_flux(
@@ -283,25 +265,18 @@ def load_flux(
     diffusers = "x_embedder.weight" in tensors.names()
     if not diffusers:
         tensors.rename(lambda name: re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name))
-    config = required(flux_config, component, tensors)
-    with torch.device("meta"):
-        flux = Flux(config)
-    table = keys.flux_diffusers(config) if diffusers else same_names(flux)
-    fill(flux, tensors, table, dtype, device, then)
-    return flux.eval()
+    flux = on_meta(Flux, flux_config, component, tensors)
+    return fill(flux, tensors, keys.flux_diffusers(flux.config) if diffusers else same_names(flux), dtype, device, then)
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
     """The autoencoder, frozen and in eval mode."""
     component = checkpoint.components["vae"]
     tensors = Tensors(component.files)
-    config = required(vae_config, component, tensors)
-    with torch.device("meta"):
-        vae = VAE(config)
+    vae = on_meta(VAE, vae_config, component, tensors)
     diffusers = "encoder.conv_norm_out.weight" in tensors.names()
-    table = keys.vae_diffusers(config, list(vae.state_dict())) if diffusers else same_names(vae)
-    fill(vae, tensors, table, dtype, device)
-    return vae.eval()
+    table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else same_names(vae)
+    return fill(vae, tensors, table, dtype, device)
 
 
 def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> T5Encoder:
@@ -310,11 +285,8 @@ def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) ->
     tensors = Tensors(component.files)
     both = "shared.weight" in tensors.names()
     tensors.rename(lambda name: (None if both else "shared.weight") if name == "encoder.embed_tokens.weight" else name)
-    config = required(t5_config, component, tensors)
-    with torch.device("meta"):
-        t5 = T5Encoder(config)
-    fill(t5, tensors, same_names(t5), dtype, device)
-    return t5.eval()
+    t5 = on_meta(T5Encoder, t5_config, component, tensors)
+    return fill(t5, tensors, same_names(t5), dtype, device)
 
 
 def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CLIPText:
@@ -324,8 +296,5 @@ def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     prefixed = any(name.startswith("text_model.") for name in tensors.names())
     tensors.rename(lambda name: name if prefixed or name in NOT_USED else f"text_model.{name}")
     tensors.rename(lambda name: None if name in NOT_USED else name)
-    config = required(clip_config, component, tensors)
-    with torch.device("meta"):
-        clip = CLIPText(config)
-    fill(clip, tensors, same_names(clip), dtype, device)
-    return clip.eval()
+    clip = on_meta(CLIPText, clip_config, component, tensors)
+    return fill(clip, tensors, same_names(clip), dtype, device)

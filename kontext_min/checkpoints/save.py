@@ -28,24 +28,48 @@ MODEL_INDEX = {
 }
 
 
+SETTINGS = {  # folder -> what its config file says beside the sizes
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": True,
+        "shift": 3.0,
+    },
+    "transformer": {"_class_name": "FluxTransformer2DModel", "patch_size": 1},
+    "vae": {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": False, "use_post_quant_conv": False,
+        "mid_block_add_attention": True, "force_upcast": True,
+    },
+    "text_encoder": {  # the ids other than the end of text are not used by anyone
+        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "attention_dropout": 0.0,
+        "bos_token_id": 0, "pad_token_id": 1,
+    },
+    "text_encoder_2": {
+        "model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1,
+        "pad_token_id": 0, "eos_token_id": 1, "is_encoder_decoder": True, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
 def save_model(
     folder: Path, *, flux: Flux, vae: VAE, t5: T5Encoder, clip: CLIPText, dtype: torch.dtype = torch.bfloat16
 ):
     """Write everything but the two tokenizer folders, which are files already. No scheduler setting but FLUX.1's."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "model_index.json", MODEL_INDEX)
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(flow.Shift()))
-    table = keys.flux_diffusers(flux.config)
-    save_component(folder / "transformer", flux, table, transformer_config(flux), dtype)
-    table = keys.vae_diffusers(vae.config, list(vae.state_dict()))
-    save_component(folder / "vae", vae, table, vae_config(vae), dtype)
-    save_component(folder / "text_encoder", clip, same_names(clip), clip_config(clip), dtype)
-    save_component(folder / "text_encoder_2", t5, same_names(t5), t5_config(t5), dtype)
+    shift = {**SETTINGS["scheduler"], **in_file(flow.Shift(), keys.SHIFT_SETTINGS)}
+    write_json(folder / "scheduler" / "scheduler_config.json", shift)
+    sizes = in_file(flux.config, keys.FLUX_SETTINGS)
+    sizes["attention_head_dim"] = flux.config.hidden_size // flux.config.num_heads
+    save_component(folder / "transformer", flux, keys.flux_diffusers(flux.config), sizes, dtype)
+    sizes, levels = in_file(vae.config, keys.VAE_SETTINGS), len(vae.config.channels)
+    sizes |= {"out_channels": vae.config.in_channels, "down_block_types": ["DownEncoderBlock2D"] * levels}
+    sizes["up_block_types"] = ["UpDecoderBlock2D"] * levels
+    save_component(folder / "vae", vae, keys.vae_diffusers(vae.config, list(vae.state_dict())), sizes, dtype)
+    save_component(folder / "text_encoder", clip, same_names(clip), in_file(clip.config, keys.CLIP_SETTINGS), dtype)
+    save_component(folder / "text_encoder_2", t5, same_names(t5), in_file(t5.config, keys.T5_SETTINGS), dtype)
 
 
-def save_component(folder: Path, module: nn.Module, table: dict[str, Source], config: dict, dtype: torch.dtype):
+def save_component(folder: Path, module: nn.Module, table: dict[str, Source], sizes: dict, dtype: torch.dtype):
     """config.json and one safetensors file; the file appears whole or not at all."""
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {**SETTINGS[folder.name], **sizes})
     tensors = {}
     for name, tensor in module.state_dict().items():
         tensors.update(table[name].disassemble(tensor.detach().to("cpu", dtype)))
@@ -63,51 +87,3 @@ def write_json(path: Path, value: dict):
 def in_file(config, table: dict[str, str]) -> dict:
     """Our settings under the file's names."""
     return {theirs: getattr(config, ours) for theirs, ours in table.items()}
-
-
-def transformer_config(flux: Flux) -> dict:
-    """transformer/config.json."""
-    sizes = in_file(flux.config, keys.FLUX_SETTINGS)
-    head_dim = flux.config.hidden_size // flux.config.num_heads
-    return {"_class_name": "FluxTransformer2DModel", "patch_size": 1, "attention_head_dim": head_dim, **sizes}
-
-
-def vae_config(vae: VAE) -> dict:
-    """vae/config.json."""
-    levels = len(vae.config.channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "out_channels": vae.config.in_channels,
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "act_fn": "silu",
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": True,
-        "force_upcast": True,
-        **in_file(vae.config, keys.VAE_SETTINGS),
-    }
-
-
-def t5_config(t5: T5Encoder) -> dict:
-    """text_encoder_2/config.json."""
-    fixed = {"model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu"}
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "is_encoder_decoder": True, "tie_word_embeddings": False}
-    return {**fixed, **ids, "dropout_rate": 0.1, **in_file(t5.config, keys.T5_SETTINGS)}
-
-
-def clip_config(clip: CLIPText) -> dict:
-    """text_encoder/config.json. The ids other than the end of text are not used by anyone."""
-    fixed = {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "attention_dropout": 0.0}
-    return {**fixed, "bos_token_id": 0, "pad_token_id": 1, **in_file(clip.config, keys.CLIP_SETTINGS)}
-
-
-def scheduler_config(shift: flow.Shift) -> dict:
-    """scheduler/scheduler_config.json."""
-    return {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "use_dynamic_shifting": True,
-        "shift": 3.0,
-        **in_file(shift, keys.SHIFT_SETTINGS),
-    }

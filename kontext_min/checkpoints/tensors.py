@@ -104,31 +104,27 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     then: Callable[[nn.Module, str], None] = lambda module, name: None,
-):
+) -> nn.Module:
     """Give a module built on `meta` its parameters, one tensor at a time, all names and shapes checked beforehand.
 
     table: our name -> where it comes from; then(module, our name) is called after each tensor, to change its form.
-    Raises ValueError on missing, unexpected or mis-shaped tensors.
+    -> the module, frozen and in eval mode. Raises ValueError on missing, unexpected or mis-shaped tensors.
     """
-    wanted = {name for source in table.values() for name in source.names}
-    refuse(tensors.title, "tensors missing", wanted - tensors.names())
-    refuse(tensors.title, "unexpected tensors", tensors.names() - wanted)
     parameters = dict(module.named_parameters())
     assert parameters.keys() == table.keys(), parameters.keys() ^ table.keys()
-    refuse(tensors.title, "tensors of the wrong shape", _misshaped(parameters, tensors, table))
+    expected = {}
+    for ours, source in table.items():
+        parts = source.disassemble(parameters[ours].to("meta"))
+        expected |= {name: tuple(part.shape) for name, part in parts.items()}
+    refuse(tensors.title, "tensors missing", expected.keys() - tensors.names())
+    refuse(tensors.title, "unexpected tensors", tensors.names() - expected.keys())
+    found = {name: tensors.shape(name) for name in expected}
+    wrong = [f"{n} is {list(found[n])}, expected {list(expected[n])}" for n in expected if found[n] != expected[n]]
+    refuse(tensors.title, "tensors of the wrong shape", wrong)
     for ours, source in table.items():
         tensor = source.assemble([tensors.read(name) for name in source.names])
         tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()  # a copy: never a view of the file
         owner, _, leaf = ours.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         then(module, ours)
-
-
-def _misshaped(parameters: Mapping[str, Tensor], tensors: Tensors, table: Mapping[str, Source]) -> list[str]:
-    bad = []
-    for ours, source in table.items():
-        expected = source.disassemble(parameters[ours].to("meta"))
-        for name, part in expected.items():
-            if tensors.shape(name) != tuple(part.shape):
-                bad.append(f"{name} is {list(tensors.shape(name))}, expected {list(part.shape)}")
-    return bad
+    return module.eval()

@@ -8,10 +8,7 @@ from PIL import Image
 
 LOOKED_AT = 512  # pixels of the longer side that a shift is measured on
 SMOOTHING = 0.12  # cycles per pixel: finer detail counts less, so that blurred and noisy pictures can be measured
-PEAK, LEAD = (
-    20,
-    2,
-)  # a sure peak is 20 times the rest's root mean square and twice the next one: measured, see the tests
+PEAK, LEAD = 20, 2  # of a sure peak, times the rest's root mean square and the next one: measured, see the tests
 MISALIGNED = 1.5  # pixels
 
 

@@ -59,15 +59,12 @@ class Geometry:
     def bucket(self, size: Size) -> Size:
         """The training size of a picture."""
         edge = (self.resolution * 1e6) ** 0.5 if self.unit == "area" else self.resolution
-        if self.square:
-            return Size(self._rounded(edge), self._rounded(edge))
         aspect = round(size.width / size.height, 2) or 0.01
+        if self.square:
+            return rounded(edge, edge, self.step)
         if self.unit == "pixel":
-            return Size(self._rounded(edge * max(1, aspect)), self._rounded(edge / min(1, aspect)))
+            return rounded(edge * max(1, aspect), edge / min(1, aspect), self.step)
         return bucket_size(aspect, edge, self.step)
-
-    def _rounded(self, side: float) -> int:
-        return max(self.step, round(side / self.step) * self.step)
 
     def transform(self, size: Size, draw: tuple[float, float]) -> "Transform":
         """The one transform of a picture and its strict references. draw: two numbers in [0, 1) for style random."""
@@ -114,10 +111,13 @@ def extent(size: Size, unit: str) -> float:
 
 def bucket_size(aspect: float, edge: float, step: int) -> Size:
     """The size of about edge^2 pixels nearest to an aspect, both sides multiples of `step`."""
-    edge = max(step, round(edge / step) * step)
-    width = max(step, round(edge * aspect**0.5 / step) * step)
-    height = max(step, round(edge / aspect**0.5 / step) * step)
-    return Size(width, height)
+    edge = rounded(edge, edge, step).width
+    return rounded(edge * aspect**0.5, edge / aspect**0.5, step)
+
+
+def rounded(width: float, height: float, step: int) -> Size:
+    """Both sides rounded to multiples of `step`, at least one."""
+    return Size(*(max(step, round(side / step) * step) for side in (width, height)))
 
 
 def same_aspect(a: Size, b: Size) -> bool:

@@ -67,16 +67,15 @@ class Cache:
 
     def whole(self, key: str) -> bool:
         """Whether an entry is there and undamaged; a damaged one is removed, with a line, so that it is made anew."""
-        path = self.path(key)
-        if not path.is_file():
-            return False
         try:
             self.get(key)
+            return True
+        except FileNotFoundError:
+            pass
         except ValueError:
-            print(f"{path} is damaged; it is made anew")
-            path.unlink()
-            return False
-        return True
+            print(f"{self.path(key)} is damaged; it is made anew")
+            self.path(key).unlink()
+        return False
 
     def get(self, key: str) -> dict[str, Tensor]:
         """An entry. FileNotFoundError or ValueError when it is gone or damaged, with the remedy."""

@@ -2,303 +2,248 @@
 
 Works on the picture at training size, after crop and resize, so every pixel below is a pixel that the model sees.
 Whatever is random comes from the generator that is passed in: the same generator gives the same bytes in any process.
-Names and defaults of `superresolution` and `jpeg_artifacts` are SimpleTuner's (its parameters, none of its code).
+Every generator is a list of steps. Names and defaults of `superresolution` and `jpeg_artifacts` are SimpleTuner's.
 """
 
 import difflib
-import inspect
 import io
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageFilter
 from PIL.Image import Image as Picture
 
-BILINEAR = Image.Resampling.BILINEAR
-GRID = 8  # JPEG's blocks are 8x8 pixels
+Parameters = SimpleNamespace  # all that DEFAULTS names for one step or generator
 
+GRID = 8  # JPEG's blocks are 8x8 pixels
 BLURS = {  # blur_type -> filters in order, each with its share of blur_radius
     "gaussian": [(ImageFilter.GaussianBlur, 1.0)],
     "box": [(ImageFilter.BoxBlur, 1.0)],
     "both": [(ImageFilter.BoxBlur, 0.7), (ImageFilter.GaussianBlur, 0.7)],
 }
-SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
-QUALITY_MODES = ("fixed", "range", "random")
+DEFAULTS = {  # step or generator -> its parameters
+    "blur": {"blur_type": "gaussian", "blur_radius": 2.0},
+    "noise": {"noise_level": 0.02},
+    "block_noise": {"noise_level": 0.02},
+    "downscale": {"downscale_factor": 2.0},
+    "jpeg": {
+        "quality": 25, "quality_range": None, "quality_list": None, "quality_decay": 1.0, "subsampling": None,
+        "shift": False,
+    },
+    "superresolution": {
+        "downscale_factor": None, "blur_type": "gaussian", "blur_radius": 2.0, "add_noise": True, "noise_level": 0.02,
+        "jpeg_quality": None,
+    },
+    "jpeg_artifacts": {
+        "quality_mode": "fixed", "quality": 25, "quality_range": (10, 50), "quality_list": (10, 20, 30, 40),
+        "compression_rounds": 1, "round_quality_decay": 0.9, "subsampling": None,
+        "pre_blur": False, "pre_blur_radius": 0.5, "add_noise": False, "noise_level": 0.01,
+        "enhance_blocks": False, "block_noise_level": 0.02,
+        "optimize": False, "progressive": False,  # they change a file, but not its pixels
+    },
+    "chain": {"steps": ()},
+}  # fmt: skip
 
 
-# Steps: image, rng and their parameters -> a new image of the same size. The input is never changed.
+# Steps: a picture -> a new one of the same size
 
 
-def blur(image: Picture, rng: np.random.Generator, *, blur_type="gaussian", blur_radius=2.0) -> Picture:
+def blur(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
     """Blur by a radius in pixels, a Gaussian's deviation or a box's reach; both: box, then Gaussian, 0.7 of it each."""
-    for kind, share in BLURS[blur_type]:
-        image = image.filter(kind(share * blur_radius))
+    for kind, share in BLURS[p.blur_type]:
+        image = image.filter(kind(share * p.blur_radius))
     return image
 
 
-def noise(image: Picture, rng: np.random.Generator, *, noise_level=0.02) -> Picture:
+def noise(image: Picture, rng: np.random.Generator, p: Parameters, where: np.ndarray | bool = True) -> Picture:
     """Add normal noise to every channel on its own; the level, 0 to 1, is the deviation as a share of full brightness.
 
     Rounded to the nearest, so the mean stays, save where black or white cuts it.
     """
-    return add_normal(image, rng, noise_level, np.ones((1, 1), dtype=bool))
-
-
-def add_normal(image: Picture, rng: np.random.Generator, level: float, where: np.ndarray) -> Picture:
-    """Normal noise where a mask (height, width), or one that spreads to it, is true."""
     values = np.asarray(image, dtype=np.float32)  # (height, width, 3)
-    added = rng.standard_normal(values.shape, dtype=np.float32) * np.float32(255 * level)
-    return Image.fromarray(np.rint(values + added * where[..., None]).clip(0, 255).astype(np.uint8))
+    added = rng.standard_normal(values.shape, dtype=np.float32) * np.float32(255 * p.noise_level)
+    return Image.fromarray(np.rint(values + added * where).clip(0, 255).astype(np.uint8))
 
 
-def downscale(image: Picture, rng: np.random.Generator, *, downscale_factor: float) -> Picture:
+def block_noise(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
+    """Noise on the first row and column of every block."""
+    rows, columns = np.ogrid[: image.height, : image.width]
+    return noise(image, rng, p, ((rows % GRID == 0) | (columns % GRID == 0))[..., None])
+
+
+def downscale(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
     """Shrink by a factor of at least 1, sides floored to whole pixels, and enlarge again; both bilinear."""
-    small = [max(1, int(side / downscale_factor)) for side in image.size]
-    return image.resize(small, BILINEAR).resize(image.size, BILINEAR)
+    small = [max(1, int(side / p.downscale_factor)) for side in image.size]
+    return image.resize(small, Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BILINEAR)
 
 
-def jpeg(
-    image: Picture, rng: np.random.Generator, *, quality=25, quality_range=None, subsampling=None, shift=False
-) -> Picture:
-    """Compress once at a quality of 1 to 100, or at one drawn from `quality_range`, both ends included.
+def jpeg(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
+    """Compress once, at `quality` or at one drawn from a range (both ends included) or a list, times the decay.
 
     `shift` moves the grid of blocks right and down: by 0 to 7 pixels, or true for 1 to 7 drawn for each direction.
     A second compression at the same quality changes little, unless its grid is another one.
     """
-    if quality_range is not None:
-        quality = rng.integers(*quality_range, endpoint=True)
-    across, down = rng.integers(1, GRID, size=2) if shift is True else (int(shift), int(shift))
-    padded = np.pad(np.asarray(image), ((down, 0), (across, 0), (0, 0)), mode="edge")
-    encoded = compress(Image.fromarray(padded), quality, subsampling)
-    return encoded.crop((across, down, across + image.width, down + image.height))
+    quality = p.quality
+    if p.quality_range is not None:
+        quality = rng.integers(*p.quality_range, endpoint=True)
+    elif p.quality_list is not None:
+        quality = rng.choice(p.quality_list)
+    across, down = rng.integers(1, GRID, size=2) if p.shift is True else (int(p.shift), int(p.shift))
+    padded = Image.fromarray(np.pad(np.asarray(image), ((down, 0), (across, 0), (0, 0)), mode="edge"))
+    subsampling = p.subsampling or -1  # the encoder's own, 4:2:0
+    padded.save(buffer := io.BytesIO(), "JPEG", quality=max(1, int(quality * p.quality_decay)), subsampling=subsampling)
+    return Image.open(buffer).convert("RGB").crop((across, down, across + image.width, down + image.height))
 
 
-def compress(image: Picture, quality: int, subsampling: str | None) -> Picture:
-    """Through JPEG and back; None is the encoder's own subsampling, 4:2:0."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=int(quality), subsampling=-1 if subsampling is None else subsampling)
-    return Image.open(buffer).convert("RGB")
+# Generators: their parameters -> the steps they are made of; what is off is None or False
 
 
-# Generators
-
-
-def superresolution(  # noqa: PLR0913 (the parameters are the file format)
-    image: Picture,
-    rng: np.random.Generator,
-    *,
-    downscale_factor: float | None = None,
-    blur_type="gaussian",
-    blur_radius=2.0,
-    add_noise=True,
-    noise_level=0.02,
-    jpeg_quality: int | None = None,
-) -> Picture:
-    """Downscale, blur, noise, JPEG, in this order; None leaves a step out. Units as in the steps above."""
-    if downscale_factor is not None:
-        image = downscale(image, rng, downscale_factor=downscale_factor)
-    image = blur(image, rng, blur_type=blur_type, blur_radius=blur_radius)
-    if add_noise:
-        image = noise(image, rng, noise_level=noise_level)
-    return image if jpeg_quality is None else compress(image, jpeg_quality, None)
-
-
-def jpeg_artifacts(  # noqa: PLR0913 (the parameters are the file format)
-    image: Picture,
-    rng: np.random.Generator,
-    *,
-    quality_mode="fixed",
-    quality=25,
-    quality_range=(10, 50),
-    quality_list=(10, 20, 30, 40),
-    compression_rounds=1,
-    round_quality_decay=0.9,
-    subsampling: str | None = None,
-    optimize=False,
-    progressive=False,
-    pre_blur=False,
-    pre_blur_radius=0.5,
-    add_noise=False,
-    noise_level=0.01,
-    enhance_blocks=False,
-    block_noise_level=0.02,
-) -> Picture:
-    """Blur, noise, compression rounds, noise on the first row and column of every block, in this order.
-
-    Every round takes a quality, by `quality_mode`: fixed (`quality`), range (drawn from it, both ends included) or
-    random (drawn from the list), times decay^round, floored. `optimize` and `progressive` change a JPEG file but not
-    its pixels, so they are accepted and have nothing to do.
-    """
-    draw = {
-        "fixed": lambda: quality,
-        "range": lambda: rng.integers(*quality_range, endpoint=True),
-        "random": lambda: rng.choice(quality_list),
-    }[quality_mode]
-    if pre_blur:
-        image = blur(image, rng, blur_radius=pre_blur_radius)
-    if add_noise:
-        image = noise(image, rng, noise_level=noise_level)
-    for i in range(compression_rounds):
-        image = compress(image, max(1, int(draw() * round_quality_decay**i)), subsampling)
-    if enhance_blocks:
-        rows, columns = np.ogrid[: image.height, : image.width]
-        image = add_normal(image, rng, block_noise_level, (rows % GRID == 0) | (columns % GRID == 0))
-    return image
-
-
-def chain(image: Picture, rng: np.random.Generator, *, steps: Sequence[Mapping]) -> Picture:
-    """Any of STEPS, one after another: [{"type": "blur", "blur_radius": 1}, {"type": "jpeg", "shift": true}, …]."""
-    for step in steps:
-        image = STEPS[step["type"]](image, rng, **without_type(step))
-    return image
-
-
-def without_type(step: Mapping) -> dict:
-    """The parameters of a step."""
-    return {key: value for key, value in step.items() if key != "type"}
-
-
-GENERATORS: dict[str, Callable[..., Picture]] = {
-    "superresolution": superresolution,
-    "jpeg_artifacts": jpeg_artifacts,
-    "chain": chain,
-}
-ALIASES = {
-    "super_resolution": "superresolution",
-    "lowres": "superresolution",
-    "jpeg": "jpeg_artifacts",
-    "compression": "jpeg_artifacts",
-}
-STEPS: dict[str, Callable[..., Picture]] = {  # of a chain; `jpeg` is one compression here
-    "blur": blur,
-    "noise": noise,
-    "downscale": downscale,
-    "jpeg": jpeg,
-    "superresolution": superresolution,
-    "jpeg_artifacts": jpeg_artifacts,
-}
-REFUSED = {  # SimpleTuner's other types, with their aliases -> why not
-    name: reason
-    for names, reason in [
-        ("random_masks masks inpainting", "Kontext takes a picture to edit, not a mask"),
-        ("canny edges", "finding edges needs OpenCV"),
-        ("depth depth_map depth_midas", "it needs a depth network"),
-        ("segmentation semantic_segmentation", "it needs a segmentation network"),
-        ("optical_flow flow", "a still picture has no motion"),
-        ("sdr sdr_downsample logc3_sdr hdr_to_sdr", "it is for pictures of high dynamic range, and these have 8 bits"),
-        ("i2v_first_frame wan_i2v_first_frame", "it takes the first frame of a video, and these are stills"),
+def superresolution(p: Parameters) -> list:
+    """Downscale, blur, noise, JPEG."""
+    return [
+        p.downscale_factor and {"type": "downscale", "downscale_factor": p.downscale_factor},
+        {"type": "blur", "blur_type": p.blur_type, "blur_radius": p.blur_radius},
+        p.add_noise and {"type": "noise", "noise_level": p.noise_level},
+        p.jpeg_quality and {"type": "jpeg", "quality": p.jpeg_quality},
     ]
-    for name in names.split()
-}
+
+
+def jpeg_artifacts(p: Parameters) -> list:
+    """Blur, noise, rounds of JPEG, each with a quality of its own by `quality_mode`, noise on the edges of blocks."""
+    key = {"fixed": "quality", "range": "quality_range", "random": "quality_list"}[p.quality_mode]
+    once = {"type": "jpeg", key: getattr(p, key), "subsampling": p.subsampling}
+    return [
+        p.pre_blur and {"type": "blur", "blur_radius": p.pre_blur_radius},
+        p.add_noise and {"type": "noise", "noise_level": p.noise_level},
+        *({**once, "quality_decay": p.round_quality_decay**i} for i in range(p.compression_rounds)),
+        p.enhance_blocks and {"type": "block_noise", "noise_level": p.block_noise_level},
+    ]
+
+
+def chain(p: Parameters) -> list:
+    """Steps and other generators as they are given: [{"type": "blur", "blur_radius": 1}, {"type": "jpeg"}, …]."""
+    return p.steps
+
+
+STEPS = {"blur": blur, "noise": noise, "block_noise": block_noise, "downscale": downscale, "jpeg": jpeg}
+GENERATORS = {"superresolution": superresolution, "jpeg_artifacts": jpeg_artifacts, "chain": chain}
+ALIASES = {  # of generators
+    "super_resolution": "superresolution", "lowres": "superresolution",
+    "jpeg": "jpeg_artifacts", "compression": "jpeg_artifacts",
+}  # fmt: skip
 
 
 def degrade(image: Picture, name: str, parameters: Mapping, rng: np.random.Generator) -> Picture:
     """An RGB picture through the generator of that name or alias. Raises ValueError as `check` does."""
     assert image.mode == "RGB", image.mode
     check(name, parameters)
-    return GENERATORS[ALIASES.get(name, name)](image, rng, **parameters)
+    return run(image, rng, {**parameters, "type": ALIASES.get(name, name)})
+
+
+def run(image: Picture, rng: np.random.Generator, step: Mapping) -> Picture:
+    """A picture through a step, or through those of a generator."""
+    kind = step["type"]
+    p = Parameters(**{**DEFAULTS[kind], **step})
+    if kind in STEPS:
+        return STEPS[kind](image, rng, p)
+    for part in filter(None, GENERATORS[kind](p)):
+        image = run(image, rng, part)
+    return image
 
 
 # Checks
 
 
-def number(low: float, high=sys.float_info.max, *, whole=False) -> Callable[[object], bool]:
+def number(low: float, high=sys.float_info.max, kinds=(int, float)) -> Callable[[object], bool]:
     """A test for a finite number from low to high."""
-    kinds = int if whole else int | float
     return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and low <= v <= high
 
 
-def several(test: Callable[[object], bool], value: object) -> bool:
-    """A list of at least one, all of which pass."""
-    return isinstance(value, list | tuple) and len(value) > 0 and all(map(test, value))
+def several(test: Callable[[object], bool]) -> Callable[[object], bool]:
+    """A test for a list of at least one, all of which pass."""
+    return lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(test, v))
+
+
+def one_of(*words: str) -> tuple[Callable[[object], bool], str]:
+    """The rule of a choice."""
+    return (lambda v: v in words), f"one of {', '.join(words)}"
 
 
 RADIUS = number(0), "a number of at least 0, in pixels"
 LEVEL = number(0, 1), "a number from 0 to 1, a share of full brightness"
-QUALITY = number(1, 100, whole=True), "a whole number from 1 to 100"
-RULES: dict[str, tuple[Callable[[object], bool], str]] = {  # parameter -> test, and what passes it in words
+DECAY = number(sys.float_info.min, 1), "a number above 0, at most 1"
+QUALITY = number(1, 100, int), "a whole number from 1 to 100"
+SWITCH = (lambda v: isinstance(v, bool)), "true or false"
+RULES = {  # parameter -> test, and what passes it in words; all others are switches
     "downscale_factor":    (number(1), "a number of at least 1"),
+    "blur_type":           one_of(*BLURS),
     "blur_radius":         RADIUS,
     "pre_blur_radius":     RADIUS,
     "noise_level":         LEVEL,
     "block_noise_level":   LEVEL,
+    "quality_mode":        one_of("fixed", "range", "random"),
     "quality":             QUALITY,
     "jpeg_quality":        QUALITY,
-    "quality_range":       (lambda v: several(QUALITY[0], v) and len(v) == 2 and v[0] <= v[1],
+    "quality_range":       (lambda v: several(QUALITY[0])(v) and len(v) == 2 and v[0] <= v[1],
                             "[lowest, highest], two whole numbers from 1 to 100"),
-    "quality_list":        (lambda v: several(QUALITY[0], v), "a list of whole numbers from 1 to 100"),
-    "compression_rounds":  (number(1, whole=True), "a whole number of at least 1"),
-    "round_quality_decay": (lambda v: LEVEL[0](v) and v > 0, "a number above 0, at most 1"),
-    "shift":               (lambda v: isinstance(v, bool) or number(0, GRID - 1, whole=True)(v),
+    "quality_list":        (several(QUALITY[0]), "a list of whole numbers from 1 to 100"),
+    "compression_rounds":  (number(1, kinds=int), "a whole number of at least 1"),
+    "round_quality_decay": DECAY,
+    "quality_decay":       DECAY,
+    "subsampling":         one_of("4:4:4", "4:2:2", "4:2:0"),
+    "shift":               (lambda v: isinstance(v, bool) or number(0, GRID - 1, int)(v),
                             "true, false or a whole number from 0 to 7, in pixels"),
-    "steps":               (lambda v: several(lambda step: isinstance(step, Mapping), v),
+    "steps":               (several(lambda v: isinstance(v, Mapping)),
                             'a list of at least one step such as {"type": "blur"}'),
 }  # fmt: skip
-SWITCH = (lambda v: isinstance(v, bool)), "true or false"  # the rule of every other parameter
-CHOICES = {"blur_type": BLURS, "quality_mode": QUALITY_MODES, "subsampling": SUBSAMPLINGS}
-SWITCHED_BY = {  # of jpeg_artifacts: by default the second leaves the first without effect
-    "quality_range": "quality_mode",
-    "quality_list": "quality_mode",
-    "pre_blur_radius": "pre_blur",
-    "noise_level": "add_noise",
-    "block_noise_level": "enhance_blocks",
+SWITCHED_BY = {  # of jpeg_artifacts: without the second, the first has no effect
+    "quality_range": "quality_mode", "quality_list": "quality_mode", "pre_blur_radius": "pre_blur",
+    "noise_level": "add_noise", "block_noise_level": "enhance_blocks",
+}  # fmt: skip
+REFUSED = {  # SimpleTuner's other types, with their aliases -> why not
+    "random_masks masks inpainting": "Kontext takes a picture to edit, not a mask",
+    "canny edges": "finding edges needs OpenCV",
+    "depth depth_map depth_midas": "it needs a depth network",
+    "segmentation semantic_segmentation": "it needs a segmentation network",
+    "optical_flow flow": "a still picture has no motion",
+    "sdr sdr_downsample logc3_sdr hdr_to_sdr": "it is for pictures of high dynamic range, and these have 8 bits",
+    "i2v_first_frame wan_i2v_first_frame": "it takes the first frame of a video, and these are stills",
 }
 
 
-def check(name: str, parameters: Mapping) -> None:
+def check(name: str, parameters: Mapping):
     """Whether `degrade` would take these. Raises ValueError: what was given, and what is allowed."""
-    if isinstance(name, str) and name in REFUSED:
-        raise ValueError(
-            f"type {name!r} is not generated here: {REFUSED[name]}; make those pictures yourself and name their dataset"
-            " in conditioning_data"
-        )
-    check_choice("type", name, [*GENERATORS, *ALIASES])
-    function = GENERATORS[ALIASES.get(name, name)]
-    check_parameters(name, function, parameters)
-    if function is not chain:
-        return
-    for i, step in enumerate(parameters["steps"], 1):
-        check_choice(f"step {i} of {name}: type", step.get("type"), STEPS)
-        check_parameters(f"step {i} of {name}, {step['type']}", STEPS[step["type"]], without_type(step))
+    for names, why in REFUSED.items():
+        if name in names.split():
+            remedy = "make those pictures yourself and name their dataset in conditioning_data"
+            raise ValueError(f"type {name!r} is not generated here: {why}; {remedy}")
+    if name not in (*GENERATORS, *ALIASES):
+        raise ValueError(f"type is {name!r}; {known(name, (*GENERATORS, *ALIASES))}")
+    check_parameters(name, ALIASES.get(name, name), parameters)
 
 
-def check_parameters(where: str, function: Callable, parameters: Mapping):
-    """Every parameter is known, allowed and used, and none that is needed is missing."""
-    known = {key: p for key, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    for key, value in parameters.items():
-        if key not in known:
-            raise ValueError(f"{where} has no parameter {key!r}; {nearest(key, known)}")
-        if value is None and known[key].default is None:
-            continue
-        if key in CHOICES:
-            check_choice(f"{where}: {key}", value, CHOICES[key])
-            continue
+def check_parameters(where: str, kind: str, given: Mapping):
+    """Every parameter of a step or generator is known and allowed, and so are those of a chain's steps."""
+    defaults = DEFAULTS[kind]
+    for key, value in {**defaults, **given}.items():
+        if key not in defaults:
+            raise ValueError(f"{where} has no parameter {key!r}; {known(key, defaults)}")
         test, allowed = RULES.get(key, SWITCH)
-        if not test(value):
+        if not test(value) and not (value is None and defaults[key] is None):
             raise ValueError(f"{where}: {key} is {value!r}; it should be {allowed}")
-    for key, parameter in known.items():
-        if parameter.default is parameter.empty and key not in parameters:
-            raise ValueError(f"{where} needs {key}: {RULES[key][1]}")
-    check_used(where, function, parameters)
+        if kind == "jpeg_artifacts" and key in given and SWITCHED_BY.get(key, key) not in given:
+            raise ValueError(f"{where}: {key} does nothing unless {SWITCHED_BY[key]} is given too")
+    for i, step in enumerate(given.get("steps", ()), 1):
+        rest = dict(step)
+        kind = rest.pop("type", None)
+        if kind not in tuple(DEFAULTS):
+            raise ValueError(f"step {i} of {where}: type is {kind!r}; {known(kind, DEFAULTS)}")
+        check_parameters(f"step {i} of {where}, {kind}", kind, rest)
 
 
-def check_used(where: str, function: Callable, parameters: Mapping):
-    """No parameter is given that another one makes useless."""
-    if function is jpeg and "quality" in parameters and parameters.get("quality_range") is not None:
-        raise ValueError(f"{where}: give quality or quality_range, not both")
-    for key, switch in SWITCHED_BY.items() if function is jpeg_artifacts else ():
-        if key in parameters and switch not in parameters:
-            raise ValueError(f"{where}: {key} does nothing unless {switch} is given too")
-
-
-def check_choice(what: str, value: object, allowed: Collection[str]):
-    """One of some names."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{what} is {value!r}; {nearest(value, allowed)}")
-
-
-def nearest(given: object, known: Collection[str]) -> str:
+def known(given: object, names: Collection[str]) -> str:
     """All that could have been meant, and what perhaps was."""
-    near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.6)
-    return f"known are {', '.join(known)}" + "".join(f"; did you mean {name}?" for name in near)
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
+    return f"known are {', '.join(names)}" + "".join(f"; did you mean {name}?" for name in near)

@@ -89,18 +89,12 @@ class View:
         return digest(*content) if how is None else digest(*content, how.name, repr(how.parameters), repr(how.seed))
 
     def open(self) -> Image.Image:
-        """RGB, of the view's size."""
-        if self.degradation is None:
-            return self.transform(self.picture.open())
-        file = self.file()
-        if file is not None and file.is_file():
+        """RGB, of the view's size; a degradation, unless it is kept, is made now, seeded by name and epoch."""
+        how, file = self.degradation, self.file()
+        if file and file.is_file():
             return Image.open(file).convert("RGB")
-        return self.degraded()
-
-    def degraded(self, clean: Image.Image | None = None) -> Image.Image:
-        """The degradation at training size, seeded by name and epoch. clean: the picture at that size, if at hand."""
-        how, clean = self.degradation, clean or self.transform(self.picture.open())
-        return degrade(clean, how.name, how.parameters, draw(*how.seed, self.epoch))
+        image = self.transform(self.picture.open())
+        return degrade(image, how.name, how.parameters, draw(*how.seed, self.epoch)) if how else image
 
     def file(self) -> Path | None:
         """Where a kept degradation lies; its name changes with source and parameters."""
@@ -109,13 +103,11 @@ class View:
         return self.degradation.folder / f"{self.picture.path.stem}-{self.key()[:12]}.png"
 
     def make(self):
-        """Write the degraded picture, whole or not at all, unless it is there."""
+        """Write the degraded picture that is to be kept, whole or not at all."""
         file = self.file()
-        if file is None or file.is_file():
-            return
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        self.degraded().save(temporary, "PNG")
+        self.open().save(temporary, "PNG")
         temporary.replace(file)
 
 
@@ -185,13 +177,11 @@ def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) 
     """
     r = draw("use", mix.seed, example.set_id, example.name, epoch, repeat)
     picked, caption_draw, no_caption, no_reference, masked = r.random(5)
-    references, captions = example.references, example.captions
-    if len(references) > 1 and mix.several == "random":
+    references, own = example.references, example.reference_captions
+    if mix.several == "random":
         choice = int(picked * len(references))
-        references, own = (references[choice],), example.reference_captions[choice]
-        captions = own or captions
-    elif len(references) == 1:
-        captions = example.reference_captions[0] or captions
+        references, own = references[choice : choice + 1], own[choice : choice + 1]
+    captions = (own[0] if len(own) == 1 else ()) or example.captions
     caption = captions[int(caption_draw * len(captions))] if no_caption >= mix.caption_dropout else ""
     if no_reference < mix.reference_dropout:
         references = ()
@@ -223,8 +213,10 @@ class Examples:
 
     def __post_init__(self):
         self.vae_id = self.weights_of("vae")
-        parts = [self.weights_of(part) for part in ("text_encoder", "text_encoder_2")]
-        self.text_id = digest(*parts, *tokenizer_files(self.checkpoint.folder), str(self.dtype))
+        encoders = [self.weights_of(part) for part in ("text_encoder", "text_encoder_2")]
+        folders = [self.checkpoint.folder / part for part in ("tokenizer", "tokenizer_2")]
+        tokenizers = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.*"))]
+        self.text_id = digest(*encoders, *tokenizers, str(self.dtype))
         self.keys = {view: self._latent_key(view) for e in self.examples for view in e.views() if not view.fleeting}
 
     def weights_of(self, part: str) -> str:
@@ -244,9 +236,8 @@ class Examples:
 
     def captions(self) -> list[str]:
         """Every caption that may be shown, once."""
-        kept = {c: None for e in self.examples for group in (e.captions, *e.reference_captions) for c in group}
-        kept |= dict.fromkeys(self.prompts)
-        return [*kept, ""] if self.mix.caption_dropout else list(kept)
+        shown = [c for e in self.examples for group in (e.captions, *e.reference_captions) for c in group]
+        return list(dict.fromkeys([*shown, *self.prompts, *([""] if self.mix.caption_dropout else [])]))
 
     def fingerprint(self) -> str:
         """The data's content: every picture, every caption, how often and how mixed; places do not count."""
@@ -267,12 +258,8 @@ class Examples:
                 self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
             del encode
             free(device)
-        views = {}
-        for example in self.examples:
-            cache = Cache(example.cache_dir)
-            views |= {
-                self.keys[v]: (cache, v) for v in example.views() if not v.fleeting and not cache.whole(self.keys[v])
-            }
+        places = [(self.keys[v], Cache(e.cache_dir), v) for e in self.examples for v in e.views() if not v.fleeting]
+        views = {key: (cache, view) for key, cache, view in places if not cache.whole(key)}
         if views:
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
             for key, (cache, view) in tqdm(views.items(), desc="encoding pictures", unit=" pictures"):
@@ -286,11 +273,9 @@ class Examples:
         together = (self, *others)
         texts = {part._text_key(caption) for part in together for caption in part.captions()}
         latents = {key for part in together for key in part.keys.values()}
-        removed = [self.texts.prune(texts)]
-        removed += [
-            Cache(folder).prune(latents) for folder in {e.cache_dir for part in together for e in part.examples}
-        ]
-        entries, size = (sum(column) for column in zip(*removed, strict=True))
+        folders = {example.cache_dir for part in together for example in part.examples}
+        removed = [self.texts.prune(texts), *(Cache(folder).prune(latents) for folder in folders)]
+        entries, size = map(sum, zip(*removed, strict=True))
         return f"removed {entries} unused entries, {size / 1e6:.1f} MB"
 
     # -------------------------------------------------------------------------------------------- reading
@@ -342,8 +327,7 @@ class Examples:
         groups = defaultdict(list)
         for i in r.permutation(len(uses)):
             groups[uses[i].shape].append(uses[i])
-        starts = [(group, i) for group in groups.values() for i in range(0, len(group), batch_size)]
-        batches = [group[i : i + batch_size] for group, i in starts]
+        batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
         return [batches[i] for i in r.permutation(len(batches))]
 
 
@@ -362,12 +346,6 @@ def encode_view(vae: VAE, view: View) -> Tensor:
     """Latents, or a mask's share of white. ValueError naming the file when there is a NaN or an infinity among them."""
     latents = mask_weights(view.open(), vae.config.factor) if view.mask else encode_image(vae, view.open())
     if not torch.isfinite(latents).all():
-        raise ValueError(
-            f"{view.picture.path}: its latents are not finite; the picture or the VAE's weights are broken"
-        )
+        what = "the picture or the VAE's weights are broken"
+        raise ValueError(f"{view.picture.path}: its latents are not finite; {what}")
     return latents
-
-
-def tokenizer_files(folder: Path) -> list[bytes]:
-    """The contents of both tokenizer folders, which shape the encoded text as weights do."""
-    return [path.read_bytes() for part in ("tokenizer", "tokenizer_2") for path in sorted((folder / part).glob("*.*"))]

@@ -52,15 +52,6 @@ class Picture:
 Pictures = dict[str, Picture]  # by relative path without extension
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a pairs file."""
-
-    target: Picture
-    references: tuple[Picture, ...]
-    captions: tuple[str, ...]
-
-
 def in_folder(folder: Path, problems: Problems) -> Pictures:
     """All pictures under a folder; hidden files are left out, names that only differ in extension are problems."""
     if not os.path.isdir(folder):  # False also where it cannot be looked at
@@ -85,23 +76,14 @@ def in_folder(folder: Path, problems: Problems) -> Pictures:
     return {name: Picture(paths[0]) for name, paths in found.items()}
 
 
-def check_readable(pictures: Pictures, problems: Problems) -> Pictures:
-    """The same pictures; those that cannot be decoded become problems. Every pixel is read: a header may lie."""
-    for picture in pictures.values():
+def check_readable(sets: list[Pictures], problems: Problems):
+    """Pictures that cannot be decoded become problems. Every pixel of every file is read: a header may lie."""
+    for picture in {picture.path: picture for pictures in sets for picture in pictures.values()}.values():
         try:
             picture.open()
             problems.remarks["pictures with an alpha channel are laid on white"] += picture.has_alpha()
         except (ValueError, FileNotFoundError) as error:
             problems.add("unreadable pictures", str(error))
-    return pictures
-
-
-def check_captions(folder: Path, pictures: Pictures, problems: Problems):
-    """Caption files that no picture stands beside."""
-    for path in sorted(folder.rglob("*.txt")) if folder.is_dir() else []:
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name not in pictures and path.name.lower() not in ("readme.txt", "license.txt"):
-            problems.add("captions without a picture", f"{path}{near_miss(name, pictures)}")
 
 
 def match(targets: Pictures, references: Pictures, title: str, problems: Problems):
@@ -122,59 +104,61 @@ def by_suffix(pictures: Pictures, suffix: str) -> tuple[Pictures, Pictures]:
 
 def side_by_side(pictures: Pictures, reference: str) -> tuple[Pictures, Pictures]:
     """Pictures holding both -> (targets, references). reference: the half, left or right, that is the reference."""
-    target = {"left": "right", "right": "left"}[reference]
-    return (
-        {name: Picture(picture.path, target) for name, picture in pictures.items()},
-        {name: Picture(picture.path, reference) for name, picture in pictures.items()},
+    target = "right" if reference == "left" else "left"
+    targets, references = (
+        {name: Picture(picture.path, half) for name, picture in pictures.items()} for half in (target, reference)
     )
+    return targets, references
 
 
-def from_file(file: Path, problems: Problems) -> dict[str, Row]:
-    """A JSONL or CSV file with target, reference or references, caption; paths are relative to the file's folder."""
-    rows: dict[str, Row] = {}
+def from_file(file: Path, problems: Problems) -> tuple[Pictures, dict[str, tuple[str, ...]], list[Pictures]]:
+    """A JSONL or CSV file with target, reference or references, caption -> targets, captions, first references, ….
+
+    Paths are relative to the file's folder.
+    """
+    targets, captions, rows = {}, {}, {}
     for number, record in records(file, problems):
         where = f"{file}, line {number}"
-        wrong = malformed(record)
-        if wrong:
-            problems.add("malformed lines", f"{where}: {wrong}")
+        try:
+            target, references, caption = fields(record)
+        except ValueError as error:
+            problems.add("malformed lines", f"{where}: {error}")
             continue
-        references = record.get("references") or record.get("reference") or []
-        references = [references] if isinstance(references, str) else references
-        if any(Path(path).is_absolute() or ".." in Path(path).parts for path in (record["target"], *references)):
+        if any(path.is_absolute() or ".." in path.parts for path in map(Path, (target, *references))):
             problems.add("paths that leave the folder", f"{where}: paths must be relative to {file.parent}, without ..")
             continue
-        name = Path(record["target"]).with_suffix("").as_posix()
-        if name in rows:
-            problems.add("names with several pictures", f"{where}: {record['target']} stands twice")
-        captions = tuple(line.strip() for line in (record.get("caption") or "").splitlines() if line.strip())
-        if not captions:
-            problems.add("pictures without a caption", f"{where}: {record['target']}")
-        pictures = tuple(Picture(file.parent / path) for path in references)
-        rows[name] = Row(Picture(file.parent / record["target"]), pictures, captions)
-    counts = {len(row.references) for row in rows.values()}
+        name = Path(target).with_suffix("").as_posix()
+        if name in targets:
+            problems.add("names with several pictures", f"{where}: {target} stands twice")
+        targets[name] = Picture(file.parent / target)
+        captions[name] = tuple(line.strip() for line in caption.splitlines() if line.strip())
+        rows[name] = [Picture(file.parent / path) for path in references]
+        if not captions[name]:
+            problems.add("pictures without a caption", f"{where}: {target}")
+    counts = sorted({len(row) for row in rows.values()})
     if len(counts) > 1:
-        problems.add("malformed lines", f"{file}: lines have {sorted(counts)} references; every line needs as many")
-    return rows
+        problems.add("malformed lines", f"{file}: lines have {counts} references; every line needs as many")
+    columns = [{name: row[i] for name, row in rows.items()} for i in range(min(counts, default=0))]
+    return targets, captions, columns
 
 
-KEYS = ("target", "reference", "references", "caption")  # of a line
-
-
-def malformed(record: dict) -> str:
-    """What is wrong with a line's keys and values, or nothing."""
-    unknown = [str(key) for key in record if key not in KEYS]
-    if unknown:
-        return f"unknown {', '.join(unknown)}; a line has {', '.join(KEYS)}"
-    if not isinstance(record.get("target"), str) or not record["target"]:
-        return "no target"
-    if record.get("reference") and record.get("references"):
-        return "both reference and references; give one of them"
-    references = record.get("references") or []
-    several = (
-        isinstance(references, str) or isinstance(references, list) and all(isinstance(r, str) for r in references)
-    )
-    one = all(isinstance(record.get(key) or "", str) for key in ("reference", "caption"))
-    return "" if one and several else "reference and caption should be texts, references a list of texts"
+def fields(record: dict) -> tuple[str, list[str], str]:
+    """(target, references, caption) of a line. ValueError says what is wrong with it."""
+    known = ("target", "reference", "references", "caption")
+    if None in record:
+        raise ValueError("more fields than line 1; quote a caption that holds a comma")
+    if unknown := [str(key) for key in record if key not in known]:
+        raise ValueError(f"unknown {', '.join(unknown)}; a line has {', '.join(known)}")
+    target, one, several, caption = (record.get(key) or "" for key in known)
+    if not target:
+        raise ValueError("no target")
+    if one and several:
+        raise ValueError("both reference and references; give one of them")
+    references = one or several or []
+    references = [references] if isinstance(references, str) else references
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in (target, *references, caption)):
+        raise ValueError("target, reference and caption should be texts, references a list of texts")
+    return target, references, caption
 
 
 def records(file: Path, problems: Problems) -> list[tuple[int, dict]]:
@@ -188,7 +172,8 @@ def records(file: Path, problems: Problems) -> list[tuple[int, dict]]:
         problems.add("malformed lines", f"{file} is not UTF-8")
         return []
     if file.suffix.lower() == ".csv":
-        return csv_records(file, text, problems)
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        return [(reader.line_num, {key: value for key, value in row.items() if value}) for row in reader]
     parsed = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
@@ -200,22 +185,3 @@ def records(file: Path, problems: Problems) -> list[tuple[int, dict]]:
             else:
                 parsed.append((number, record))
     return parsed
-
-
-def csv_records(file: Path, text: str, problems: Problems) -> list[tuple[int, dict]]:
-    """The lines of a CSV file, whose first names the columns."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = reader.fieldnames or []
-    if "target" not in columns or set(columns) - set(KEYS):
-        problems.add(
-            "malformed lines", f"{file}, line 1 names the columns {columns}; it needs target, and may have {KEYS[1:]}"
-        )
-        return []
-    rows = []
-    for row in reader:
-        if None in row:
-            hint = "quote a caption that holds a comma"
-            problems.add("malformed lines", f"{file}, line {reader.line_num} has more fields than line 1; {hint}")
-        else:
-            rows.append((reader.line_num, {key: value for key, value in row.items() if value}))
-    return rows

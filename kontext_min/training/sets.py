@@ -95,255 +95,241 @@ def hold_out(examples: list[Example], config: Config, problems: Problems) -> lis
     return sorted((e for e in examples if e.name in names[:count]), key=lambda e: names.index(e.name))
 
 
+@dataclass(frozen=True)
+class Found:
+    """A target set as it lies on disk: pictures and captions by name, reference sets, a set of masks among them."""
+
+    targets: Pictures
+    captions: dict[str, tuple[str, ...]]
+    sets: list[References]
+
+
 class Reader:
     """Reads all sets of one config; `problems` and `notes` grow as it goes."""
 
     def __init__(self, config: Config, step: int):
         self.config, self.step = config, step
         self.problems, self.notes = Problems(), []
-        self.entries = [entry for entry in config.datasets() if not entry.disabled]
+        self.wrong = self.problems.add
+        listed = config.datasets()
+        self.disabled = {entry.id for entry in listed if entry.disabled}
+        entries = [entry for entry in listed if not entry.disabled]
+        named = {name for entry in entries for name in entry.conditioning_data if name != entry.id}
+        self.entries = [as_references(entry) if entry.id in named else entry for entry in entries]
         self.by_id = {entry.id: entry for entry in self.entries}
-        self.named_ids = {name for entry in self.entries for name in entry.conditioning_data if name != entry.id}
-        twice = [name for name, count in Counter(entry.id for entry in self.entries).items() if count > 1]
-        for name in twice:
-            self.problems.add("ids that stand twice", name)
+        for name, count in Counter(entry.id for entry in entries).items():
+            if count > 1:
+                self.wrong("ids that stand twice", name)
         if not self.of("image"):
-            self.problems.add("missing sets", "no entry holds targets: give one instance_data_dir")
+            self.wrong("missing sets", "no entry holds targets: give one instance_data_dir")
         if len(self.of("text_embeds")) > 1:
-            self.problems.add("ids that stand twice", "there can only be one text_embeds entry")
-        self.check_use()
-
-    def of(self, role: str) -> list[Dataset]:
-        """The entries of a role. A set that another names as its references is one, whether it says so or not."""
-        named = [e.id for e in self.entries if e.role == "image" and e.id in self.named_ids and not e.conditioning_data]
-        return [e for e in self.entries if ("conditioning" if e.id in named else e.role) == role]
-
-    def check_use(self):
-        """Every reference set serves a target set, so that none is left out by a forgotten or mistyped id."""
-        named = self.named_ids
-        made = {generated_id(entry, generator) for entry in self.entries for generator in entry.conditioning}
+            self.wrong("ids that stand twice", "there can only be one text_embeds entry")
+        made = {generated_id(entry, generator) for entry in entries for generator in entry.conditioning}
         for entry in self.of("conditioning") if named <= self.by_id.keys() | made else []:  # else: said in `named`
             if entry.id not in named:
-                self.problems.add("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
+                self.wrong("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
+
+    def of(self, role: str) -> list[Dataset]:
+        """The entries of a role."""
+        return [entry for entry in self.entries if entry.role == role]
 
     # ------------------------------------------------------------------------------------------- finding
 
     def plan(self, entry: Dataset) -> list[Example]:
         """The examples of one target set; [] when something is wrong with it."""
         known = self.problems.count()
-        targets, captions, found = self.find(entry)
-        sets, masks = [s for s in found if not s.mask], [s for s in found if s.mask]
-        if len(masks) > 1:
-            self.problems.add(
-                "incomplete entries", f"{entry.id} names {len(masks)} sets of masks; one is all it can use"
-            )
-        self.check_captions(entry, sets)
+        found = self.find(entry)
+        self.check_captions(entry, found)
         geometry = self.geometry(entry)
         if self.problems.count() > known:
             return []
-        large, small = {}, []
-        for name, picture in sorted(targets.items()):
-            if entry.minimum_image_size and extent(picture.size(), entry.resolution_type) < entry.minimum_image_size:
-                small.append(name)
-            else:
-                large[name] = picture
-        if not large:
-            self.problems.add("sets without pictures", f"{entry.id}: all are below minimum_image_size")
-        examples = [self.example(entry, geometry, name, large[name], captions[name], sets) for name in large]
-        for references in masks:
-            examples = [self.masked(e, references.pictures[e.name]) for e in examples]
-            self.notes.append(f"{entry.id}: the loss counts where {references.id} is white")
-        self.notes += described(entry, examples, sets, small)
+        least, unit = entry.minimum_image_size, entry.resolution_type
+        small = [name for name in sorted(found.targets) if least and extent(found.targets[name].size(), unit) < least]
+        names = sorted(found.targets.keys() - small)
+        if not names:
+            self.wrong("sets without pictures", f"{entry.id}: all are below minimum_image_size")
+        examples = [self.example(entry, geometry, found, name) for name in names]
+        self.notes += described(entry, examples, found, small)
         return examples
 
-    def find(self, entry: Dataset) -> tuple[Pictures, dict[str, tuple[str, ...]], list[References]]:
+    def find(self, entry: Dataset) -> Found:
         """Targets, their captions, and complete reference sets."""
         if entry.strategy == "instanceprompt" and not all(map(str.strip, entry.instance_prompt or [""])):
-            self.problems.add(
-                "incomplete entries", f"{entry.id}: caption_strategy instanceprompt needs instance_prompt"
-            )
-        if (entry.instance_data_dir is None) == (entry.pairs_file is None):
-            self.problems.add("incomplete entries", f"{entry.id} needs instance_data_dir or pairs_file, one of them")
-            return {}, {}, []
+            self.wrong("incomplete entries", f"{entry.id}: caption_strategy instanceprompt needs instance_prompt")
         if sum(map(bool, (entry.side_by_side, entry.reference_suffix, entry.pairs_file))) > 1:
-            text = f"{entry.id}: side_by_side, reference_suffix and pairs_file exclude each other"
-            self.problems.add("incomplete entries", text)
-        if entry.pairs_file is not None:
-            targets, captions, sets = self.from_file(entry)
-        else:
-            targets, sets = self.from_folder(entry)
-            captions = {name: self.captions(entry, picture) for name, picture in targets.items()}
+            what = "side_by_side, reference_suffix and pairs_file exclude each other"
+            self.wrong("incomplete entries", f"{entry.id}: {what}")
+        if (entry.instance_data_dir is None) == (entry.pairs_file is None):
+            self.wrong("incomplete entries", f"{entry.id} needs instance_data_dir or pairs_file, one of them")
+            return Found({}, {}, [])
+        found = self.in_file(entry) if entry.pairs_file else self.in_folder(entry)
+        made = [generated_id(entry, generator) for generator in entry.conditioning]
         for name in entry.conditioning_data:
-            if name not in [generated_id(entry, generator) for generator in entry.conditioning]:
-                sets += self.named(entry, name)
-        counts = [f"{len(s.pictures)} references in {s.id}" for s in sets]
-        with_caption = sum(bool(texts) for texts in captions.values())
-        self.problems.facts.append(
-            f"{entry.id}: " + ", ".join([f"{len(targets)} targets", f"{with_caption} captions", *counts])
-        )
-        for references in sets:
-            pairs.match(targets, references.pictures, references.id, self.problems)
-        return targets, captions, sets + [self.generated(entry, g, targets) for g in entry.conditioning]
+            if name not in made and (references := self.named(entry, name)):
+                found.sets.append(references)
+        pairs.check_readable([found.targets, *(s.pictures for s in found.sets)], self.problems)
+        counts = [f"{len(found.targets)} targets", f"{sum(map(bool, found.captions.values()))} captions"]
+        counts += [f"{len(references.pictures)} references in {references.id}" for references in found.sets]
+        self.problems.facts.append(f"{entry.id}: {', '.join(counts)}")
+        for references in found.sets:
+            pairs.match(found.targets, references.pictures, references.id, self.problems)
+        found.sets.extend(self.generated(entry, generator, found.targets) for generator in entry.conditioning)
+        return found
 
-    def captions(self, entry: Dataset, picture: Picture) -> tuple[str, ...]:
-        """A picture's captions by its set's strategy."""
-        return captions_of(picture.path, entry.strategy, tuple(entry.instance_prompt), self.problems)
+    def captions(self, entry: Dataset, pictures: Pictures) -> dict[str, tuple[str, ...]]:
+        """The captions of a set's pictures by its strategy."""
+        how = (entry.strategy, tuple(entry.instance_prompt), self.problems)
+        return {name: captions_of(picture.path, *how) for name, picture in pictures.items()}
 
-    def from_folder(self, entry: Dataset) -> tuple[Pictures, list[References]]:
+    def in_folder(self, entry: Dataset) -> Found:
         """Targets of a folder, and the references that lie in the same folder, if the entry says so."""
-        pictures = pairs.in_folder(entry.instance_data_dir, self.problems)
-        if entry.strategy == "textfile":
-            pairs.check_captions(entry.instance_data_dir, pictures, self.problems)
+        pictures, sets = pairs.in_folder(entry.instance_data_dir, self.problems), []
         if entry.side_by_side:
-            targets, references = pairs.side_by_side(pictures, entry.side_by_side.removeprefix("reference_"))
-            pairs.check_readable(targets, self.problems)
-            return targets, [References(f"{entry.id} (other half)", references, {})]
-        pairs.check_readable(pictures, self.problems)
-        if entry.reference_suffix:
-            targets, references = pairs.by_suffix(pictures, entry.reference_suffix)
-            return targets, [References(f"{entry.id} (*{entry.reference_suffix})", references, {})]
-        return pictures, []
+            pictures, others = pairs.side_by_side(pictures, entry.side_by_side.removeprefix("reference_"))
+            sets = [References(f"{entry.id} (other half)", others, {})]
+        elif entry.reference_suffix:
+            pictures, others = pairs.by_suffix(pictures, entry.reference_suffix)
+            sets = [References(f"{entry.id} (*{entry.reference_suffix})", others, {})]
+        return Found(pictures, self.captions(entry, pictures), sets)
 
-    def from_file(self, entry: Dataset) -> tuple[Pictures, dict[str, tuple[str, ...]], list[References]]:
+    def in_file(self, entry: Dataset) -> Found:
         """Targets, captions and reference sets of a pairs file."""
-        rows = pairs.from_file(entry.pairs_file, self.problems)
-        targets = pairs.check_readable({name: row.target for name, row in rows.items()}, self.problems)
-        sets = []
-        for i in range(min((len(row.references) for row in rows.values()), default=0)):
-            column = {name: row.references[i] for name, row in rows.items()}
-            title = f"{entry.pairs_file.name}, reference {i + 1}"
-            sets.append(References(title, pairs.check_readable(column, self.problems), {}))
-        return targets, {name: row.captions for name, row in rows.items()}, sets
+        file = entry.pairs_file
+        targets, captions, columns = pairs.from_file(file, self.problems)
+        sets = [References(f"{file.name}, reference {i}", column, {}) for i, column in enumerate(columns, 1)]
+        return Found(targets, captions, sets)
 
-    def named(self, entry: Dataset, name: str) -> list[References]:
+    def named(self, entry: Dataset, name: str) -> References | None:
         """A reference set by its id."""
-        if name not in self.by_id:
-            off = name in [other.id for other in self.config.datasets() if other.disabled]
-            hint = "; it is disabled" if off else near_miss(name, self.by_id)
-            self.problems.add(
-                "unknown ids", f"{entry.id}: conditioning_data names {name}, which is no id in the list{hint}"
-            )
-            return []
-        source = self.by_id[name]
+        source = self.by_id.get(name)
+        if source is None:
+            hint = "; it is disabled" if name in self.disabled else near_miss(name, self.by_id)
+            self.wrong("unknown ids", f"{entry.id}: conditioning_data names {name}, which is no id in the list{hint}")
+            return None
         if name == entry.id or source.conditioning_data or source.role in ("eval", "text_embeds"):
-            what = "itself" if name == entry.id else f"{name}, which is no reference set: it has conditioning_data"
-            what = what if source.role not in ("eval", "text_embeds") else f"{name}, which is a set of {source.role}"
-            self.problems.add("circular references", f"{entry.id}: conditioning_data names {what}")
-            return []
+            why = "it has conditioning_data" if source.conditioning_data else f"it is a set of {source.role}"
+            what = "itself" if name == entry.id else f"{name}, which is no reference set: {why}"
+            self.wrong("circular references", f"{entry.id}: conditioning_data names {what}")
+            return None
         if source.instance_data_dir is None:
-            self.problems.add("incomplete entries", f"{name} needs an instance_data_dir")
-            return []
+            self.wrong("incomplete entries", f"{name} needs an instance_data_dir")
+            return None
         if source.instance_data_dir == entry.instance_data_dir:
-            text = f"{entry.id} and {name} are the same folder, {source.instance_data_dir}: that would teach copying"
-            self.problems.add("circular references", text)
-        pictures = pairs.check_readable(pairs.in_folder(source.instance_data_dir, self.problems), self.problems)
-        if source.role == "image" and "caption_strategy" not in source.model_fields_set:
-            source = source.model_copy(update={"conditioning_type": "reference_strict"})  # its captions are not needed
+            what = f"{entry.id} and {name} are the same folder, {source.instance_data_dir}"
+            self.wrong("circular references", f"{what}: that would teach copying")
+        pictures = pairs.in_folder(source.instance_data_dir, self.problems)
         if source.conditioning_type == "mask":
-            return [References(name, pictures, {}, mask=True)]
-        captions = {stem: self.captions(source, picture) for stem, picture in pictures.items()}
-        loose = source.conditioning_type == "reference_loose"
-        if "resolution" not in source.model_fields_set:  # as large as its targets unless it says otherwise
+            return References(name, pictures, {}, mask=True)
+        geometry = None
+        if source.conditioning_type == "reference_loose":  # as large as its targets unless it says otherwise
             size = {"resolution": entry.resolution, "resolution_type": entry.resolution_type}
-            source = source.model_copy(update=size)
-        return [References(name, pictures, captions, self.geometry(source) if loose else None)]
+            stated = "resolution" in source.model_fields_set
+            geometry = self.geometry(source if stated else source.model_copy(update=size))
+        return References(name, pictures, self.captions(source, pictures), geometry)
 
     def generated(self, entry: Dataset, generator: Generator, targets: Pictures) -> References:
         """The set that a generator makes: the targets, degraded."""
         try:
             check_generator(generator.type, generator.parameters)
         except ValueError as error:
-            self.problems.add("generators", f"{entry.id}: {error}")
+            self.wrong("generators", f"{entry.id}: {error}")
         if entry.vae_cache_clear_each_epoch and generator.when == "start":
-            self.problems.add(
-                "generators", f"{entry.id}: vae_cache_clear_each_epoch needs {generator.type} with when: step"
-            )
+            what = f"vae_cache_clear_each_epoch needs {generator.type} with when: step"
+            self.wrong("generators", f"{entry.id}: {what}")
         captions = [generator.captions] if isinstance(generator.captions, str) else generator.captions or []
         if not all(map(str.strip, captions)):
-            self.problems.add("generators", f"{entry.id}: one of the captions of {generator.type} is empty")
-        return References(
-            generated_id(entry, generator), targets, dict.fromkeys(targets, tuple(captions)), None, generator
-        )
+            self.wrong("generators", f"{entry.id}: one of the captions of {generator.type} is empty")
+        own = dict.fromkeys(targets, tuple(captions))
+        return References(generated_id(entry, generator), targets, own, generator=generator)
 
-    def check_captions(self, entry: Dataset, sets: list[References]):
+    def check_captions(self, entry: Dataset, found: Found):
         """Every use needs a caption, and it must be clear whose it is."""
-        with_own = [s.id for s in sets if any(s.captions.values())]
-        combined = self.config.conditioning_multidataset_sampling == "combined"
-        if combined and len(sets) > 1 and with_own:
-            self.problems.add(
-                "captions", f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot"
-            )
-        every_set_has = sets and len(with_own) == len(sets)
-        if entry.strategy is None and entry.pairs_file is None and not every_set_has:
-            self.problems.add("captions", f"{entry.id} has caption_strategy null, and so have its references")
-        names = Counter(s.id for s in sets)
-        for name in (name for name, count in names.items() if count > 1):
-            self.problems.add("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
+        sets = [references for references in found.sets if not references.mask]
+        masks = len(found.sets) - len(sets)
+        if masks > 1:
+            self.wrong("incomplete entries", f"{entry.id} names {masks} sets of masks; one is all it can use")
+        with_own = [references.id for references in sets if any(references.captions.values())]
+        if self.config.conditioning_multidataset_sampling == "combined" and len(sets) > 1 and with_own:
+            what = f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot"
+            self.wrong("captions", what)
+        if entry.strategy is None and entry.pairs_file is None and not (sets and len(with_own) == len(sets)):
+            self.wrong("captions", f"{entry.id} has caption_strategy null, and so have its references")
+        for name, count in Counter(references.id for references in sets).items():
+            if count > 1:
+                self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
 
     # ------------------------------------------------------------------------------------------- planning
 
     def geometry(self, entry: Dataset) -> Geometry:
         """How a set's pictures are brought to size."""
-        if (entry.maximum_image_size is None) != (entry.target_downsample_size is None):
-            self.problems.add("incomplete entries", f"{entry.id}: maximum_image_size needs target_downsample_size too")
+        largest, downsampled = entry.maximum_image_size, entry.target_downsample_size
+        if (largest is None) != (downsampled is None):
+            self.wrong("incomplete entries", f"{entry.id}: maximum_image_size needs target_downsample_size too")
         if entry.resolution > (67 if entry.resolution_type == "area" else 8192):
-            unit = {"area": "megapixels", "pixel": "pixels", "pixel_area": "pixels"}[entry.resolution_type]
-            self.problems.add("sizes that no model takes", f"{entry.id}: resolution {entry.resolution:g} {unit}")
-        if entry.maximum_image_size and (entry.target_downsample_size or 0) > entry.maximum_image_size:
-            self.problems.add("incomplete entries", f"{entry.id}: target_downsample_size is above maximum_image_size")
-        downsample = entry.maximum_image_size and (entry.maximum_image_size, entry.target_downsample_size)
+            unit = "megapixels" if entry.resolution_type == "area" else "pixels"
+            self.wrong("sizes that no model takes", f"{entry.id}: resolution {entry.resolution:g} {unit}")
+        if largest and (downsampled or 0) > largest:
+            self.wrong("incomplete entries", f"{entry.id}: target_downsample_size is above maximum_image_size")
         square = entry.crop and entry.crop_aspect == "square"
         style = entry.crop_style.replace("centre", "center")
+        downsample = largest and (largest, downsampled)
         return Geometry(entry.resolution, entry.resolution_type, self.step, square, style, downsample)
 
-    def example(self, entry: Dataset, geometry: Geometry, name: str, picture: Picture, captions, sets) -> Example:
-        """One target with one view per reference set."""
-        seed = (self.config.seed, entry.id, name)
-        crop = Crop(geometry, picture.size(), seed)
-        views = []
-        for references in sets:
-            other, own = references.pictures[name], crop
-            if references.generator is not None:
-                made = self.degradation(references.generator, references.id, seed)
-                views.append(self.view(entry, picture, crop, degradation=made))
+    def example(self, entry: Dataset, geometry: Geometry, found: Found, name: str) -> Example:
+        """One target with one view per reference set, and its mask."""
+        picture, seed = found.targets[name], (self.config.seed, entry.id, name)
+        target = view(entry, picture, Crop(geometry, picture.size(), seed))
+        views, own_captions, mask = [], [], None
+        for references in found.sets:
+            other = references.pictures[name]
+            if references.mask:
+                mask = self.mask(other, target)
                 continue
-            if references.geometry is not None:
-                own = Crop(references.geometry, other.size(), (*seed, references.id))
+            own_captions.append(references.captions.get(name, ()))
+            if references.generator:
+                views.append(replace(target, degradation=self.degradation(references, seed)))
+            elif references.geometry:
+                views.append(view(entry, other, Crop(references.geometry, other.size(), (*seed, references.id))))
             else:
                 self.check_aspect(other, picture, "strict references", " or use reference_loose")
-            views.append(self.view(entry, other, own, strict=references.geometry is None))
-        own_captions = tuple(references.captions.get(name, ()) for references in sets)
+                views.append(replace(target, picture=other, strict=True))
         folder = entry.cache_dir_vae or self.config.cache_dir / "latents"
         often = (entry.repeats, entry.probability, entry.is_regularisation_data)
-        target = self.view(entry, picture, crop)
-        return Example(entry.id, name, target, tuple(views), captions, own_captions, folder, *often)
+        captions = (found.captions[name], tuple(own_captions))
+        return Example(entry.id, name, target, tuple(views), *captions, folder, *often, mask)
 
     def check_aspect(self, other: Picture, picture: Picture, what: str, way_out: str = ""):
         """What is cut by a target's transform has its aspect."""
         if not same_aspect(other.size(), picture.size()):
             one, two = f"{other.path} is {other.size()}", f"{picture.path} {picture.size()}"
-            self.problems.add(f"{what} of another aspect", f"{one}, {two}; crop them alike{way_out}")
+            self.wrong(f"{what} of another aspect", f"{one}, {two}; crop them alike{way_out}")
 
-    def masked(self, example: Example, picture: Picture) -> Example:
-        """With a mask that is cut exactly as the target is."""
-        self.check_aspect(picture, example.target.picture, "masks")
-        mask = replace(example.target, picture=picture, mask=True)
+    def mask(self, picture: Picture, target: View) -> View:
+        """A mask that is cut exactly as its target is."""
+        self.check_aspect(picture, target.picture, "masks")
+        mask = replace(target, picture=picture, mask=True)
         if not self.config.masked_loss_weight and mask.open().getextrema()[0][1] == 0:
             text = f"{picture.path}: what is left after the crop is black, so nothing would be learnt of its target"
-            self.problems.add("masks without white", text)
-        return replace(example, mask=mask)
+            self.wrong("masks without white", text)
+        return mask
 
-    def view(self, entry: Dataset, picture: Picture, crop: Crop, **more) -> View:
-        """A picture by its crop, of epoch 0 or anew in every epoch."""
-        fresh = entry.vae_cache_clear_each_epoch and entry.crop_style == "random"
-        return View(picture, crop.at(0), crop=crop if fresh else None, **more)
-
-    def degradation(self, generator: Generator, set_id: str, seed: tuple) -> Degradation:
+    def degradation(self, references: References, seed: tuple) -> Degradation:
         """How one target is degraded, and where the result is kept."""
-        kept = generator.instance_data_dir or self.config.cache_dir / "conditioning_data" / set_id
-        return Degradation(
-            generator.type, generator.parameters, (*seed, set_id), kept if generator.when == "start" else None
-        )
+        made = references.generator
+        kept = made.instance_data_dir or self.config.cache_dir / "conditioning_data" / references.id
+        return Degradation(made.type, made.parameters, (*seed, references.id), kept if made.when == "start" else None)
+
+
+def view(entry: Dataset, picture: Picture, crop: Crop) -> View:
+    """A picture by its crop, of epoch 0 or anew in every epoch."""
+    fresh = entry.vae_cache_clear_each_epoch and entry.crop_style == "random"
+    return View(picture, crop.at(0), crop=crop if fresh else None)
+
+
+def as_references(entry: Dataset) -> Dataset:
+    """A set that another names as its references is one, whether it says so or not."""
+    says_so = entry.role != "image" or entry.conditioning_data
+    return entry if says_so else entry.model_copy(update={"conditioning_type": "reference_strict"})
 
 
 def generated_id(entry: Dataset, generator: Generator) -> str:
@@ -351,23 +337,22 @@ def generated_id(entry: Dataset, generator: Generator) -> str:
     return f"{entry.id}_conditioning_{generator.name or generator.type}"
 
 
-def described(entry: Dataset, examples: list[Example], sets: list[References], small: list[str]) -> list[str]:
+def described(entry: Dataset, examples: list[Example], found: Found, small: list[str]) -> list[str]:
     """What the screen says of a target set."""
     source = f"of the set ({entry.strategy})" if entry.strategy else "of its references"
     source = f"of {entry.pairs_file.name}" if entry.pairs_file else source
-    lines = [f"{entry.id}: {key} is ignored: {why}" for key, why in entry.ignored.items()]
-    kind = "" if sets else "; no references: text-to-image"
+    kind = "" if examples and examples[0].references else "; no references: text-to-image"
     count = sum(len(example.captions) for example in examples)
+    lines = [f"{entry.id}: {key} is ignored: {why}" for key, why in entry.ignored.items()]
     lines.append(f"{entry.id}: {len(examples)} targets, {count} captions {source}{kind}")
-    for references in sets:
+    for references in found.sets:
         how = "own size (loose)" if references.geometry else "cut like the target (strict)"
-        made = references.generator
-        if made:
+        if made := references.generator:
             how = f"made from the targets by {made.type}, {'once' if made.when == 'start' else 'anew at every use'}"
+            how += ": the degraded picture is the reference, the original the target"
+        how = "the loss counts where they are white" if references.mask else how
         own = "; its own captions take the place of the targets'" if any(references.captions.values()) else ""
         lines.append(f"  reference {references.id}: {len(references.pictures)} pictures, {how}{own}")
-        if made:
-            lines.append("    the degraded picture is the reference, the original is the target")
     if small:
         lines.append(f"  {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}")
     return lines

@@ -187,7 +187,7 @@ def empty_caption(data, entries):
     (data / "target/a.txt").write_text(" \n\n")
 
 
-@broken("1 captions that are not UTF-8", "target/a.txt")
+@broken("1 pictures without a caption", "target/a.png (a.txt is not UTF-8)")
 def latin1_caption(data, entries):
     (data / "target/a.txt").write_bytes("mach es schön".encode("latin-1"))
 
@@ -300,7 +300,7 @@ def refused_generator(data, entries):
     generated(entries, {"type": "canny"})
 
 
-@broken("1 generators", "blur_type is 'gausian'", "did you mean gaussian?")
+@broken("1 generators", "blur_type is 'gausian'", "one of gaussian, box, both")
 def unknown_blur_type(data, entries):
     generated(entries, {"type": "superresolution", "blur_type": "gausian"})
 
@@ -333,7 +333,7 @@ def malformed_line(data, entries):
     rows(data, entries, GOOD, '{"target": "target/sub/b.png",')
 
 
-@broken("1 malformed lines", "pairs.jsonl, line 1: reference and caption should be texts")
+@broken("1 malformed lines", "pairs.jsonl, line 1: target, reference and caption should be texts")
 def reference_is_a_number(data, entries):
     rows(data, entries, {**GOOD, "reference": 5})
 
@@ -364,12 +364,12 @@ def listed_without_caption(data, entries):
     rows(data, entries, {**GOOD, "caption": ""})
 
 
-@broken("1 malformed lines", "pairs.csv, line 1 names the columns ['image', 'reference', 'caption']; it needs target")
+@broken("1 malformed lines", "pairs.csv, line 2: unknown image; a line has target, reference, references, caption")
 def csv_without_target(data, entries):
     rows(data, entries, "image,reference,caption", "target/a.png,reference/a.png,red", name="pairs.csv")
 
 
-@broken("1 malformed lines", "pairs.csv, line 2 has more fields than line 1; quote a caption that holds a comma")
+@broken("1 malformed lines", "pairs.csv, line 2: more fields than line 1; quote a caption that holds a comma")
 def csv_with_unquoted_comma(data, entries):
     lines = "target,reference,caption", "target/a.png,reference/a.png,make it red, please"
     rows(data, entries, *lines, name="pairs.csv")

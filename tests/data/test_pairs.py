@@ -53,11 +53,12 @@ def test_a_file_gives_targets_references_and_captions(tmp_path, kind):
     else:
         file.write_text('target,reference,caption\nt/a.png,r/a.png,"do, it"\n')
     problems = Problems()
-    rows = pairs.from_file(file, problems)
+    targets, captions, references = pairs.from_file(file, problems)
     assert not problems.count(), problems.found
-    assert rows["t/a"].target == Picture(tmp_path / "t/a.png")
-    assert len(rows["t/a"].references) == (2 if kind == "jsonl" else 1)
-    assert rows["t/a"].captions == (("one", "two") if kind == "jsonl" else ("do, it",))
+    assert targets == {"t/a": Picture(tmp_path / "t/a.png")}
+    expected = ["r/a.png", "s/x.png"] if kind == "jsonl" else ["r/a.png"]
+    assert references == [{"t/a": Picture(tmp_path / path)} for path in expected]
+    assert captions == {"t/a": ("one", "two") if kind == "jsonl" else ("do, it",)}
 
 
 def test_captions_come_from_text_files_names_or_prompts(tmp_path):

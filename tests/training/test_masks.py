@@ -184,7 +184,7 @@ def test_a_run_with_masks_and_its_check_sheet(values, tmp_path, capsys):
         .model_dump_json(exclude_unset=True, exclude={"ignored"})
     )  # fmt: skip
     train.main([str(tmp_path / "config.json")])
-    assert "the loss counts where m is white" in capsys.readouterr().out
+    assert "reference m: 2 pictures, the loss counts where they are white" in capsys.readouterr().out
     train.main([str(tmp_path / "config.json"), "--prune-cache"])
     assert "removed 0 unused entries" in capsys.readouterr().out
     train.main([str(tmp_path / "config.json"), "--check"])

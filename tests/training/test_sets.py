@@ -60,7 +60,7 @@ def test_a_generated_reference_is_blurrier_than_its_target_and_of_its_size(tmp_p
         assert target.size == blurred.size == compressed.size == (112, 80)
         assert np.asarray(target).tobytes() != np.asarray(compressed).tobytes()
         assert example.reference_captions == (("sharpen",), ())
-    assert any("the degraded picture is the reference, the original is the target" in note for note in sets.notes)
+    assert any("the degraded picture is the reference, the original the target" in note for note in sets.notes)
     assert sets.training[0].references[0].file() and sets.training[0].references[1].fleeting
 
 
