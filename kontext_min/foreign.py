@@ -51,7 +51,7 @@ CONFIG_IGNORED = by_key({
     "every use draws its own time": "disable_segmented_timestep_sampling",
     "times are continuous": "training_scheduler_timestep_spacing inference_scheduler_timestep_spacing",
     "huber_c stays the same at all times": "huber_schedule",
-    "only read by LyCORIS, and lora_type is standard": "lycoris_config init_lokr_norm",
+    "only read by LyCORIS, and lora_type is standard": "lycoris_config init_lokr_norm validation_lycoris_strength",
     "torch picks the fastest attention there is": "attention_mechanism sageattention_usage",
     "checkpointing is torch's, block by block":
         "gradient_checkpointing_backend gradient_checkpointing_segment_stride",
@@ -74,6 +74,9 @@ CONFIG_IGNORED = by_key({
     "validation runs the very modules that are trained": "validation_torch_compile",
     "the base model's pictures are made once, at the start": "disable_benchmark",
     "validation pictures are compared with the targets, by PSNR": "evaluation_type",
+    "there is no built-in library; user_prompt_library names a file": "validation_prompt_library",
+    "pictures are logged one by one, and all on a sheet": "tracker_image_layout",
+    "nothing is uploaded": "hub_model_id",
 })  # fmt: skip
 # what to do instead -> keys of a config; the run refuses to start unless the key is off
 CONFIG_REFUSED = by_key({
@@ -104,6 +107,9 @@ CONFIG_REFUSED = by_key({
     "use data_backend_config": "data_backend",
     "say it in the set's own entry": "instance_prompt",
     "use pairs_file with a JSONL or CSV file": "parquet_caption_column parquet_filename_column",
+    "nothing is uploaded; hf upload NAME OUTPUT_DIR does it, the model card included":
+        "push_to_hub push_checkpoints_to_hub publishing_config",
+    "use report_to": "webhook_config",
 })  # fmt: skip
 # why it can be left out without harm -> keys of a dataset; the run says so once
 DATASET_IGNORED = by_key({

@@ -51,9 +51,8 @@ def asked(config: Config, problems: Problems) -> list[ValidationItem]:
     wanted = list(config.validation)
     if config.validation_prompt:
         wanted.append(ValidationItem(prompt=config.validation_prompt))
-    for library in (config.user_prompt_library, config.validation_prompt_library):
-        if isinstance(library, Path):
-            wanted += from_library(library, problems)
+    if config.user_prompt_library:
+        wanted += from_library(config.user_prompt_library, problems)
     for item in wanted:
         try:
             sizes_of(item.size or config.validation_resolution)
