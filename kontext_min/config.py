@@ -8,12 +8,13 @@ import difflib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import json5
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from kontext_min import foreign
+from kontext_min.foreign import Strict
 
 
 def knob(default, meaning: str, **limits):
@@ -37,36 +38,6 @@ Listed, Mapped = BeforeValidator(as_list), BeforeValidator(as_mapping)
 SizeText = Annotated[str, Field(coerce_numbers_to_str=True)]
 Unit = Literal["pixel_area", "pixel", "area"]
 Captions = Literal["textfile", "filename", "instanceprompt"]
-
-
-class Strict(BaseModel):
-    """Frozen, and no key that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-    LEFT_OUT: ClassVar[dict[str, str]] = {}  # key without a meaning here that does no harm -> why
-    REFUSED: ClassVar[dict[str, str]] = {}  # key that is not used here, unless it is off -> what to do instead
-    SAME: ClassVar[dict[str, str]] = {}  # another name of a key -> ours
-
-    _ignored: dict[str, str] = {}
-
-    @property
-    def ignored(self) -> dict[str, str]:
-        """The keys that were given and left out, and why."""
-        return self._ignored
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def leave_out(cls, values, validate):
-        """Take out the keys of LEFT_OUT, and those of REFUSED that ask for nothing, remembering them."""
-        if not isinstance(values, dict):
-            return validate(values)
-        values = {cls.SAME.get(key, key): value for key, value in values.items()}
-        ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values}
-        off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in foreign.OFF]
-        ignored |= dict.fromkeys(off, "what it says is always so here")
-        made = validate({key: value for key, value in values.items() if key not in ignored})
-        made._ignored = ignored
-        return made
 
 
 class Generator(BaseModel):
@@ -363,14 +334,13 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold one object, {{...}}")
     values = {key.removeprefix("--"): value for key, value in values.items()}
-    values = {Config.SAME.get(key, key): value for key, value in values.items()}
     if (beside := Path(path).parent / "multidatabackend.json").is_file():
         values.setdefault("data_backend_config", beside)
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not KEY=VALUE, such as learning_rate=1e-4")
-        values[Config.SAME.get(key, key)] = parse_value(text)
+        values[key] = parse_value(text)
     return checked(Config, values, str(path))
 
 

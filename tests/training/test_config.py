@@ -1,6 +1,5 @@
 """The config page: comments, overrides, and messages that help."""
 
-import json
 from pathlib import Path
 
 import pytest
