@@ -8,12 +8,13 @@ import html
 import io
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from kontext_min.run_folder import RunFolder, read, read_lines
+from kontext_min.run_folder import RunFolder, read_lines
 
 TEMPLATE = Path(__file__).with_name("report.html")
 FINEST = ((1024, 88), (768, 85), (512, 82), (384, 78), (256, 70), (192, 60))  # longest side in pixels, JPEG quality
@@ -38,16 +39,16 @@ def write(run: Path) -> Path:
 
 def gather(folder: RunFolder) -> dict:
     """Everything that the page shows."""
-    config, metrics = read(folder.config) or {}, read_lines(folder.metrics)
-    psnr, held_out = read_lines(folder.psnr), read_lines(folder.eval)
-    steps = folder.steps()
+    config, items = read(folder.config, {}), read(folder.items, [])[:PAIRS]
+    metrics, psnr, held_out = (read_lines(file) for file in (folder.metrics, folder.psnr, folder.eval))
+    files = [folder.pictures(i) for i in range(len(items))]
+    steps = sorted({kind for kinds in files for kind in kinds if kind.isdigit()})
     steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), STEPS))]
-    items = (read(folder.items) or [])[:PAIRS]
-    files = [files_of(folder, i, steps) for i in range(len(items))]
-    uris = embedded([file for named in files for file in named.values()])
+    files = [{kind: file for kind, file in kinds.items() if kind in steps or not kind.isdigit()} for kinds in files]
+    uris = embedded([file for kinds in files for file in kinds.values()])
     for i, item in enumerate(items):
-        item["pictures"] = {name: uris[file] for name, file in files[i].items()}
-        item["psnr"] = {line["step"]: line["pairs"][i] for line in psnr if i < len(line["pairs"])}
+        item["pictures"] = {kind: uris[file] for kind, file in files[i].items()}
+        item["psnr"] = {f"{line['step']:06d}": line["pairs"][i] for line in psnr if i < len(line["pairs"])}
     absent = {"pictures (validation/items.json)": items, "loss (metrics.jsonl)": metrics, "PSNR": psnr}
     absent |= {"eval loss and reference probe (validation/eval.jsonl)": held_out, "settings (config.json)": config}
     done = f"step {metrics[-1]['step']} of {config.get('max_train_steps', '?')}" if metrics else "no step yet"
@@ -65,14 +66,9 @@ def gather(folder: RunFolder) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-def files_of(folder: RunFolder, i: int, steps: list[int]) -> dict[str, Path]:
-    """The pictures of an item that are there: `input 1` and so on, `base`, `target`, and the LoRA's by step."""
-    named = {f"input {k}": file for k, file in enumerate(folder.inputs(i), 1)}
-    named |= {str(kind): folder.picture(kind, i) for kind in ("base", "target", *steps)}
-    return {name: file for name, file in named.items() if file.exists()}
+def read(file: Path, without):
+    """JSON, or what it is without the file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else without
 
 
 def embedded(files: list[Path]) -> dict[Path, str]:
@@ -91,9 +87,6 @@ def uri(file: Path, edge: int, quality: int) -> str:
     image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
     image.save(buffer, kind, quality=quality, optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# ------------------------------------------------------------------------------------------------ numbers
 
 
 def curves(metrics: list[dict], psnr: list[dict], held_out: list[dict]) -> dict:
@@ -128,20 +121,17 @@ def thinned(points: list) -> list:
 def numbers(metrics: list[dict], psnr: list[dict]) -> list[tuple[str, str]]:
     """The few figures at the top."""
     found = []
-    if seconds := [line["seconds"] for line in metrics if "seconds" in line]:
-        minutes, rest = divmod(round(sum(seconds)), 60)
-        total = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
-        found += [("training, without validation", total), ("a step", f"{np.median(seconds):.2f} s")]
-    if memory := [line["memory"] for line in metrics if line.get("memory")]:
-        limit = metrics[-1].get("memory_limit")
-        found.append(("memory at most", f"{max(memory):.1f} GB" + (f" of {limit:.1f}" if limit else "")))
-    if psnr and psnr[-1]["base"] and psnr[-1]["lora"]:
+    if metrics:
+        seconds = [line["seconds"] for line in metrics]
+        found.append(("training, without validation", str(timedelta(seconds=round(sum(seconds))))))
+        found.append(("a step", f"{np.median(seconds):.2f} s"))
+    if metrics and "memory" in metrics[-1]:
+        most = max(line["memory"] for line in metrics)
+        found.append(("memory at most", f"{most:.1f} GB of {metrics[-1]['memory_limit']:.1f}"))
+    if psnr:
         change = f"{psnr[-1]['base']:.1f} → {psnr[-1]['lora']:.1f} dB"
         found.append(("to the target, without and with the LoRA", change))
     return found
-
-
-# ------------------------------------------------------------------------------------------------ findings
 
 
 def findings(metrics: list[dict], held_out: list[dict], files: list[dict[str, Path]]) -> list[tuple[str, str]]:
@@ -154,18 +144,17 @@ def findings(metrics: list[dict], held_out: list[dict], files: list[dict[str, Pa
             conditioning_data; train.py CONFIG --check draws every pair."""
         found.append(("The reference is ignored", text))
     excess = []
-    for named in files:
-        lora = [file for name, file in named.items() if name.isdigit()]
-        plain = [grid(named[kind]) for kind in ("base", "target") if kind in named]
+    for kinds in files:
+        lora = [file for kind, file in kinds.items() if kind.isdigit()]
+        plain = [grid(kinds[kind]) for kind in ("base", "target") if kind in kinds]
         if lora and plain:
             excess.append(grid(lora[-1]) / max(1.0, *plain))
     if excess and np.median(excess) > GRID:
         text = f"""The LoRA's pictures have {np.median(excess):.1f} times as strong edges at every 8th or 16th pixel.
             Use better pictures, a lower learning_rate, or an optimizer other than Lion."""
         found.append(("Square grid artefacts", text))
-    full = [line for line in metrics if line.get("memory_limit") and line["memory"] > FULL * line["memory_limit"]]
-    if full:
-        most = max(full, key=lambda line: line["memory"])
+    most = max(metrics, key=lambda line: line.get("memory", 0), default={})
+    if most.get("memory", 0) > FULL * most.get("memory_limit", 1):
         text = f"""{most["memory"]:.1f} of {most["memory_limit"]:.1f} GB were in use at step {most["step"]}.
             Use gradient_checkpointing, a smaller resolution (of the references first) or train_batch_size."""
         found.append(("Memory is near the limit", text))

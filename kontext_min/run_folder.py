@@ -1,15 +1,14 @@
-"""What a run leaves in its output_dir: every file's name, its logs, and how a new run or a resumed one treats them.
+"""What a run leaves in its output_dir: every file's name, and what a resumed run and a new one do with them.
 
-config.json                           every key in force; a config file again
-metrics.jsonl                         a line per optimizer step
-pytorch_lora_weights.safetensors      the LoRA; its moving average is in ema/
-sample-reference-1.png                what infer.py shows the LoRA on
-checkpoint-500/                       all that a run needs to go on
-README.md  report.html  logs/         the model card; everything on one page; what trackers write
-validation/items.json                 what is shown: items 0, 1, …
-validation/input/00-1.png             item 0's first reference; target/00.png: what is wanted; base/00.png: the base's
-validation/000500/00.png              the LoRA's picture after step 500; 000500.png is a sheet of all items
-validation/psnr.jsonl  eval.jsonl     a line per sheet; a line per evaluation
+config.json                       every key in force; a config file again
+metrics.jsonl                     a line per optimizer step
+pytorch_lora_weights.safetensors  the LoRA; ema/ has its average, sample-reference-1.png what infer.py shows it on
+checkpoint-500/                   all that a run needs to go on
+README.md  report.html  logs/     the model card; everything on one page; what trackers write
+validation/items.json             what is shown: items 0, 1, …
+validation/KIND/00.png            of item 0; KIND: input-1 (a reference), target, base (its own), 000500 (the LoRA's)
+validation/000500.png             a sheet of all items after step 500
+validation/psnr.jsonl             a line per sheet; eval.jsonl: a line per evaluation
 """
 
 import json
@@ -31,39 +30,26 @@ class RunFolder:
         self.lora, self.average = path / LORA, path / "ema" / LORA
         self.card, self.report = path / "README.md", path / "report.html"
         self.validation = path / "validation"
-        self.items, self.psnr = self.validation / "items.json", self.validation / "psnr.jsonl"
-        self.eval = self.validation / "eval.jsonl"
+        self.items = self.validation / "items.json"
+        self.psnr, self.eval = self.validation / "psnr.jsonl", self.validation / "eval.jsonl"
 
     def sheet(self, step: int) -> Path:
-        """All items at a step on one picture."""
+        """All items after a step on one picture."""
         return self.validation / f"{step:06d}.png"
 
-    def picture(self, kind: str | int, i: int) -> Path:
-        """Of item i: its `target`, the `base` model's picture, or the LoRA's at a step."""
-        return self.validation / (kind if isinstance(kind, str) else f"{kind:06d}") / f"{i:02d}.png"
+    def picture(self, kind: str, i: int) -> Path:
+        """One picture of item i."""
+        return self.validation / kind / f"{i:02d}.png"
 
-    def pictures(self, step: int) -> list[Path]:
-        """The LoRA's after a step, by item."""
-        return sorted(self.validation.glob(f"{step:06d}/*.png"))
-
-    def input(self, i: int, k: int) -> Path:
-        """Reference k, counted from 1, of item i."""
-        return self.validation / "input" / f"{i:02d}-{k}.png"
-
-    def inputs(self, i: int) -> list[Path]:
-        """The references of item i that are there."""
-        return sorted(self.validation.glob(f"input/{i:02d}-*.png"))
-
-    def steps(self) -> list[int]:
-        """Those after which pictures were made."""
-        return sorted(int(path.name) for path in self.validation.glob("*/") if path.name.isdigit())
+    def pictures(self, i: int) -> dict[str, Path]:
+        """Kind -> picture of item i, for those that are there; the LoRA's come first, by step."""
+        return {file.parent.name: file for file in sorted(self.validation.glob(f"*/{i:02d}.png"))}
 
     def rewind(self, step: int):
         """Take out of the logs what an interrupted run wrote after a step, since it is written again."""
-        for file in (self.metrics, self.psnr, self.eval):
-            kept = [text for text in whole_lines(file) if json.loads(text)["step"] <= step]
-            if file.exists():
-                file.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+        for file in filter(Path.exists, (self.metrics, self.psnr, self.eval)):
+            kept = [line for line in read_lines(file) if line["step"] <= step]
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N in the folder: a new run neither mixes with it nor loses it."""
@@ -78,14 +64,10 @@ class RunFolder:
         return target
 
 
-def read(file: Path):
-    """JSON with None for NaN and infinities, which browsers do not read; None without the file."""
-    return parse(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
 def read_lines(file: Path) -> list[dict]:
-    """JSON lines, likewise."""
-    return [parse(text) for text in whole_lines(file)]
+    """JSON lines but for a last one that was cut off, when the run was killed; none without the file."""
+    texts = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
+    return [json.loads(text) for text in texts[:-1]]
 
 
 def append(file: Path, line: dict):
@@ -93,12 +75,3 @@ def append(file: Path, line: dict):
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
-
-
-def whole_lines(file: Path) -> list[str]:
-    """A log's lines but for a last one that was cut off, when the run was killed; none without the file."""
-    return file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-
-
-def parse(text: str):
-    return json.loads(text, parse_constant=lambda name: None)

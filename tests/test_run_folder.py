@@ -1,7 +1,6 @@
 """The files of a run."""
 
 import json
-import math
 
 from kontext_min.run_folder import RunFolder, append, read_lines
 
@@ -10,7 +9,7 @@ def test_a_rewound_log_ends_with_the_step_and_a_line_that_was_cut_off_does_not_c
     folder = RunFolder(tmp_path)
     for step in (1, 2, 3):
         append(folder.metrics, {"step": step, "loss": 0.5})
-    append(folder.psnr, {"step": 3, "base": math.inf})
+    append(folder.psnr, {"step": 3, "base": 0.5})
     before = folder.metrics.read_text().splitlines()
     with open(folder.metrics, "a") as file:
         file.write(json.dumps({"step": 4})[:-1])
@@ -22,17 +21,10 @@ def test_a_rewound_log_ends_with_the_step_and_a_line_that_was_cut_off_does_not_c
 
 def test_pictures_are_found_where_they_are_written(tmp_path):
     folder = RunFolder(tmp_path)
-    files = [
-        folder.input(0, 2),
-        folder.input(0, 1),
-        folder.picture("base", 0),
-        folder.picture(500, 0),
-        folder.sheet(500),
-    ]
-    for file in files:
+    files = {kind: folder.picture(kind, 0) for kind in ("000100", "000500", "base", "input-1")}
+    for file in (*files.values(), folder.picture("base", 1), folder.sheet(500)):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    assert folder.inputs(0) == [files[1], files[0]] and folder.inputs(1) == []
-    assert folder.steps() == [500] and folder.pictures(500) == [files[3]]
+    assert list(folder.pictures(0).items()) == list(files.items()) and list(folder.pictures(1)) == ["base"]
     aside = RunFolder(folder.set_aside())
-    assert aside.steps() == [500] and folder.set_aside() is None
+    assert len(aside.pictures(0)) == 4 and aside.sheet(500).exists() and folder.set_aside() is None

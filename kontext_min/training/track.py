@@ -64,11 +64,12 @@ class Tracker:
                 flat = {**line, **(line.get("probe") or {})}
                 found |= {f"validation/{file.stem}/{k}": v for k, v in flat.items() if isinstance(v, float)}
         files = {"validation/sheet": self.folder.sheet(step)}
-        files |= {f"validation/{file.stem}": file for file in self.folder.pictures(step)}
+        files |= {f"validation/{file.stem}": file for file in self.folder.validation.glob(f"{step:06d}/*.png")}
         pictures = {name: Image.open(file).convert("RGB") for name, file in files.items() if file.exists()}
         for reporter in self.reporters:
             reporter.scalars(step, found)
             reporter.pictures(step, pictures)
+        self.bar.unpause()  # the time that validation takes is none of the steps'
 
 
 # ------------------------------------------------------------------------------------------------ reporters

@@ -38,7 +38,9 @@ def train(
     skip_nonfinite_steps such steps, `skipped` of them before the start, are left out instead: their loss is None.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    device, schedule, share = parameters[0].device, schedule_of(config), config.gradient_accumulation_steps
+    device, share = parameters[0].device, config.gradient_accumulation_steps
+    shape = {"end": config.lr_end / config.learning_rate, "power": config.lr_power, "cycles": config.lr_num_cycles}
+    schedule = Schedule(config.lr_scheduler, config.max_train_steps, config.lr_warmup_steps, **shape)
     numbered = islice(enumerate(batches(examples, config)), start * share, None)
     for step in range(start + 1, config.max_train_steps + 1):
         began, loss, seen = time.perf_counter(), 0.0, []
@@ -142,10 +144,3 @@ def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: f
     v = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
     errors = LOSSES[loss_type](v, wanted, c)
     return (errors if batch.weight is None else errors * batch.weight).mean()
-
-
-def schedule_of(config: Config) -> Schedule:
-    """The learning rate's curve over this run."""
-    end = config.lr_end / config.learning_rate
-    steps = (config.max_train_steps, config.lr_warmup_steps)
-    return Schedule(config.lr_scheduler, *steps, end, config.lr_power, config.lr_num_cycles)

@@ -62,7 +62,7 @@ class Validator:
                 shutil.rmtree(old)
             for i, item in enumerate(self.items):
                 for k, view in enumerate(item.references, 1):
-                    save(view.open(), self.folder.input(i, k))
+                    save(view.open(), self.folder.picture(f"input-{k}", i))
                 if item.target is not None:
                     save(item.target.open(), self.folder.picture("target", i))
             with muted(self.editor.flux):
@@ -76,8 +76,8 @@ class Validator:
         return txt.to(self.editor.device), vec.to(self.editor.device)
 
     @torch.no_grad()
-    def pictures(self, kind: str | int) -> list[Image.Image]:
-        """One picture per item, with what the model holds now; each is written. kind: as of `RunFolder.picture`."""
+    def pictures(self, kind: str) -> list[Image.Image]:
+        """One picture per item, with what the model holds now; each is written as of this kind."""
         made = []
         for i, item in enumerate(self.items):
             negative = self.text(item.negative) if self.sampling.cfg_scale != 1 else None
@@ -94,7 +94,7 @@ class Validator:
         if not self.base:
             self.prepare()
         rows, scores = [], []
-        for item, base, lora in zip(self.items, self.base, self.pictures(step), strict=True):
+        for item, base, lora in zip(self.items, self.base, self.pictures(f"{step:06d}"), strict=True):
             cells = [("input", view.open()) for view in item.references]
             if item.target is None:
                 cells += [("base", base), ("LoRA", lora)]
@@ -119,9 +119,9 @@ def save(image: Image.Image, file: Path):
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size, in dB; infinite when they are equal."""
+    """Peak signal-to-noise ratio of two pictures of one size, in dB; 99 when they are equal, or nearly."""
     error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))
 
 
 def sheet(rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Image.Image:
