@@ -6,6 +6,7 @@
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, sta
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary
-from kontext_min.data.examples import Example, Examples, make_all
+from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import Flux
 from kontext_min.quantize import quantize_int8
+from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
@@ -35,63 +37,50 @@ OPTIONS = ("--explain", "--check", "--prune-cache")
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
 
 
-def make_folder(folder: Path):
+def make_folder(path: Path) -> RunFolder:
     """The run's folder, or one sentence."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"output_dir {folder} cannot be made ({error.strerror}); choose another") from error
+        raise ValueError(f"output_dir {path} cannot be made ({error.strerror}); choose another") from error
+    return RunFolder(path)
 
 
-def check_data(config: Config) -> Sets:
-    """What can be told without the model's files. Raises ValueError with all problems together."""
-    problems, sets = [], None
-    if isinstance(config.flux_lora_target, str) and config.flux_lora_target not in TARGETS:
-        problems.append(f"flux_lora_target {config.flux_lora_target!r} is none of {', '.join(TARGETS)}")
-    problems += track.missing(config)
-    try:
-        make_optimizer(config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
-        if config.init_lora:
-            read_lora(config.init_lora)
-    except (ValueError, FileNotFoundError) as error:
-        problems.append(str(error))
-    try:
-        sets = read_sets(config, presets.named(config.pretrained_model_name_or_path).bucket_step)
-    except (ValueError, FileNotFoundError) as error:
-        problems.append(str(error))
+def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | None]:
+    """Settings, data and, if asked, the model, before anything slow. Raises ValueError with all problems together."""
+    problems, name, target = track.missing(config), config.pretrained_model_name_or_path, config.flux_lora_target
+
+    def tried(make: Callable, *arguments, **more):
+        """What `make` gives; why it does not is one more problem."""
+        try:
+            return make(*arguments, **more)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(str(error))
+
+    if isinstance(target, str) and target not in TARGETS:
+        problems.append(f"flux_lora_target {target!r} is none of {', '.join(TARGETS)}")
+    tried(make_optimizer, config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
+    if config.init_lora:
+        tried(read_lora, config.init_lora)
+    sets = tried(read_sets, config, presets.named(name).bucket_step)
+    checkpoint = tried(load.find, presets.locate(name), download=not problems) if model else None
     if problems:
         raise ValueError("\n".join(problems))
-    return sets
-
-
-def check(config: Config) -> tuple[load.Checkpoint, Sets]:
-    """Model and data, before anything slow. Raises ValueError with all problems together."""
-    problems, sets, checkpoint = [], None, None
-    try:
-        sets = check_data(config)
-    except ValueError as error:
-        problems.append(str(error))
-    try:
-        checkpoint = load.find(presets.locate(config.pretrained_model_name_or_path), download=not problems)
-    except (ValueError, FileNotFoundError) as error:
-        problems.insert(0, str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    return checkpoint, sets
+    return sets, checkpoint
 
 
 def report_data(config: Config):
     """--check: all that can be said of the data without weights or a GPU; a contact sheet per set in output_dir."""
-    sets = check_data(config)
-    tokens, channels = presets.named(config.pretrained_model_name_or_path).text_shape
-    text = (tokens, channels, 2 if config.mixed_precision == "bf16" else 4)
+    sets, _ = check(config, model=False)
+    text = (
+        *presets.named(config.pretrained_model_name_or_path).text_shape,
+        2 if config.mixed_precision == "bf16" else 4,
+    )
     print(*sets.notes, *summary(sets.training, text), sep="\n")
     make_folder(config.output_dir)
-    by_set: dict[str, dict[str, Example]] = {}
-    for example in (*sets.training, *sets.validation):  # pairs of both stand once
-        by_set.setdefault(example.set_id, {})[example.name] = example
-    for set_id, examples in by_set.items():
-        page, warnings = contact_sheet(list(examples.values()), mix_of(config))
+    examples = sets.training + (sets.validation if sets.unseen else [])
+    for set_id in dict.fromkeys(example.set_id for example in examples):
+        page, warnings = contact_sheet([e for e in examples if e.set_id == set_id], mix_of(config))
         file = config.output_dir / f"check-{set_id.translate(NO_PATH)}.png"
         page.save(file)
         print(*warnings, f"look at {file}", sep="\n")
@@ -131,7 +120,6 @@ def adapt(config: Config, flux: Flux, trained: AdapterFile | None) -> list[nn.Pa
     parameters = add_lora(flux, names, rank, config.lora_alpha or rank, config.lora_dropout)
     if trained:
         start_from(flux, trained.weights)
-    print(f"LoRA of rank {rank} on {len(names)} modules: {sum(p.numel() for p in parameters):,} parameters")
     return parameters
 
 
@@ -148,9 +136,9 @@ def main(argv: list[str]):
         return print(*explain(config), sep="\n")
     if "--check" in options:
         return report_data(config)
-    checkpoint, sets = check(config)
+    sets, checkpoint = check(config)
     print(*(f"{key} is ignored: {why}" for key, why in config.ignored.items()), *sets.notes, sep="\n")
-    make_folder(config.output_dir)
+    folder = make_folder(config.output_dir)
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     items = items_of(config, sets, presets.preset_of(checkpoint.folder))
@@ -158,7 +146,7 @@ def main(argv: list[str]):
     if "--prune-cache" in options:
         return print(examples.prune(validation))
     trained = read_lora(config.init_lora) if config.init_lora else None  # before its folder may be set aside
-    if state.chosen(config) is None and (aside := state.set_aside(config.output_dir)):
+    if state.chosen(config) is None and (aside := folder.set_aside()):
         print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
@@ -171,7 +159,7 @@ def main(argv: list[str]):
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
     print(*screen(config, editor, examples), sep="\n")
-    validator = Validator(editor, validation, items, sampling_of(config), config.output_dir / "validation")
+    validator = Validator(editor, validation, items, sampling_of(config), folder)
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, **config.optimizer_options())
     evaluator = Evaluator(config, flux, validation, sets.unseen)
     print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))

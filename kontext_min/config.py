@@ -8,35 +8,36 @@ import difflib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import json5
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from kontext_min import foreign
+from kontext_min.foreign import Strict
 
 
-class Strict(BaseModel):
-    """Frozen, and no key that it does not know."""
+def knob(default, meaning: str, **limits):
+    """A key with its meaning, as `--explain` and the schema tell it."""
+    return Field(default, description=meaning, **limits)
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-    LEFT_OUT: ClassVar[dict[str, str]] = {}  # key without a meaning here that does no harm -> why
-    REFUSED: ClassVar[dict[str, str]] = {}  # key that is not used here, unless it is off -> what to do instead
-    SAME: ClassVar[dict[str, str]] = {}  # another name of a key -> ours
 
-    ignored: dict[str, str] = Field({}, description="not to be set: keys that were left out, and why")
+def as_list(value):
+    """One of something may stand without brackets, and none as null."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
-    @model_validator(mode="before")
-    @classmethod
-    def leave_out(cls, values):
-        """Take out the keys of LEFT_OUT, and those of REFUSED that ask for nothing, remembering them."""
-        if not isinstance(values, dict):
-            return values
-        values = {cls.SAME.get(key, key): value for key, value in values.items()}
-        ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values}
-        off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in foreign.OFF]
-        ignored |= dict.fromkeys(off, "what it says is always so here")
-        return {key: value for key, value in values.items() if key not in ignored} | {"ignored": ignored}
+
+def as_mapping(value):
+    """`key=value,key=value` -> a mapping."""
+    if not isinstance(value, str):
+        return value or {}
+    return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
+
+
+Listed, Mapped = BeforeValidator(as_list), BeforeValidator(as_mapping)
+SizeText = Annotated[str, Field(coerce_numbers_to_str=True)]
+Unit = Literal["pixel_area", "pixel", "area"]
+Captions = Literal["textfile", "filename", "instanceprompt"]
 
 
 class Generator(BaseModel):
@@ -45,12 +46,12 @@ class Generator(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     type: str
-    name: str | None = Field(None, description="tells two generators of one type apart; default: the type")
-    when: Literal["start", "step"] = Field("start", description="made once and kept, or made anew at every use")
-    captions: str | list[str] | Literal[False] | None = Field(None, description="instead of the targets' own")
-    instance_data_dir: Path | None = Field(None, description="where made pictures are kept; default in cache_dir")
+    name: str | None = knob(None, "tells two generators of one type apart; default: the type")
+    when: Literal["start", "step"] = knob("start", "made once and kept, or made anew at every use")
+    captions: str | list[str] | Literal[False] | None = knob(None, "instead of the targets' own")
+    instance_data_dir: Path | None = knob(None, "where made pictures are kept; default in cache_dir")
     conditioning_type: Literal["reference_strict"] = "reference_strict"
-    params: dict = Field({}, description="parameters may stand here or beside `type`")
+    params: dict = knob({}, "parameters may stand here or beside `type`")
 
     @property
     def parameters(self) -> dict:
@@ -65,61 +66,45 @@ class Dataset(Strict):
 
     id: str
     type: Literal["local"] = "local"
-    dataset_type: Literal["image", "conditioning", "eval", "text_embeds"] = Field(
-        "image", description="eval: targets that are only validated on; conditioning is implied by conditioning_type"
-    )
-    disabled: bool = Field(False, description="leave this entry out")
+    dataset_type: Literal["image", "conditioning", "eval", "text_embeds"] = knob("image", "eval: only validated on")
+    disabled: bool = knob(False, "leave this entry out")
 
     # where the pictures are
-    instance_data_dir: Path | None = Field(None, description="folder of pictures, searched with its sub-folders")
-    pairs_file: Path | None = Field(None, description="instead: JSONL or CSV with target, reference(s), caption")
-    side_by_side: Literal["reference_left", "reference_right"] | None = Field(
-        None, description="every picture holds both, cut in two halves"
-    )
-    reference_suffix: str | None = Field(None, description="NAME_ref.png beside NAME.png in one folder: _ref")
+    instance_data_dir: Path | None = knob(None, "folder of pictures, searched with its sub-folders")
+    pairs_file: Path | None = knob(None, "instead: JSONL or CSV with target, reference(s), caption")
+    side_by_side: Literal["reference_left", "reference_right"] | None = knob(None, "both are halves of every picture")
+    reference_suffix: str | None = knob(None, "NAME_ref.png beside NAME.png in one folder: _ref")
 
     # what belongs to them
-    conditioning_data: list[str] = Field([], description="ids of the reference sets of this target set; none is T2I")
-    conditioning_type: Literal["reference_strict", "reference_loose", "mask"] | None = Field(
-        None, description="strict: the target's crop and size; loose: a size of its own; mask: white where loss counts"
+    conditioning_data: Annotated[list[str], Listed] = knob([], "ids of this target set's reference sets; none is T2I")
+    conditioning_type: Literal["reference_strict", "reference_loose", "mask"] | None = knob(
+        None, "strict: the target's crop and size; loose: a size of its own; mask: white where loss counts"
     )
-    conditioning: list[Generator] = Field([], description="references made from the targets by degrading them")
-    caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(
-        None, description="default textfile for targets (NAME.txt, one caption a line), none for references"
-    )
-    instance_prompt: list[str] = Field([], description="the captions of caption_strategy instanceprompt")
+    conditioning: Annotated[list[Generator], Listed] = knob([], "references made from the targets by degrading them")
+    caption_strategy: Captions | None = knob(None, "default textfile (NAME.txt, one a line), for references none")
+    instance_prompt: Annotated[list[str], Listed] = knob([], "the captions of caption_strategy instanceprompt")
 
     # geometry
-    resolution: float = Field(1024, gt=0, description="in units of resolution_type")
-    resolution_type: Literal["pixel_area", "pixel", "area"] = Field(
-        "pixel_area", description="pixel_area: square root of the area; pixel: shorter side; area: megapixels"
-    )
-    crop: bool = Field(False, description="cut to crop_aspect; else only what a bucket's size needs is cut")
+    resolution: float = knob(1024, "in units of resolution_type", gt=0)
+    resolution_type: Unit = knob("pixel_area", "of it: square root of the area; pixel: shorter side; area: megapixels")
+    crop: bool = knob(False, "cut to crop_aspect; else only what a bucket's size needs is cut")
     crop_aspect: Literal["square", "preserve"] = "square"
     crop_style: Literal["center", "centre", "random", "corner"] = "center"
-    vae_cache_clear_each_epoch: bool = Field(
-        False, description="with crop_style random: cut anew in every epoch, with latents that are not kept"
-    )
-    minimum_image_size: float | None = Field(None, description="smaller targets are left out, with their references")
-    maximum_image_size: float | None = Field(None, description="larger pictures are first resized to the next key")
+    vae_cache_clear_each_epoch: bool = knob(False, "with crop_style random: cut anew in every epoch, nothing is kept")
+    minimum_image_size: float | None = knob(None, "smaller targets are left out, with their references")
+    maximum_image_size: float | None = knob(None, "larger pictures are first resized to the next key")
     target_downsample_size: float | None = None
 
     # how often
-    repeats: int = Field(0, ge=0, description="further uses per epoch")
-    probability: float = Field(1.0, gt=0, le=1, description="share of the set that an epoch shows")
-    is_regularisation_data: bool = Field(False, description="the target is the base model's own prediction")
-    disable_validation: bool = Field(False, description="never validated on")
+    repeats: int = knob(0, "further uses per epoch", ge=0)
+    probability: float = knob(1.0, "share of the set that an epoch shows", gt=0, le=1)
+    is_regularisation_data: bool = knob(False, "the target is the base model's own prediction")
+    disable_validation: bool = knob(False, "never validated on")
 
     # where results are kept
-    cache_dir: Path | None = Field(None, description="text_embeds: of encoded captions; default cache_dir/text")
-    cache_dir_vae: Path | None = Field(None, description="latents of this set's pairs; default cache_dir/latents")
-    default: Literal[True] = Field(True, description="text_embeds: there is one such entry at most")
-
-    @field_validator("conditioning_data", "instance_prompt", "conditioning", mode="before")
-    @classmethod
-    def as_list(cls, value):
-        """One of something may stand without brackets."""
-        return value if isinstance(value, list) else [] if value is None else [value]
+    cache_dir: Path | None = knob(None, "text_embeds: of encoded captions; default cache_dir/text")
+    cache_dir_vae: Path | None = knob(None, "latents of this set's pairs; default cache_dir/latents")
+    default: Literal[True] = knob(True, "text_embeds: there is one such entry at most")
 
     @property
     def role(self) -> str:
@@ -145,17 +130,11 @@ class ValidationItem(Strict):
     SAME = {"image": "images", "path": "images"}
 
     prompt: str
-    images: list[Path] | None = Field(None, description="references; default the first pair's; [] is text-to-image")
-    negative: str | None = Field(None, description="default validation_negative_prompt")
-    seed: int | None = Field(None, description="default validation_seed")
-    size: str | None = Field(None, coerce_numbers_to_str=True, description="of the picture, WxH or a square's side")
-    name: str | None = Field(None, description="for the sheets; default: the prompt")
-
-    @field_validator("images", mode="before")
-    @classmethod
-    def as_list(cls, value):
-        """One path may stand without brackets."""
-        return value if isinstance(value, list) or value is None else [value]
+    images: Annotated[list[Path], Listed] | None = knob(None, "references; default the first pair's; [] is T2I")
+    negative: str | None = knob(None, "default validation_negative_prompt")
+    seed: int | None = knob(None, "default validation_seed")
+    size: SizeText | None = knob(None, "of the picture, WxH or a square's side")
+    name: str | None = knob(None, "for the sheets; default: the prompt")
 
 
 class Config(Strict):
@@ -167,169 +146,128 @@ class Config(Strict):
     model_family: Literal["flux"] = "flux"
     model_flavour: Literal["kontext"] = "kontext"
     model_type: Literal["lora"] = "lora"
-    pretrained_model_name_or_path: str = Field("nano", description="model folder, hub id, or nano, the embedded model")
-    base_model_precision: Literal["no_change", "bf16", "int8-quanto", "int8-torchao"] = Field(
-        "no_change", description="of the frozen base; both int8 are the same: weights in int8, half the memory of bf16"
+    pretrained_model_name_or_path: str = knob("nano", "model folder, hub id, or nano, the embedded model")
+    base_model_precision: Literal["no_change", "bf16", "int8-quanto", "int8-torchao"] = knob(
+        "no_change", "of the frozen base; both int8 are the same: weights in int8, half the memory of bf16"
     )
-    mixed_precision: Literal["bf16", "no"] = Field("bf16", description="what is computed in; no is fp32")
-    gradient_checkpointing: bool = Field(
-        True, description="recompute each block in backward: less memory, 4/3 the work"
-    )
-    gradient_checkpointing_interval: int | None = Field(None, ge=1, description="recompute only every n-th block")
+    mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
+    gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
+    gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
 
     # data
-    data_backend_config: DataList = Field(
-        description="the data list, or the path of its JSON file; default multidatabackend.json beside the config"
-    )
-    cache_dir: Path = Field(Path("cache"), description="latents and encoded text, by content; safe to delete")
-    aspect_bucket_alignment: int | None = Field(
-        None, gt=0, multiple_of=16, description="training sizes are multiples of it, in pixels; default 64, nano's 16"
-    )
-    conditioning_multidataset_sampling: Literal["random", "combined"] = Field(
-        "random", description="of several reference sets: one per use by a seeded draw, or all of them at once"
+    data_backend_config: DataList = knob(..., "the data list or its file; default multidatabackend.json beside this")
+    cache_dir: Path = knob(Path("cache"), "latents and encoded text, by content; safe to delete")
+    aspect_bucket_alignment: int | None = knob(None, "of training sizes; default 64, nano's 16", gt=0, multiple_of=16)
+    conditioning_multidataset_sampling: Literal["random", "combined"] = knob(
+        "random", "of several reference sets: one per use by a seeded draw, or all of them at once"
     )
     # what sets that do not say it themselves have
-    resolution: float | None = Field(None, gt=0)
-    resolution_type: Literal["pixel_area", "pixel", "area"] | None = None
+    resolution: float | None = knob(None, "of sets", gt=0)
+    resolution_type: Unit | None = None
     minimum_image_size: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
-    caption_strategy: Literal["textfile", "filename", "instanceprompt"] | None = Field(None, description="of targets")
+    caption_strategy: Captions | None = knob(None, "of targets")
 
-    caption_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of uses with an empty caption")
-    reference_dropout_probability: float = Field(0.0, ge=0, lt=1, description="share of uses without references")
+    caption_dropout_probability: float = knob(0.0, "share of uses with an empty caption", ge=0, lt=1)
+    reference_dropout_probability: float = knob(0.0, "share of uses without references", ge=0, lt=1)
 
     # adapter
     lora_type: Literal["standard"] = "standard"
     lora_rank: int = Field(16, ge=1)
-    lora_alpha: float | None = Field(None, gt=0, description="strength is alpha / rank; default: the rank")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="share of each adapter's inputs left out in a step")
-    init_lora: Path | None = Field(None, description="a LoRA file to start from, of the same modules and rank")
-    flux_lora_target: str | list[str] = Field(
-        "all", description="which linears are adapted: a set's name, or patterns of diffusers' module names"
-    )
+    lora_alpha: float | None = knob(None, "strength is alpha / rank; default: the rank", gt=0)
+    lora_dropout: float = knob(0.0, "share of each adapter's inputs left out in a step", ge=0, lt=1)
+    init_lora: Path | None = knob(None, "a LoRA file to start from, of the same modules and rank")
+    flux_lora_target: str | list[str] = knob("all", "a set's name, or patterns of diffusers' module names")
 
     # the step
-    flow_schedule_shift: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
-        "auto", description="factor that moves times towards noise; auto: by the target's size, as in sampling"
+    flow_schedule_shift: Literal["auto"] | Annotated[float, Field(gt=0)] = knob(
+        "auto", "factor that moves times towards noise; auto: by the target's size, as in sampling"
     )
-    flow_sigmoid_scale: float = Field(1.0, gt=0, description="times are sigmoid(scale * normal), then shifted")
-    flow_use_uniform_schedule: bool = Field(False, description="uniform times instead")
-    flow_use_beta_schedule: bool = Field(False, description="beta times instead")
+    flow_sigmoid_scale: float = knob(1.0, "times are sigmoid(scale * normal), then shifted", gt=0)
+    flow_use_uniform_schedule: bool = knob(False, "uniform times instead")
+    flow_use_beta_schedule: bool = knob(False, "beta times instead")
     flow_beta_schedule_alpha: float = Field(2.0, gt=0)
     flow_beta_schedule_beta: float = Field(2.0, gt=0)
     flux_guidance_mode: Literal["constant", "random-range"] = "constant"
-    flux_guidance_value: float = Field(1.0, description="the distilled guidance while training, if constant")
-    flux_guidance_min: float = Field(0.0, description="of a random range")
-    flux_guidance_max: float = Field(4.0, description="of a random range")
+    flux_guidance_value: float = knob(1.0, "the distilled guidance while training, if constant")
+    flux_guidance_min: float = knob(0.0, "of a random range")
+    flux_guidance_max: float = knob(4.0, "of a random range")
     loss_type: Literal["l2", "huber", "smooth_l1"] = "l2"
-    huber_c: float = Field(0.1, gt=0, description="error from which huber and smooth_l1 grow linearly")
-    masked_loss_probability: float = Field(1.0, ge=0, le=1, description="share of uses in which a mask counts")
-    masked_loss_weight: float = Field(0.0, ge=0, le=1, description="how much the black part of a mask counts")
+    huber_c: float = knob(0.1, "error from which huber and smooth_l1 grow linearly", gt=0)
+    masked_loss_probability: float = knob(1.0, "share of uses in which a mask counts", ge=0, le=1)
+    masked_loss_weight: float = knob(0.0, "how much the black part of a mask counts", ge=0, le=1)
     train_batch_size: int = Field(1, ge=1)
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, description="batches per optimizer step; the gradient is their mean"
-    )
-    max_train_steps: int = Field(1000, ge=1, description="optimizer steps")
+    gradient_accumulation_steps: int = knob(1, "batches per optimizer step; the gradient is their mean", ge=1)
+    max_train_steps: int = knob(1000, "optimizer steps", ge=1)
     seed: int = 42
 
     # optimizer
     optimizer: Literal[
         "adamw", "adamw_bf16", "ao-adamw8bit", "optimi-adam", "optimi-adamw", "optimi-stableadamw", "optimi-adan",
         "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-sgd",
-    ] = Field("adamw", description="adamw_bf16 and ao-adamw8bit are AdamW in less memory")  # fmt: skip
+    ] = knob("adamw", "adamw_bf16 and ao-adamw8bit are AdamW in less memory")  # fmt: skip
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
-    ] = Field("constant", description="both constants are the same")
-    lr_warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly from 0")
-    lr_end: float = Field(0.0, ge=0, description="learning rate that every schedule but the constant comes down to")
-    lr_power: float = Field(0.8, gt=0, description="of polynomial")
-    lr_num_cycles: int = Field(1, ge=1, description="cycles of cosine_with_restarts and sine")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="of adamw alone: the others have defaults of their own")
+    ] = knob("constant", "both constants are the same")
+    lr_warmup_steps: int = knob(0, "steps in which the learning rate rises linearly from 0", ge=0)
+    lr_end: float = knob(0.0, "learning rate that every schedule but the constant comes down to", ge=0)
+    lr_power: float = knob(0.8, "of polynomial", gt=0)
+    lr_num_cycles: int = knob(1, "cycles of cosine_with_restarts and sine", ge=1)
+    adam_beta1: float = knob(0.9, "of adamw alone: the others have defaults of their own", ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_weight_decay: float = Field(0.01, ge=0)
     adam_epsilon: float = Field(1e-8, gt=0)
-    optimizer_beta1: float | None = Field(None, ge=0, lt=1, description="of any optimizer with betas")
+    optimizer_beta1: float | None = knob(None, "of any optimizer with betas", ge=0, lt=1)
     optimizer_beta2: float | None = Field(None, ge=0, lt=1)
-    optimizer_config: dict[str, bool | float] = Field({}, description="further arguments of it: key=value,key=value")
-    max_grad_norm: float = Field(
-        1.0, gt=0, description="the gradient is scaled down to this norm; never cut value by value, as SimpleTuner does"
+    optimizer_config: Annotated[dict[str, bool | float], Mapped] = knob(
+        {}, "its further arguments: key=value,key=value"
     )
-    skip_nonfinite_steps: int = Field(0, ge=0, description="steps without a finite loss that are left out, not fatal")
-    use_ema: bool = Field(False, description="also keep and save the moving average of the adapter, in ema/")
-    ema_decay: float = Field(0.995, ge=0, lt=1, description="reached slowly: (1 + n) / (10 + n) after n updates")
-    ema_update_interval: int = Field(1, ge=1, description="steps between updates of the average")
-    ema_validation: Literal["ema_only", "none"] = Field("ema_only", description="none shows the last step instead")
+    max_grad_norm: float = knob(1.0, "the gradient is scaled down to this norm, never cut value by value", gt=0)
+    skip_nonfinite_steps: int = knob(0, "steps without a finite loss that are left out, not fatal", ge=0)
+    use_ema: bool = knob(False, "also keep and save the moving average of the adapter, in ema/")
+    ema_decay: float = knob(0.995, "reached slowly: (1 + n) / (10 + n) after n updates", ge=0, lt=1)
+    ema_update_interval: int = knob(1, "steps between updates of the average", ge=1)
+    ema_validation: Literal["ema_only", "none"] = knob("ema_only", "none shows the last step instead")
 
     # what is left behind
     output_dir: Path = Path("output/run")
-    checkpointing_steps: int = Field(500, ge=0, description="steps between checkpoints; 0: only when interrupted")
-    checkpoints_total_limit: int = Field(3, ge=1, description="checkpoints kept; the oldest go first")
-    resume_from_checkpoint: str | None = Field(None, description="latest, or a checkpoint-N folder to go on from")
-    allow_changed_resume: bool = Field(False, description="go on although settings or data have changed since")
+    checkpointing_steps: int = knob(500, "steps between checkpoints; 0: only when interrupted", ge=0)
+    checkpoints_total_limit: int = knob(3, "checkpoints kept; the oldest go first", ge=1)
+    resume_from_checkpoint: str | None = knob(None, "latest, or a checkpoint-N folder to go on from")
+    allow_changed_resume: bool = knob(False, "go on although settings or data have changed since")
 
     # validation pictures
-    validation_steps: int = Field(500, ge=0, description="steps between validation pictures; 0: only at the end")
-    validation_disable: bool = Field(False, description="no validation pictures")
-    validation_on_startup: bool = Field(
-        True, description="the base model's pictures first, so that you see what is due"
-    )
-    validation_split: float = Field(
-        0.0, ge=0, description="share, or number from 1, of the pairs that are kept from training to validate on"
-    )
-    eval_dataset_id: str | None = Field(None, description="only pairs of this set are validated on")
-    num_eval_images: int = Field(4, ge=0, description="pairs of the data that are shown")
-    validation_using_datasets: bool = Field(True, description="false: no pairs of the data are shown")
-    validation: list[ValidationItem] = Field([], description="further pictures, each of a prompt and maybe more")
-    validation_prompt: str | None = Field(
-        None, description="one more prompt, on the first validation pair's references"
-    )
-    user_prompt_library: Path | None = Field(
-        None, description="JSON file of more: name -> prompt, or name -> {prompt, …}"
-    )
-    validation_prompt_library: bool | Path = Field(False, description="likewise a file; there is no built-in library")
-    validation_negative_prompt: str = Field("", description="what true CFG leads away from")
-    validation_guidance: float = 2.5
-    validation_guidance_real: float = Field(1.0, ge=1, description="true CFG, twice the time; 1 is off")
-    validation_no_cfg_until_timestep: int = Field(0, ge=0, description="sampling steps before true CFG begins")
+    validation_steps: int = knob(500, "steps between validation pictures; 0: only at the end", ge=0)
+    validation_disable: bool = knob(False, "no validation pictures")
+    validation_on_startup: bool = knob(True, "the base model's pictures first, so that you see what is due")
+    validation_split: float = knob(0.0, "share, or number from 1, of the pairs kept from training to validate on", ge=0)
+    eval_dataset_id: str | None = knob(None, "only pairs of this set are validated on")
+    num_eval_images: int = knob(4, "pairs of the data that are shown", ge=0)
+    validation_using_datasets: bool = knob(True, "false: no pairs of the data are shown")
+    validation: list[ValidationItem] = knob([], "further pictures, each of a prompt and maybe more")
+    validation_prompt: str | None = knob(None, "one more prompt, on the first validation pair's references")
+    user_prompt_library: Path | None = knob(None, "JSON file of more: name -> prompt, or name -> {prompt, …}")
+    validation_negative_prompt: str = knob("", "what true CFG leads away from")
+    validation_guidance: float = knob(2.5, "the distilled guidance of the pictures")
+    validation_guidance_real: float = knob(1.0, "true CFG, twice the time; 1 is off", ge=1)
+    validation_no_cfg_until_timestep: int = knob(0, "sampling steps before true CFG begins", ge=0)
     validation_num_inference_steps: int = Field(28, ge=1)
-    validation_resolution: str | None = Field(  # pairs have their training size, and other pictures infer.py's default
-        None, coerce_numbers_to_str=True, description="area of what is no pair: WxH or a side, several by comma"
-    )
+    validation_resolution: SizeText | None = knob(None, "area of what is no pair: WxH or a side, several by comma")
     validation_seed: int = 42
 
     # eval loss
-    eval_steps_interval: int | None = Field(None, ge=0, description="steps between them; default validation_steps")
-    eval_timesteps: int = Field(8, ge=1, description="times at which the loss of a pair is taken, evenly spread")
-    eval_loss_disable: bool = Field(False, description="no eval loss")
-    num_eval_pairs: int = Field(8, ge=1, description="pairs that it is over; the time it takes grows with them")
+    eval_steps_interval: int | None = knob(None, "steps between them; default validation_steps", ge=0)
+    eval_timesteps: int = knob(8, "times at which the loss of a pair is taken, evenly spread", ge=1)
+    eval_loss_disable: bool = knob(False, "no eval loss")
+    num_eval_pairs: int = knob(8, "pairs that it is over; the time it takes grows with them", ge=1)
 
     # who is told
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = Field(
-        "none", description="trackers beside metrics.jsonl, through their own libraries"
-    )
-    tracker_project_name: str = Field("kontext_min", description="the project at W&B")
-    tracker_run_name: str | None = Field(None, description="default: the name of output_dir")
-    logging_dir: Path | None = Field(
-        None, description="trackers write to a folder in it of the run's name; default: output_dir/logs"
-    )
-
-    @field_validator("base_model_precision", mode="before")
-    @classmethod
-    def built(cls, value):
-        """Other precisions have names too."""
-        if value not in ("no_change", "bf16", "int8-quanto", "int8-torchao"):
-            raise ValueError(f"{value} is not built yet; int8-quanto is, or no_change")
-        return value
-
-    @field_validator("optimizer_config", mode="before")
-    @classmethod
-    def as_pairs(cls, value):
-        """`key=value,key=value` -> a mapping."""
-        if not isinstance(value, str):
-            return value or {}
-        return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = knob("none", "trackers, through their own libraries")
+    tracker_project_name: str = knob("kontext_min", "the project at W&B")
+    tracker_run_name: str | None = knob(None, "default: the name of output_dir")
+    logging_dir: Path | None = knob(None, "trackers write to its folder of the run's name; default: output_dir/logs")
 
     @model_validator(mode="after")
     def agree(self):
@@ -356,6 +294,11 @@ class Config(Strict):
             return options
         betas = {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
         return {**betas, "weight_decay": self.adam_weight_decay, "eps": self.adam_epsilon, **options}
+
+    def record(self) -> str:
+        """JSON that is a config file again: every key in force, and of each set what it says itself."""
+        sets = self.model_dump(mode="json", include={"data_backend_config"}, exclude_unset=True)
+        return json.dumps(self.model_dump(mode="json") | sets, indent=2, ensure_ascii=False) + "\n"
 
     def datasets(self) -> list[Dataset]:
         """The data list. Raises ValueError naming file and key."""
@@ -391,14 +334,13 @@ def read_config(path: Path, overrides: list[str]) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"{path} should hold one object, {{...}}")
     values = {key.removeprefix("--"): value for key, value in values.items()}
-    values = {Config.SAME.get(key, key): value for key, value in values.items()}
     if (beside := Path(path).parent / "multidatabackend.json").is_file():
         values.setdefault("data_backend_config", beside)
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not KEY=VALUE, such as learning_rate=1e-4")
-        values[Config.SAME.get(key, key)] = parse_value(text)
+        values[key] = parse_value(text)
     return checked(Config, values, str(path))
 
 
@@ -431,8 +373,7 @@ def problem(kind: type[Strict], entry: dict) -> str:
         owner = kind if len(entry["loc"]) == 1 else ValidationItem if entry["loc"][0] == "validation" else Dataset
         if key in owner.REFUSED:
             return f"{name} is not used here: {owner.REFUSED[key]}"
-        known = owner.model_fields.keys() - {"ignored"}
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.6)
         return f"unknown key {name}" + (f", did you mean {near[0]}?" if near else "")
     if entry["type"] == "missing":
         return f"{name} is required"
@@ -444,23 +385,14 @@ def explain(config: Config) -> list[str]:
     """Every key in force: its value, whether it was given, and what it means; then what was left out, and why."""
     lines = []
     for name, field in Config.model_fields.items():
-        if name != "ignored":
-            value = getattr(config, name)
-            value = "…" if name == "data_backend_config" else str(value) if isinstance(value, Path) else repr(value)
-            source = "given" if name in config.model_fields_set else "default"
-            lines.append(f"{name:36} {value:28} {source:8} {field.description or ''}".rstrip())
+        value = getattr(config, name)
+        value = "…" if name == "data_backend_config" else str(value) if isinstance(value, Path) else repr(value)
+        source = "given" if name in config.model_fields_set else "default"
+        lines.append(f"{name:36} {value:28} {source:8} {field.description or ''}".rstrip())
     return lines + [f"{name:36} {'ignored':28} {'given':8} {why}" for name, why in config.ignored.items()]
-
-
-def schema() -> str:
-    """JSON Schema of a config file, by which an editor completes and checks it."""
-    whole = Config.model_json_schema()
-    for part in (whole, *whole["$defs"].values()):
-        part["properties"].pop("ignored", None)
-    return json.dumps(whole, indent=2)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--schema"]:
         sys.exit("usage: python -m kontext_min.config --schema")
-    print(schema())
+    print(json.dumps(Config.model_json_schema(), indent=2))

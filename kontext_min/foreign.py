@@ -1,5 +1,9 @@
 """Keys of SimpleTuner's that have no knob here: what happens to each, and why. Tables instead of code per key."""
 
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
 
 def by_key(reasons: dict[str, str]) -> dict[str, str]:
     """{what is said: "key key …"} -> {key: what is said}."""
@@ -20,60 +24,56 @@ OFF = {"", "none", "false", "0", "0.0", "[]", "{}", "default", "standard", "diff
 CONFIG_IGNORED = by_key({
     "projections are always fused, and a LoRA on them still trains separate q, k, v": "fuse_qkv_projections",
     "max_train_steps says how long": "num_train_epochs ignore_final_epochs strict_epoch_limit",
-    "the encoders are always let go before the transformer is loaded":
-        "offload_during_startup fully_unload_text_encoder delete_model_after_load keep_vae_loaded offload_during_save",
+    "the encoders run once, in mixed_precision, the VAE in fp32, and are let go before the transformer is loaded":
+        "offload_during_startup fully_unload_text_encoder delete_model_after_load keep_vae_loaded offload_during_save "
+        "text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision text_encoder_4_precision vae_dtype",
     "weights are quantised one by one while they are read, on the device that trains": "quantize_via",
-    "text encoders run once, in mixed_precision, and are let go again":
-        "text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision text_encoder_4_precision",
     "mixed_precision says it": "base_model_default_dtype gradient_precision",
-    "the VAE computes in fp32": "vae_dtype",
-    "pictures are encoded one by one, whole":
+    "pictures and captions are encoded one by one, whole, before training starts":
         "vae_batch_size vae_enable_tiling vae_enable_slicing vae_enable_patch_conv vae_enable_temporal_roll "
-        "image_processing_batch_size",
-    "captions are encoded one by one, whole":
-        "text_encoder_batch_size text_encoder_limit text_embed_full_cache tokenizer_max_length",
-    "cache entries are written one by one": "write_batch_size",
-    "batches are read as they are needed": "read_batch_size dataloader_prefetch dataloader_prefetch_qlen",
-    "as many as there are cores": "max_workers enable_multiprocessing torch_num_threads",
-    "sizes are read from the files' headers": "aspect_bucket_worker_count",
-    "aspects are rounded to 2 decimals": "aspect_bucket_rounding",
-    "caches are keyed by content, so a changed dataset is never confused with the old one":
+        "image_processing_batch_size text_encoder_batch_size text_encoder_limit text_embed_full_cache "
+        "tokenizer_max_length write_batch_size vae_cache_ondemand text_cache_ondemand",
+    "caches are in cache_dir, keyed by content, so a changed dataset is never confused with the old one":
         "override_dataset_config preserve_data_backend_cache vae_cache_scan_behaviour metadata_update_interval "
-        "aspect_bucket_disable_rebuild cache_clear_validation_prompts",
-    "latents hardly compress": "compress_disk_cache",
-    "everything is kept in cache_dir; a set's cache_dir_vae puts its latents elsewhere": "cache_dir_text cache_dir_vae",
-    "everything is encoded before training starts": "vae_cache_ondemand text_cache_ondemand",
-    "files are always looked at; that is fast": "skip_file_discovery",
+        "aspect_bucket_disable_rebuild cache_clear_validation_prompts compress_disk_cache cache_dir_text cache_dir_vae",
+    "files are always looked at, by their headers, and batches read as they are needed":
+        "skip_file_discovery read_batch_size dataloader_prefetch dataloader_prefetch_qlen max_workers "
+        "enable_multiprocessing torch_num_threads aspect_bucket_worker_count",
+    "aspects are rounded to 2 decimals": "aspect_bucket_rounding",
     "batches of few pictures are no problem": "allow_dataset_oversubscription disable_bucket_pruning",
     "an epoch shows every set; repeats and probability weigh them": "data_backend_sampling",
     "gradients are always clipped by norm; SimpleTuner's value does next to nothing": "grad_clip_method",
-    "the quantity of noise is what the flow says": "noise_offset noise_offset_probability",
-    "every use draws its own time": "disable_segmented_timestep_sampling",
-    "times are continuous": "training_scheduler_timestep_spacing inference_scheduler_timestep_spacing",
+    "noise and times are what the flow says, drawn anew for every use":
+        "noise_offset noise_offset_probability disable_segmented_timestep_sampling training_scheduler_timestep_spacing "
+        "inference_scheduler_timestep_spacing",
     "huber_c stays the same at all times": "huber_schedule",
-    "only read by LyCORIS, and lora_type is standard": "lycoris_config init_lokr_norm",
+    "only read by LyCORIS, and lora_type is standard": "lycoris_config init_lokr_norm validation_lycoris_strength",
     "torch picks the fastest attention there is": "attention_mechanism sageattention_usage",
     "checkpointing is torch's, block by block":
         "gradient_checkpointing_backend gradient_checkpointing_segment_stride",
-    "an adapter's optimizer state is small and stays on the device":
-        "optimizer_cpu_offload_method optimizer_offload_gradients optimizer_release_gradients fuse_optimizer",
-    "the average is small and stays beside the adapter": "ema_device ema_cpu_only ema_foreach_disable",
-    "checkpoints always appear whole or not at all": "checkpointing_use_tempdir delete_invalid_checkpoints",
-    "checkpoints_total_limit counts all of them": "checkpoints_rolling_total_limit",
+    "an adapter's optimizer state and average are small and stay on the device":
+        "optimizer_cpu_offload_method optimizer_offload_gradients optimizer_release_gradients fuse_optimizer "
+        "ema_device ema_cpu_only ema_foreach_disable",
+    "checkpoints appear whole or not at all, and checkpoints_total_limit counts all of them":
+        "checkpointing_use_tempdir delete_invalid_checkpoints checkpoints_rolling_total_limit",
     "it changes nothing of the result":
         "set_grads_to_none disable_tf32 i_know_what_i_am_doing local_rank seed_for_each_device trust_remote_code "
         "print_filenames print_sampler_statistics debug_aspect_buckets debug_dataset_loader configs_dir "
         "accelerator_cache_clear_interval save_text_encoder merge_environment_config pretrained_transformer_subfolder "
         "prodigy_steps find_unused_parameters",
     "name an item twice in `validation`, with two seeds": "num_validation_images",
-    "seeds are fixed, so that pictures can be compared": "validation_randomize",
-    "noise is always drawn on the CPU": "validation_seed_source",
+    "seeds are fixed and noise is drawn on the CPU, so that pictures can be compared":
+        "validation_randomize validation_seed_source",
+    "the input stands at the left, then the base model's picture, made once":
+        "validation_stitch_input_location disable_benchmark",
     "the empty prompt is no picture of its own": "validation_disable_unconditional",
-    "the input stands at the left": "validation_stitch_input_location",
     "FLUX is sampled by Euler's method": "validation_noise_scheduler",
     "validation runs the very modules that are trained": "validation_torch_compile",
-    "the base model's pictures are made once, at the start": "disable_benchmark",
     "validation pictures are compared with the targets, by PSNR": "evaluation_type",
+    "there is no built-in library; user_prompt_library names a file": "validation_prompt_library",
+    "pictures are logged one by one, and all on a sheet": "tracker_image_layout",
+    "nothing is uploaded": "hub_model_id",
+    "set it false: every line of a caption file is a caption of its own": "disable_multiline_split",
 })  # fmt: skip
 # what to do instead -> keys of a config; the run refuses to start unless the key is off
 CONFIG_REFUSED = by_key({
@@ -98,26 +98,28 @@ CONFIG_REFUSED = by_key({
         "revision non_ema_revision variant",
     "FLUX predicts a flow": "prediction_type",
     "latents and text are always cached, in cache_dir": "vae_cache_disable text_cache_disable",
-    "what is missing is listed, and nothing is left out": "ignore_missing_files enable_nsfw_check",
-    "nothing of yours is ever deleted; the messages name such pictures":
-        "delete_problematic_images delete_unwanted_images",
+    "what is missing is listed; nothing is left out, and nothing of yours is ever deleted":
+        "ignore_missing_files enable_nsfw_check delete_problematic_images delete_unwanted_images",
     "use data_backend_config": "data_backend",
     "say it in the set's own entry": "instance_prompt",
     "use pairs_file with a JSONL or CSV file": "parquet_caption_column parquet_filename_column",
+    "nothing is uploaded; hf upload NAME OUTPUT_DIR does it, the model card included":
+        "push_to_hub push_checkpoints_to_hub publishing_config",
+    "use report_to": "webhook_config",
+    "use minimum_image_size": "max_upscale_threshold",
+    "write the prompt into the caption files": "prepend_instance_prompt",
+    "use caption_strategy instanceprompt": "only_instance_prompt",
 })  # fmt: skip
 # why it can be left out without harm -> keys of a dataset; the run says so once
 DATASET_IGNORED = by_key({
-    "caches are keyed by content": "hash_filenames",
-    "caches are keyed by content and never cleared": "preserve_data_backend_cache",
-    "files are always looked at; that is fast": "skip_file_discovery",
-    "everything is encoded before training starts": "vae_cache_ondemand",
+    "caches are keyed by content and never cleared": "hash_filenames preserve_data_backend_cache",
+    "files are always looked at; that is fast": "skip_file_discovery max_workers",
+    "everything is encoded before training starts": "vae_cache_ondemand write_batch_size",
     "there is one text cache": "text_embeds",
     "nothing is kept beside the pictures": "metadata_backend",
     "references are linked from the targets' side, by conditioning_data": "source_dataset_id",
     "set it false: every line of a caption file is a caption of its own": "disable_multiline_split",
     "epochs are counted for all sets alike": "ignore_epochs",
-    "entries are written one by one": "write_batch_size",
-    "as many as there are cores": "max_workers",
 })  # fmt: skip
 # what to do instead -> keys of a dataset; the run refuses to start unless the key is off
 DATASET_REFUSED = by_key({
@@ -133,11 +135,37 @@ DATASET_REFUSED = by_key({
     "edit the caption files": "caption_filter_list",
     "train in two runs": "start_epoch start_step end_epoch end_step",
     "save the pictures to a folder; side_by_side cuts composite ones": "huggingface",
-    "use pairs_file with a JSONL or CSV file": "parquet",
-    "use pairs_file with a CSV file": "csv",
+    "use pairs_file with a JSONL or CSV file": "parquet csv",
     "Kontext edits pictures": "video",
     "use flow_schedule_shift": "timestep_sampling_offset",
 })  # fmt: skip
-CONFIG_IGNORED["disable_multiline_split"] = DATASET_IGNORED["disable_multiline_split"]
-for _key in ("max_upscale_threshold", "prepend_instance_prompt", "only_instance_prompt"):
-    CONFIG_REFUSED[_key] = DATASET_REFUSED[_key]
+
+
+class Strict(BaseModel):
+    """A part of a config: frozen, and no key that neither it nor its tables know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    LEFT_OUT: ClassVar[dict[str, str]] = {}  # key without a meaning here that does no harm -> why
+    REFUSED: ClassVar[dict[str, str]] = {}  # key that is not used here, unless it is off -> what to do instead
+    SAME: ClassVar[dict[str, str]] = {}  # another name of a key -> ours
+
+    _ignored: dict[str, str] = {}
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """The keys that were given and left out, and why."""
+        return self._ignored
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def leave_out(cls, values, validate):
+        """Take out the keys of LEFT_OUT, and those of REFUSED that ask for nothing, remembering them."""
+        if not isinstance(values, dict):
+            return validate(values)
+        values = {cls.SAME.get(key, key): value for key, value in values.items()}
+        ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values}
+        off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in OFF]
+        ignored |= dict.fromkeys(off, "what it says is always so here")
+        made = validate({key: value for key, value in values.items() if key not in ignored})
+        made._ignored = ignored
+        return made

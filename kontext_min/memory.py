@@ -43,17 +43,16 @@ def size_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def predicted(flux: Flux, vae: nn.Module, tokens: int, checkpointed: bool) -> list[str]:
+def predicted(flux: Flux, vae: nn.Module, tokens: int, checkpointed: bool, adapter: float) -> list[str]:
     """The memory of a training step, line by line: what can be counted, and what cannot.
 
-    tokens: of the largest batch.
+    tokens: of the largest batch; adapter: bytes of all that is trained, with what belongs to it.
     """
     frozen = [t for t in (*flux.parameters(), *flux.buffers()) if not t.requires_grad]
-    trained = [p for p in flux.parameters() if p.requires_grad]
     parts = {
         "transformer": sum(map(size_of, frozen)),
         "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers()))),
-        "adapter, gradient and two moments in fp32": 16 * sum(p.numel() for p in trained),
+        "adapter, its gradient, the optimizer's state and the average, if any": adapter,
     }
     if checkpointed:
         blocks, width = len(flux.double_blocks) + len(flux.single_blocks), flux.config.hidden_size

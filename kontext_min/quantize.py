@@ -25,10 +25,6 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)  # (out, 1) in the model's dtype
         self.register_buffer("weight", (w.float() / scale.float()).round().clamp(-127, 127).to(torch.int8))
 
-    def dequantised(self) -> Tensor:
-        """W' (out, in) in the model's dtype."""
-        return dequantise(self.weight, self.scale)
-
     def forward(self, x: Tensor) -> Tensor:
         return Int8Product.apply(x, self.weight, self.scale, self.bias)
 

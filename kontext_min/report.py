@@ -8,58 +8,56 @@ import html
 import io
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from kontext_min.run_folder import RunFolder, read_lines
 
 TEMPLATE = Path(__file__).with_name("report.html")
 FINEST = ((1024, 88), (768, 85), (512, 82), (384, 78), (256, 70), (192, 60))  # longest side in pixels, JPEG quality
 BYTES = 8_000_000  # of all pictures together, by the mean of a sample
 PAIRS, STEPS, POINTS = 24, 12, 600  # shown at most
 GRID, UNUSED, FULL = 1.5, 1.01, 0.92  # from where on a finding is told
-REMEDIES = {
-    "reference": "Make sure that targets and references belong together: the same names, and the right set in "
-    "conditioning_data; train.py CONFIG --check draws every pair.",
-    "grid": "Use better pictures, a lower learning_rate, or an optimizer other than Lion.",
-    "memory": "Use gradient_checkpointing, a smaller resolution (of the references first) or train_batch_size.",
-    "loss": "Look at the pairs (train.py CONFIG --check), or change learning_rate: up if the curve is flat, down if it "
-    "jumps.",
-}
 
 
 def write(run: Path) -> Path:
     """Read a run's folder and write its report.html. FileNotFoundError when it holds no run."""
-    if not any((run / name).exists() for name in ("metrics.jsonl", "config.json")):
+    folder = RunFolder(run)
+    if not (folder.metrics.exists() or folder.config.exists()):
         raise FileNotFoundError(f"{run} holds no run: metrics.jsonl and config.json are not there; give an output_dir")
-    blob = gather(run)
+    blob = gather(folder)
     data = json.dumps(blob, ensure_ascii=False, allow_nan=False)
     for character in "<>&":  # nothing in a prompt can end the script that holds it
         data = data.replace(character, f"\\u{ord(character):04x}")
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
-    page = head.replace("__TITLE__", html.escape(blob["title"])) + data + tail
-    (run / "report.html").write_text(page, encoding="utf-8")
-    return run / "report.html"
+    folder.report.write_text(head.replace("__TITLE__", html.escape(blob["title"])) + data + tail, encoding="utf-8")
+    return folder.report
 
 
-def gather(run: Path) -> dict:
+def gather(folder: RunFolder) -> dict:
     """Everything that the page shows."""
-    config, metrics = (read(run / "config.json") or {}), lines(run / "metrics.jsonl")
-    psnr, held_out = (lines(run / "validation" / f"{name}.jsonl") for name in ("psnr", "eval"))
-    named = list(enumerate(read(run / "validation" / "items.json") or []))[:PAIRS]
-    files = {i: files_of(run / "validation", i) for i, _ in named}
-    steps = sorted({step for found in files.values() for step in found["lora"]})
+    config, items = read(folder.config, {}), read(folder.items, [])[:PAIRS]
+    metrics, psnr, held_out = (read_lines(file) for file in (folder.metrics, folder.psnr, folder.eval))
+    files = [folder.pictures(i) for i in range(len(items))]
+    steps = sorted({kind for kinds in files for kind in kinds if kind.isdigit()})
     steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), STEPS))]
-    items = embedded([{**item, "psnr": psnr_of(psnr, i), **files[i]} for i, item in named], steps)
+    files = [{kind: file for kind, file in kinds.items() if kind in steps or not kind.isdigit()} for kinds in files]
+    uris = embedded([file for kinds in files for file in kinds.values()])
+    for i, item in enumerate(items):
+        item["pictures"] = {kind: uris[file] for kind, file in files[i].items()}
+        item["psnr"] = {f"{line['step']:06d}": line["pairs"][i] for line in psnr if i < len(line["pairs"])}
     absent = {"pictures (validation/items.json)": items, "loss (metrics.jsonl)": metrics, "PSNR": psnr}
     absent |= {"eval loss and reference probe (validation/eval.jsonl)": held_out, "settings (config.json)": config}
     done = f"step {metrics[-1]['step']} of {config.get('max_train_steps', '?')}" if metrics else "no step yet"
     model, rank = config.get("pretrained_model_name_or_path", "?"), config.get("lora_rank", "?")
     return {
-        "title": run.resolve().name,
+        "title": folder.path.resolve().name,
         "subtitle": f"{done} · LoRA of rank {rank} on {config.get('flux_lora_target', '?')} · {model}",
         "numbers": numbers(metrics, psnr),
-        "findings": findings(metrics, held_out, named, files),
+        "findings": findings(metrics, held_out, files),
         "items": items,
         "steps": steps,
         "curves": curves(metrics, psnr, held_out),
@@ -68,126 +66,107 @@ def gather(run: Path) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------ files
+def read(file: Path, without):
+    """JSON, or what it is without the file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else without
 
 
-def read(path: Path):
-    """JSON, or None where there is no such file."""
-    return parse(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def lines(path: Path) -> list[dict]:
-    """JSON lines; the last one may be cut off, when the run was killed."""
-    texts = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [parse(text) for text in texts[:-1] if text]
-
-
-def parse(text: str):
-    """JSON with None for NaN and infinities, which browsers do not read."""
-    return json.loads(text, parse_constant=lambda name: None)
-
-
-def files_of(folder: Path, i: int) -> dict:
-    """The pictures of a validation pair: inputs, base, target (None where absent), and the LoRA's by step."""
-    one = {kind: next(iter(folder.glob(f"{kind}/{i:02d}.png")), None) for kind in ("base", "target")}
-    lora = {int(path.parent.name): path for path in sorted(folder.glob(f"[0-9]*/{i:02d}.png"))}
-    return {"inputs": sorted(folder.glob(f"input/{i:02d}-*.png")), **one, "lora": lora}
-
-
-def embedded(items: list[dict], steps: list[int]) -> list[dict]:
-    """Pictures as data URIs instead of files: the finest that keep the page small. Only these steps' are kept."""
-    items = [{**item, "lora": {step: file for step, file in item["lora"].items() if step in steps}} for item in items]
-    files = [f for item in items for f in (*item["inputs"], item["base"], item["target"], *item["lora"].values()) if f]
+def embedded(files: list[Path]) -> dict[Path, str]:
+    """Pictures as data URIs, the finest that keep the page small, judged by a sample."""
     sample = files[:: len(files) // 12 or 1]
     for edge, quality in FINEST:
         if sum(len(uri(file, edge, quality)) for file in sample) * len(files) <= BYTES * len(sample):
             break
-    uris = {file: uri(file, edge, quality) for file in files}
-    made = []
-    for item in items:
-        inputs, lora = [uris[f] for f in item["inputs"]], {step: uris[f] for step, f in item["lora"].items()}
-        one = {kind: item[kind] and uris[item[kind]] for kind in ("base", "target")}
-        made.append({**item, **one, "inputs": inputs, "input": inputs[0] if inputs else None, "lora": lora})
-    return made
+    return {file: uri(file, edge, quality) for file in files}
 
 
 def uri(file: Path, edge: int, quality: int) -> str:
     """A picture as a data URI: small ones as they are, others as JPEG of at most `edge` pixels a side."""
     image, buffer = Image.open(file).convert("RGB"), io.BytesIO()
-    small = max(image.size) <= 128
+    kind = "png" if max(image.size) <= 128 else "jpeg"
     image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
-    image.save(buffer, "PNG" if small else "JPEG", quality=quality, optimize=True)
-    kind = "png" if small else "jpeg"
+    image.save(buffer, kind, quality=quality, optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-# ------------------------------------------------------------------------------------------------ numbers
-
-
-def psnr_of(psnr: list[dict], i: int) -> dict:
-    """step -> (base, LoRA) of one pair, in dB."""
-    kept = {line["step"]: line["pairs"][i] for line in psnr if i < len(line.get("pairs") or [])}
-    return {step: [pair[kind] and round(pair[kind], 1) for kind in ("base", "lora")] for step, pair in kept.items()}
-
-
-def curve(entries: list[dict], *path: str) -> list[tuple[int, float]]:
-    """(step, value) of a number, where it is there; at most about POINTS, evenly taken, the last one always."""
-    points = []
-    for entry in entries:
-        value = entry
-        for name in path:
-            value = value.get(name) if isinstance(value, dict) else None
-        if isinstance(value, int | float):
-            points.append((entry["step"], value))
-    return points[:: -(-len(points) // POINTS) or 1] + (points[-1:] if len(points) > POINTS else [])
-
-
-def smooth(metrics: list[dict]) -> list[dict]:
-    """Lines with the running mean of the loss over about fifty steps."""
-    total, weight, made = 0.0, 0.0, []
-    for line in metrics:
-        total, weight = 0.98 * total + line["loss"], 0.98 * weight + 1
-        made.append({"step": line["step"], "loss": total / weight})
-    return made
 
 
 def curves(metrics: list[dict], psnr: list[dict], held_out: list[dict]) -> dict:
     """Name -> points, for the page's charts; `times` has the eval loss by time of the first and the last step."""
-    made = {name: curve(metrics, name) for name in ("loss", "grad_norm", "lr", "seconds", "memory")}
-    made |= {"smooth": curve(smooth(metrics), "loss"), "eval": curve(held_out, "loss")}
-    made |= {name: curve(psnr, name) for name in ("base", "lora")}
-    made |= {name: curve(held_out, "probe", name) for name in ("own", "shuffled", "none")}
+    probes = [{"step": line["step"], **(line.get("probe") or {})} for line in held_out]
     timed = [(line["step"], line["per_timestep"]) for line in held_out if line.get("per_timestep")]
-    return {**made, "times": timed[:1] + timed[1:][-1:]}
+    made = {"loss": curve(metrics, "loss"), "lr": curve(metrics, "lr"), "eval": curve(held_out, "loss")}
+    made |= {"smooth": smooth(made["loss"]), "base": curve(psnr, "base"), "lora": curve(psnr, "lora")}
+    made |= {"shuffled": curve(probes, "shuffled"), "none": curve(probes, "none")}
+    return {name: thinned(points) for name, points in made.items()} | {"times": timed[:1] + timed[1:][-1:]}
+
+
+def curve(lines: list[dict], name: str) -> list[tuple[int, float]]:
+    """(step, value) of a number, where it is there."""
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The running mean over about fifty steps."""
+    total, weight, made = 0.0, 0.0, []
+    for step, value in points:
+        total, weight = 0.98 * total + value, 0.98 * weight + 1
+        made.append((step, total / weight))
+    return made
+
+
+def thinned(points: list) -> list:
+    """At most about POINTS of them, evenly taken, the last one always."""
+    return points[:: -(-len(points) // POINTS) or 1] + (points[-1:] if len(points) > POINTS else [])
 
 
 def numbers(metrics: list[dict], psnr: list[dict]) -> list[tuple[str, str]]:
     """The few figures at the top."""
     found = []
-    if seconds := [line["seconds"] for line in metrics if "seconds" in line]:
-        minutes, rest = divmod(round(sum(seconds)), 60)
-        total = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
-        found.append(("training, without validation", total))
+    if metrics:
+        seconds = [line["seconds"] for line in metrics]
+        found.append(("training, without validation", str(timedelta(seconds=round(sum(seconds))))))
         found.append(("a step", f"{np.median(seconds):.2f} s"))
-    if memory := [line["memory"] for line in metrics if line.get("memory")]:
-        limit = metrics[-1].get("memory_limit")
-        found.append(("memory at most", f"{max(memory):.1f} GB" + (f" of {limit:.1f}" if limit else "")))
-    if psnr and psnr[-1]["base"] and psnr[-1]["lora"]:
-        found.append(
-            ("to the target, without and with the LoRA", f"{psnr[-1]['base']:.1f} → {psnr[-1]['lora']:.1f} dB")
-        )
+    if metrics and "memory" in metrics[-1]:
+        most = max(line["memory"] for line in metrics)
+        found.append(("memory at most", f"{most:.1f} GB of {metrics[-1]['memory_limit']:.1f}"))
+    if psnr:
+        change = f"{psnr[-1]['base']:.1f} → {psnr[-1]['lora']:.1f} dB"
+        found.append(("to the target, without and with the LoRA", change))
     return found
 
 
-# ------------------------------------------------------------------------------------------------ findings
+def findings(metrics: list[dict], held_out: list[dict], files: list[dict[str, Path]]) -> list[tuple[str, str]]:
+    """What is probably wrong: (what, what was seen and what to do), after the quickstart's troubleshooting table."""
+    found = []
+    probe = next((line["probe"] for line in reversed(held_out) if line.get("probe")), {})
+    if probe.get("own") and probe.get("shuffled") and probe["shuffled"] < UNUSED * probe["own"]:
+        text = f"""The eval loss is {probe["own"]:.4g} with the own reference, {probe["shuffled"]:.4g} with another's.
+            Make sure that targets and references belong together: the same names, and the right set in
+            conditioning_data; train.py CONFIG --check draws every pair."""
+        found.append(("The reference is ignored", text))
+    excess = []
+    for kinds in files:
+        lora = [file for kind, file in kinds.items() if kind.isdigit()]
+        plain = [grid(kinds[kind]) for kind in ("base", "target") if kind in kinds]
+        if lora and plain:
+            excess.append(grid(lora[-1]) / max(1.0, *plain))
+    if excess and np.median(excess) > GRID:
+        text = f"""The LoRA's pictures have {np.median(excess):.1f} times as strong edges at every 8th or 16th pixel.
+            Use better pictures, a lower learning_rate, or an optimizer other than Lion."""
+        found.append(("Square grid artefacts", text))
+    most = max(metrics, key=lambda line: line.get("memory", 0), default={})
+    if most.get("memory", 0) > FULL * most.get("memory_limit", 1):
+        text = f"""{most["memory"]:.1f} of {most["memory_limit"]:.1f} GB were in use at step {most["step"]}.
+            Use gradient_checkpointing, a smaller resolution (of the references first) or train_batch_size."""
+        found.append(("Memory is near the limit", text))
+    return found
 
 
-def grid(image: Image.Image) -> float:
+def grid(file: Path) -> float:
     """How much stronger neighbouring pixels differ at every 8th or 16th line than elsewhere; about 1 without a grid.
 
     The median over lines of the mean squared difference, so that a few strong edges of the scene do not count.
     """
-    x = np.asarray(image.convert("L"), np.float64)
+    x = np.asarray(Image.open(file).convert("L"), np.float64)
     ratios = []
     for period in (8, 16):
         on, off = [], []
@@ -197,36 +176,6 @@ def grid(image: Image.Image) -> float:
             on, off = [*on, *energy[at]], [*off, *energy[~at]]
         ratios.append((np.median(on) + 0.1) / (np.median(off) + 0.1) if on else 1.0)  # 0.1: rounding to bytes
     return float(max(ratios))
-
-
-def findings(metrics: list[dict], held_out: list[dict], named: list, files: dict) -> list[tuple[str, str]]:
-    """What is probably wrong: (what, what was seen and what to do), after the quickstart's troubleshooting table."""
-    found, fifth = [], len(metrics) // 5
-    probe = next((line["probe"] for line in reversed(held_out) if line.get("probe")), {})
-    if probe.get("own") and probe.get("shuffled") and probe["shuffled"] < UNUSED * probe["own"]:
-        seen = (
-            f"The eval loss is {probe['own']:.4g} with a pair's own reference, {probe['shuffled']:.4g} with another's."
-        )
-        found.append(("The reference is ignored", f"{seen} {REMEDIES['reference']}"))
-    excess = []
-    for i, _ in named:
-        lora, plain = files[i]["lora"], [file for file in (files[i]["base"], files[i]["target"]) if file]
-        if lora and plain:
-            excess.append(grid(Image.open(lora[max(lora)])) / max(1.0, *(grid(Image.open(file)) for file in plain)))
-    if excess and np.median(excess) > GRID:
-        seen = f"The LoRA's pictures have {np.median(excess):.1f} times as strong edges at every 8th or 16th pixel."
-        found.append(("Square grid artefacts", f"{seen} {REMEDIES['grid']}"))
-    full = [line for line in metrics if line.get("memory_limit") and line["memory"] > FULL * line["memory_limit"]]
-    if full:
-        most = max(full, key=lambda line: line["memory"])
-        seen = f"{most['memory']:.1f} of {most['memory_limit']:.1f} GB were in use at step {most['step']}."
-        found.append(("Memory is near the limit", f"{seen} {REMEDIES['memory']}"))
-    held = [line["loss"] for line in held_out if line.get("loss")]
-    first, last = (np.mean([line["loss"] for line in part] or [0]) for part in (metrics[:fifth], metrics[-fifth:]))
-    if fifth >= 20 and last >= first and (not held or held[-1] >= held[0]):
-        seen = f"Its mean was {first:.4g} over the first fifth of the steps and is {last:.4g} over the last."
-        found.append(("The loss is not falling", f"{seen} {REMEDIES['loss']}"))
-    return found
 
 
 def main(argv: list[str]):

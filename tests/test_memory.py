@@ -6,7 +6,6 @@ import torch
 from tiny import CPU, FP32
 from torch import nn
 
-from kontext_min.adapters.inject import add_lora
 from kontext_min.checkpoints.load import load_flux, load_vae
 from kontext_min.memory import GB, in_use, predicted, size_of
 
@@ -35,16 +34,15 @@ def gigabytes(lines: list[str]) -> list[float]:
 def test_the_prediction_counts_weights_adapter_and_the_inputs_of_checkpointed_blocks(kontext):
     flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32).requires_grad_(False)
     vae = load_vae(tiny.part(kontext, "vae"), CPU, FP32)
-    add_lora(flux, ["transformer_blocks.0.attn.to_q"], 8, 8)
     files = [
         sum(t.numel() * 4 for t in tiny.read_part(kontext / name).values()) / GB for name in ("transformer", "vae")
     ]
-    adapter = 16 * 8 * (64 + 64) / GB
+    adapter = 12e6
     tokens = 1_000_000  # of 64 channels, in 4 blocks
-    lines = predicted(flux, vae, tokens, True)
+    lines = predicted(flux, vae, tokens, True, adapter)
     *parts, total = gigabytes(lines)
-    assert parts == pytest.approx([*files, adapter, 4 * 64 * 4 * tokens / GB], abs=0.0006)
+    assert parts == pytest.approx([*files, adapter / GB, 4 * 64 * 4 * tokens / GB], abs=0.0006)
     assert total == pytest.approx(sum(parts), abs=0.003)
     assert "what one block computes: measured" in lines[-1]
-    plain = predicted(flux, vae, tokens, False)
+    plain = predicted(flux, vae, tokens, False, 0)
     assert len(plain) == 4 and "all activations (gradient_checkpointing is off)" in plain[-1]

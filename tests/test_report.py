@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -71,7 +70,7 @@ def run(tmp_path):
         items.append({"name": f"pair{i}", "prompt": EVIL if i == 0 else "make it night", "negative": "blur" * (i == 1),
                       "seed": 42, "size": "96x80", "unseen": (True, False, None)[i], "references": 1 + (i == 1),
                       "target": i != 2})  # fmt: skip
-        pictures = [f"input/{i:02d}-1", *([f"input/{i:02d}-2"] if i == 1 else []), f"base/{i:02d}"]
+        pictures = [f"input-1/{i:02d}", *([f"input-2/{i:02d}"] if i == 1 else []), f"base/{i:02d}"]
         pictures += [f"target/{i:02d}"] * (i != 2) + [f"{step:06d}/{i:02d}" for step in STEPS]
         for k, name in enumerate(pictures):
             (validation / name).parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +78,7 @@ def run(tmp_path):
     (validation / "items.json").write_text(json.dumps(items))
     pair = {"base": 17.51, "lora": 20.0}
     write_lines(validation / "psnr.jsonl", [
-        {"step": s, "base": 17.5, "lora": 20 + s / 100, "pairs": [pair, {"base": 10.0, "lora": math.inf}]}
+        {"step": s, "base": 17.5, "lora": 20 + s / 100, "pairs": [pair, {"base": 10.0, "lora": 99.0}]}
         for s in STEPS
     ])  # fmt: skip
     write_lines(validation / "eval.jsonl", [
@@ -124,14 +123,17 @@ def test_no_string_of_a_run_can_break_the_page(run):
 
 def test_the_blob_has_the_runs_pictures_numbers_and_settings(run):
     blob = page_of(run).blob
-    first, second, third = blob["items"]
-    assert blob["steps"] == list(STEPS) and list(first["lora"]) == [str(step) for step in STEPS]
+    first, second, third = (item["pictures"] for item in blob["items"])
+    assert blob["steps"] == ["000000", "000050", "000100", "000150"]
+    assert list(first) == [*blob["steps"], "base", "input-1", "target"]
+    assert {"input-1", "input-2"} < second.keys() and "target" not in third
     original = np.asarray(Image.open(run / "validation" / "000100" / "01.png"))
-    assert (np.asarray(decoded(second["lora"]["100"])) == original).all()
+    assert (np.asarray(decoded(second["000100"])) == original).all()
     assert (np.asarray(decoded(first["base"])) == np.asarray(Image.open(run / "validation/base/00.png"))).all()
-    assert len(second["inputs"]) == 2 and third["target"] is None and second["negative"] == "blur"
+    assert blob["items"][1]["negative"] == "blur"
     assert [item["unseen"] for item in blob["items"]] == [True, False, None]
-    assert first["psnr"]["150"] == [17.5, 20.0] and second["psnr"]["0"] == [10.0, None] and third["psnr"] == {}
+    first, second, third = (item["psnr"] for item in blob["items"])
+    assert first["000150"] == {"base": 17.51, "lora": 20.0} and second["000000"]["lora"] == 99.0 and not third
     curves = blob["curves"]
     assert curves["loss"][9] == [10, 0.1] and len(curves["loss"]) == 150
     weights = [0.98**age for age in range(149, -1, -1)]
@@ -139,7 +141,7 @@ def test_the_blob_has_the_runs_pictures_numbers_and_settings(run):
     assert curves["smooth"][-1] == [150, pytest.approx(mean)]
     assert curves["shuffled"] == [[s, 0.8] for s in STEPS] and [step for step, _ in curves["times"]] == [0, 150]
     assert ["memory at most", "20.5 GB of 24.0"] in blob["numbers"]
-    assert ["training, without validation", "5 min 0 s"] in blob["numbers"]
+    assert ["training, without validation", "0:05:00"] in blob["numbers"]
     assert blob["findings"] == [] and blob["missing"] == []
 
 
@@ -158,8 +160,8 @@ def test_large_pictures_and_long_runs_stay_small(run):
     file = report.write(run)
     blob = Page(file.read_text(encoding="utf-8")).blob
     assert file.stat().st_size < 10e6
-    assert len(blob["steps"]) == 12 and (blob["steps"][0], blob["steps"][-1]) == (0, 980)
-    assert decoded(blob["items"][0]["lora"]["980"]).width >= 256
+    assert len(blob["steps"]) == 12 and (blob["steps"][0], blob["steps"][-1]) == ("000000", "000980")
+    assert decoded(blob["items"][0]["pictures"]["000980"]).width >= 256
     assert 500 < len(blob["curves"]["loss"]) <= 602
 
 
@@ -185,15 +187,19 @@ def test_a_line_that_was_cut_off_does_not_count_and_no_run_is_one_sentence(run, 
         report.write(tmp_path)
 
 
-def test_a_planted_grid_is_measured_and_edges_or_noise_are_not():
+def test_a_planted_grid_is_measured_and_edges_or_noise_are_not(tmp_path):
+    def grid(picture):
+        picture.save(tmp_path / "picture.png")
+        return report.grid(tmp_path / "picture.png")
+
     for seed in range(6):
-        plain = report.grid(scene((256, 192), seed))
+        plain = grid(scene((256, 192), seed))
         assert 0.8 < plain < 1.3
-        assert report.grid(scene((256, 192), seed, planted=8.0)) > 2 * plain
+        assert grid(scene((256, 192), seed, planted=8.0)) > 2 * plain
     eight = np.asarray(scene((256, 192)), float) + 8.0 * ((np.arange(256) // 8) % 2)[None, :, None]
-    assert report.grid(Image.fromarray(np.clip(eight, 0, 255).astype(np.uint8))) > 1.5
-    assert 0.5 < report.grid(Image.new("RGB", (64, 64), "red")) < 1.5
-    assert report.grid(Image.new("RGB", (8, 8))) == 1.0
+    assert grid(Image.fromarray(np.clip(eight, 0, 255).astype(np.uint8))) > 1.5
+    assert 0.5 < grid(Image.new("RGB", (64, 64), "red")) < 1.5
+    assert grid(Image.new("RGB", (8, 8))) == 1.0
 
 
 def test_findings_name_the_troubleshooting_rows(run):
@@ -211,11 +217,15 @@ def test_findings_name_the_troubleshooting_rows(run):
     assert found[0] == "The reference is ignored" and "conditioning_data" in found[1]
     (validation / "eval.jsonl").unlink()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    write_lines(run / "metrics.jsonl", [{**line, "loss": 0.5 + line["step"] / 1e4, "memory": 23.5} for line in lines])
-    assert [title for title, _ in page_of(run).blob["findings"]] == [
-        "Memory is near the limit",
-        "The loss is not falling",
-    ]
+    write_lines(run / "metrics.jsonl", [{**line, "memory": 23.5} for line in lines])
+    assert [title for title, _ in page_of(run).blob["findings"]] == ["Memory is near the limit"]
+
+
+def test_a_step_that_was_skipped_has_no_loss_and_the_page_is_drawn(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 151, "loss": null, "grad_norm": null, "lr": 0.0001, "skipped": true, "seconds": 1}\n')
+    curves = page_of(run).blob["curves"]
+    assert curves["loss"][-1][0] == curves["smooth"][-1][0] == 150 and curves["lr"][-1][0] == 151
 
 
 @pytest.mark.slow
@@ -243,7 +253,7 @@ def test_a_browser_draws_the_page_without_an_error(run, tmp_path, width):
     assert drawn.shape[1] == width and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 500
     dumped = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120).stdout
     tags = Page(dumped).tags
-    assert sum(tag == "svg" for tag, _ in tags) == 9 and sum(tag == "article" for tag, _ in tags) == 3
+    assert sum(tag == "svg" for tag, _ in tags) == 5 and sum(tag == "article" for tag, _ in tags) == 3
     assert all(a.get("alt") for tag, a in tags if tag == "img") and all(
         a.get("aria-label") for t, a in tags if t == "svg"
     )

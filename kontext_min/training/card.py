@@ -1,121 +1,93 @@
 """The LoRA's model card: README.md in the run's folder, as the hub shows it. It says only what the run knows."""
 
 import json
+import shlex
 from pathlib import Path
 
 from kontext_min import presets
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples
+from kontext_min.run_folder import LORA, RunFolder
 
-KONTEXT = "FLUX.1-Kontext-dev"
-LICENCES = {  # name of a published model -> the hub's fields
-    "nano": {"license": "apache-2.0"},
-    KONTEXT: {
-        "base_model": f"black-forest-labs/{KONTEXT}",
-        "base_model_relation": "adapter",
-        "license": "other",
-        "license_name": "flux-1-dev-non-commercial-license",
-        "license_link": f"https://huggingface.co/black-forest-labs/{KONTEXT}/blob/main/LICENSE.md",
-    },
+LICENCES = {  # name of a published model -> what the hub asks for
+    "nano": "license: apache-2.0",
+    "FLUX.1-Kontext-dev": """\
+base_model: black-forest-labs/FLUX.1-Kontext-dev
+base_model_relation: adapter
+license: other
+license_name: flux-1-dev-non-commercial-license
+license_link: https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md""",
 }
+CARD = """\
+---
+{licence}
+library_name: diffusers
+pipeline_tag: image-to-image
+tags: [flux, flux-kontext, lora, image-to-image, kontext_min]
+---
 
+# {title}
 
-def write_card(config: Config, recipe: dict, examples: Examples) -> Path:
-    """README.md beside the LoRA; recipe: what the LoRA's header holds."""
-    folder, model = config.output_dir, config.pretrained_model_name_or_path
-    step, prompt = recipe["trained_steps"], recipe["prompt"][0]
-    sheet = Path("validation") / f"{step:06d}.png"
-    known = LICENCES.get(Path(model).name, {})
-    front = {**known, "library_name": "diffusers", "pipeline_tag": "image-to-image"}
-    front["tags"] = ["flux", "flux-kontext", "lora", "image-to-image", "kontext_min"]
-    front["widget"] = widget(folder, step)
-    pictures = f"![input, base, LoRA and target of the validation pairs]({sheet.as_posix()})\n"
-    given = config.model_fields_set - {"data_backend_config", "ignored", "output_dir", "cache_dir"}
-    sections = [
-        "---",
-        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items() if value),
-        "---\n",
-        f"# {recipe['title']}\n",
-        f"A LoRA for `{model}`, trained for {step} steps on the data below with kontext_min.\n",
-        pictures if (folder / sheet).exists() else "",
-        "## Use\n",
-        f"The instruction of its sample: {json.dumps(prompt, ensure_ascii=False)}\n",
-        usage(model, recipe, presets.preset_of(examples.checkpoint.folder)),
-        "## Data\n",
-        *data_rows(examples),
-        "\n## Settings\n",
-        "| key | value |\n|---|---|",
-        *(f"| {key} | {cell(getattr(config, key))} |" for key in type(config).model_fields if key in given),
-        "\nEvery other key has its default; `config.json` lists all.\n",
-        "## Licence\n",
-        f"{known.get('license_name', known['license'])}, that of the base model." if known else
-        "That of the base model; look there.",
-    ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(sections) + "\n", encoding="utf-8")
-    return folder / "README.md"
+A LoRA for `{model}`, trained for {trained_steps} steps with kontext_min on {pairs} pairs and {alone} pictures without
+a reference. Its instruction: {instruction}
+{sheet}
+## Use
 
+With kontext_min, in this folder: its sample, then a picture of one's own.
 
-def widget(folder: Path, step: int) -> list[dict]:
-    """The LoRA's pictures at a step with their instructions, as the hub's gallery takes them."""
-    file = folder / "validation" / "items.json"
-    items = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    named = [(item["prompt"], Path("validation") / f"{step:06d}" / f"{i:02d}.png") for i, item in enumerate(items)]
-    return [{"text": text, "output": {"url": path.as_posix()}} for text, path in named if (folder / path).exists()]
+    python infer.py --lora {lora}
+    python infer.py --lora {lora} --image mine.jpg --prompt {argument}
 
-
-def data_rows(examples: Examples) -> list[str]:
-    """A table of the sets."""
-    rows = ["| set | targets | with references | sizes |", "|---|---|---|---|"]
-    for name in dict.fromkeys(example.set_id for example in examples.examples):
-        own = [example for example in examples.examples if example.set_id == name]
-        sizes = ", ".join(sorted({str(example.target.size) for example in own}))
-        rows.append(f"| {cell(name)} | {len(own)} | {sum(bool(e.references) for e in own)} | {sizes} |")
-    return rows
-
-
-def cell(value) -> str:
-    """Text that stays in its cell."""
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def usage(model: str, recipe: dict, preset: presets.Preset) -> str:
-    """Commands and code that make the sample again, run in the folder of the LoRA."""
-    width, height = recipe["size"].split("x")
-    prompt = json.dumps(recipe["prompt"][0], ensure_ascii=False)
-    shell = "'" + recipe["prompt"][0].replace("'", "'\\''") + "'"
-    references = [Path(name).name for name in recipe["image"]]
-    image = f'image=load_image("{references[0]}"), ' if references else ""
-    base = "weights/nano" if model == "nano" else model  # a folder of kontext_min's repository
-    text = f"""With kontext_min, the sample and one's own picture:
-
-    python infer.py --lora pytorch_lora_weights.safetensors
-    python infer.py --lora pytorch_lora_weights.safetensors --image mine.jpg --prompt {shell}
-"""
-    if len(references) <= 1:  # its pipeline takes one
-        dtype = {"fp32": "float32", "bf16": "bfloat16"}[recipe["precision"]]
-        text += f"""
-With diffusers:
+With diffusers, which takes one reference:
 
 ```python
 import torch
 from diffusers import FluxKontextPipeline
 from diffusers.utils import load_image
 
-pipe = FluxKontextPipeline.from_pretrained({json.dumps(base)}, torch_dtype=torch.{dtype})
+pipe = FluxKontextPipeline.from_pretrained({base}, torch_dtype=torch.{dtype})
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
+pipe.load_lora_weights(".", weight_name="{lora}")
 image = pipe(
-    {image}prompt={prompt},
+    image={image}, prompt={instruction},
     width={width}, height={height}, max_area={width} * {height}, _auto_resize=False,
-    guidance_scale={recipe["guidance"]}, num_inference_steps={recipe["steps"]},
-    max_sequence_length={preset.text_shape[0]}, generator=torch.Generator().manual_seed({recipe["seed"]}),
+    guidance_scale={guidance}, num_inference_steps={steps},
+    max_sequence_length={tokens}, generator=torch.Generator().manual_seed({seed}),
 ).images[0]
 image.save("edited.png")
 ```
+
+In ComfyUI, with FLUX.1 Kontext: a `LoraLoaderModelOnly` node of strength 1 after the one that loads the model.
+
+## Settings
+
+```json
+{settings}
+```
+
+All others have their defaults; `config.json` lists them.
 """
-    if preset.name == presets.KONTEXT_DEV.name:
-        text += f"""
-In ComfyUI: copy the file into `models/loras`, put a `LoraLoaderModelOnly` node with strength 1 after the node that
-loads the model in a FLUX.1 Kontext workflow, and give {prompt} as the prompt with a guidance of {recipe["guidance"]}.
-"""
-    return text
+
+
+def write_card(config: Config, recipe: dict, examples: Examples):
+    """README.md beside the LoRA; recipe: what the LoRA's header holds."""
+    folder, model, prompt = RunFolder(config.output_dir), config.pretrained_model_name_or_path, recipe["prompt"][0]
+    sheet, (width, height) = folder.sheet(recipe["trained_steps"]), recipe["size"].split("x")
+    pairs = sum(bool(example.references) for example in examples.examples)
+    places = {"data_backend_config", "output_dir", "cache_dir"}
+    values = {
+        "licence": LICENCES.get(Path(model).name, ""), "model": model, "pairs": pairs, "alone": len(examples) - pairs,
+        "instruction": quoted(prompt), "argument": shlex.quote(prompt), "lora": LORA, "width": width, "height": height,
+        "sheet": f"\n![input, base, LoRA, target](validation/{sheet.name})\n" if sheet.exists() else "",
+        "base": quoted("weights/nano" if model == "nano" else model),  # a folder of kontext_min's repository
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe["precision"]],
+        "image": f"load_image({quoted(Path(recipe['image'][0]).name)})" if recipe["image"] else None,
+        "tokens": presets.preset_of(examples.checkpoint.folder).text_shape[0],
+        "settings": config.model_dump_json(indent=2, exclude_unset=True, exclude=places),
+    }  # fmt: skip
+    folder.card.write_text(CARD.format(**recipe | values), encoding="utf-8")
+
+
+def quoted(text: str) -> str:
+    """As a Python string."""
+    return json.dumps(text, ensure_ascii=False)

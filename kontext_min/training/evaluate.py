@@ -7,11 +7,10 @@ from torch import Tensor
 
 from kontext_min import flow
 from kontext_min.config import Config
-from kontext_min.data.cache import digest
 from kontext_min.data.examples import Examples, Use, use_of
 from kontext_min.models.flux import Flux
-from kontext_min.training.track import record
-from kontext_min.training.trainer import Draw, flow_loss, guidance
+from kontext_min.run_folder import RunFolder, append
+from kontext_min.training.trainer import Draw, flow_loss, guidance, seed_of
 
 CLEARLY = 0.99  # a loss below this share of another is clearly lower: the same noise and times make small shares tell
 
@@ -24,22 +23,21 @@ class Evaluator:
 
     def __init__(self, config: Config, flux: Flux, examples: Examples, unseen: bool):
         self.config, self.flux, self.examples, self.unseen = config, flux, examples, unseen
-        self.file = config.output_dir / "validation" / "eval.jsonl"
+        self.file = RunFolder(config.output_dir).eval
         chosen = [] if config.eval_loss_disable else examples.examples[: config.num_eval_pairs]
         self.uses = [use_of(i, example, examples.mix, epoch=0) for i, example in enumerate(chosen)]
         self.shown = [[view.key() for view in use.references] for use in self.uses]
-        count = config.eval_timesteps
-        self.times = [(k + 0.5) / count for k in range(count)]  # the middles of equal parts of [0, 1]
+        self.times = [(k + 0.5) / config.eval_timesteps for k in range(config.eval_timesteps)]  # middles of equal parts
 
     @torch.no_grad()
-    def run(self, step: int) -> str | None:
-        """Evaluate. -> what to say of it; None without pairs."""
+    def run(self, step: int) -> str:
+        """Evaluate. -> what to say of it, nothing without pairs."""
         if not self.uses:
-            return None
+            return ""
         own = [self.losses(use, use) for use in self.uses]
         loss, curve, probe = torch.stack(own).mean().item(), torch.stack(own).mean(0).tolist(), self.probe(own)
         line = {"step": step, "loss": loss, "per_timestep": [*zip(self.times, curve, strict=True)], "probe": probe}
-        record(self.file, {**line, "pairs": len(self.uses), "unseen": self.unseen})
+        append(self.file, {**line, "pairs": len(self.uses), "unseen": self.unseen})
         kind = "unseen" if self.unseen else "trained"
         return f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {kind} pairs" + said(probe, step)
 
@@ -66,8 +64,8 @@ class Evaluator:
         batch = self.examples.batch([use], device)
         references = self.examples.batch([shown], device).condition.references if shown else []
         batch = replace(batch, condition=replace(batch.condition, references=references))
-        seed = digest("eval", str(self.config.validation_seed), use.example.set_id, use.example.name)
-        generator = torch.Generator().manual_seed(int(seed[:15], 16))
+        seed = seed_of("eval", self.config.validation_seed, use.example.set_id, use.example.name)
+        generator = torch.Generator().manual_seed(seed)
         scale = guidance(self.config, generator).to(device)
         found = []
         for t in self.times:

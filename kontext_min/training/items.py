@@ -51,9 +51,8 @@ def asked(config: Config, problems: Problems) -> list[ValidationItem]:
     wanted = list(config.validation)
     if config.validation_prompt:
         wanted.append(ValidationItem(prompt=config.validation_prompt))
-    for library in (config.user_prompt_library, config.validation_prompt_library):
-        if isinstance(library, Path):
-            wanted += from_library(library, problems)
+    if config.user_prompt_library:
+        wanted += from_library(config.user_prompt_library, problems)
     for item in wanted:
         try:
             sizes_of(item.size or config.validation_resolution)
@@ -83,9 +82,9 @@ def sizes_of(text: str | None) -> list[Size | None]:
     return [parse_size(part if "x" in part else f"{part}x{part}") for part in parts] or [None]
 
 
-def asked_items(config: Config, wanted: ValidationItem, first: Item | None, preset: Preset) -> list[Item]:
+def asked_items(config: Config, wanted: ValidationItem, first: Item, preset: Preset) -> list[Item]:
     """What was asked for, once per size. first: the validation pair whose references serve where none are named."""
-    borrowed = wanted.images is None and first is not None
+    borrowed = wanted.images is None
     name = wanted.name or wanted.prompt[:TITLE]
     negative = config.validation_negative_prompt if wanted.negative is None else wanted.negative
     seed = config.validation_seed if wanted.seed is None else wanted.seed
@@ -93,7 +92,7 @@ def asked_items(config: Config, wanted: ValidationItem, first: Item | None, pres
     if borrowed:
         shapes = [(size.floored(TOKEN) if size else first.size, first.references) for size in sizes]
     else:
-        shapes = [as_shipped(wanted.images or [], size, bool(wanted.size), preset) for size in sizes]
+        shapes = [as_shipped(wanted.images, size, bool(wanted.size), preset) for size in sizes]
     titles = [name if len(sizes) == 1 else f"{name} {size}" for size in sizes]
     return [Item(t, wanted.prompt, negative, seed, *shape) for t, shape in zip(titles, shapes, strict=True)]
 

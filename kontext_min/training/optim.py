@@ -13,15 +13,9 @@ OPTIMIZERS = {  # name -> library, class, what differs from the library's defaul
     "adamw": ("torch.optim", "AdamW", {}),
     "adamw_bf16": ("optimi", "AdamW", {"kahan_sum": True}),
     "ao-adamw8bit": ("torchao.optim", "AdamW8bit", {}),
-    "optimi-adam": ("optimi", "Adam", {}),
-    "optimi-adamw": ("optimi", "AdamW", {}),
-    "optimi-stableadamw": ("optimi", "StableAdamW", {}),
-    "optimi-adan": ("optimi", "Adan", {}),
-    "optimi-lion": ("optimi", "Lion", {}),
-    "optimi-radam": ("optimi", "RAdam", {}),
-    "optimi-ranger": ("optimi", "Ranger", {}),
-    "optimi-sgd": ("optimi", "SGD", {}),
 }
+for _kind in ("Adam", "AdamW", "StableAdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD"):
+    OPTIMIZERS[f"optimi-{_kind.lower()}"] = ("optimi", _kind, {})
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, **options) -> torch.optim.Optimizer:

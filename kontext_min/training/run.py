@@ -1,4 +1,4 @@
-"""One run and its folder: what is written when, going on from a checkpoint, and stopping without losing anything."""
+"""One run: going on from a checkpoint, what is due after which step, and stopping without losing anything."""
 
 import signal
 from contextlib import nullcontext
@@ -14,98 +14,109 @@ from kontext_min.adapters.inject import updates
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
+from kontext_min.run_folder import RunFolder, read_lines
 from kontext_min.training import state
 from kontext_min.training.card import write_card
 from kontext_min.training.ema import EMA
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item, pair_item
+from kontext_min.training.track import Tracker
 from kontext_min.training.trainer import train
 from kontext_min.training.validate import Validator
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
 
 class Run:
-    """Trains, and leaves the LoRA, checkpoints and validation pictures in output_dir."""
+    """Trains, and leaves in output_dir what `run_folder` lists."""
 
     def __init__(self, config: Config, flux: Flux, examples: Examples, validator: Validator, evaluator: Evaluator):
         self.config, self.flux, self.examples = config, flux, examples
         self.validator, self.evaluator = validator, evaluator
-        self.file, self.ema_file = config.output_dir / LORA_FILE, config.output_dir / "ema" / LORA_FILE
-        first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), False)
+        self.folder = RunFolder(config.output_dir)
+        first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), None)
         self.recipe = recipe(config, (validator.items or [first])[0])
         self.identity = state.identity(config, examples)
         self.interrupted = Event()
 
     def go(self, optimizer: torch.optim.Optimizer, shift: flow.Shift) -> str:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.ema = EMA(parameters, self.config.ema_decay) if self.config.use_ema else None
+        config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
+        self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
         self.parts = {"optimizer": optimizer} | ({"ema": self.ema} if self.ema else {})
-        self.done = 0
-        start, path = 0, state.chosen(self.config)
-        if path is not None:
-            start = state.restore(path, self.flux, self.parts, self.identity, self.config.allow_changed_resume)
-            print(f"going on from {path}, after step {start}")
-            self.done = start
-        text = self.config.model_dump_json(indent=2, exclude={"ignored"})
-        (self.config.output_dir / "config.json").write_text(text + "\n", encoding="utf-8")
-        if start >= self.config.max_train_steps:
-            return f"max_train_steps {self.config.max_train_steps} is already reached; nothing to do"
-        if not start:
-            self.validator.begin()
+        start = self.done = self.resumed()
+        self.folder.config.write_text(config.record(), encoding="utf-8")
+        if start >= config.max_train_steps:
+            return f"max_train_steps {config.max_train_steps} is already reached; nothing to do"
+        self.folder.rewind(start)
+        skipped = sum("skipped" in line for line in read_lines(self.folder.metrics))
         self.stop_when_told()
-        if self.config.validation_on_startup:
+        if config.validation_on_startup:
             self.validator.prepare()
-        if not start:
-            self.look(0)
-        try:
-            train(self.config, self.flux, optimizer, self.examples, shift, start, self.each_step)
-        except ValueError:  # nothing is lost: the LoRA as it was before the step that failed
-            self.write(self.done)
-            print(f"stopped; the LoRA so far is in {self.file}")
-            raise
-        write_card(self.config, {**self.recipe, "trained_steps": self.done}, self.examples)
+        with Tracker(config, parameters[0].device, start) as self.tracker:
+            if not start:
+                self.look(0)
+            try:
+                for step, values in train(config, self.flux, optimizer, self.examples, shift, start, skipped):
+                    self.tracker.log(step, values)
+                    if self.each_step(step):
+                        break
+            except ValueError as error:  # nothing is lost: the LoRA as it was before the step that failed
+                self.write(self.done)
+                kept = state.checkpoints(self.folder.path)
+                last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+                raise ValueError(f"{error}\n{last}; {self.folder.lora} is the LoRA so far") from error
+        write_card(config, {**self.recipe, "trained_steps": self.done}, self.examples)
         if self.interrupted.is_set():
-            return f"stopped; {self.file} is the LoRA so far; go on with resume_from_checkpoint=latest"
-        picture = self.validator.folder / f"{self.config.max_train_steps:06d}.png"
-        left = [self.file] + [self.ema_file] * self.config.use_ema + [picture] * picture.exists()
-        return "\n".join(map(str, left))
+            return f"stopped; {self.folder.lora} is the LoRA so far; go on with resume_from_checkpoint=latest"
+        left = (self.folder.lora, self.folder.average, self.folder.sheet(self.done))
+        return "\n".join(str(file) for file in left if file.exists())
+
+    def resumed(self) -> int:
+        """Bring all to the state of the chosen checkpoint. -> the steps done; 0 in a new run."""
+        path = state.chosen(self.config)
+        if path is None:
+            return 0
+        step = state.restore(path, self.flux, self.parts, self.identity, self.config.allow_changed_resume)
+        print(f"going on from {path}, after step {step}")
+        return step
 
     def each_step(self, step: int) -> bool:
         """After the n-th step, counted from 1: what is due. -> whether to stop."""
-        self.done = step
-        if self.ema and due(step, self.config.ema_update_interval):
+        self.done, config = step, self.config
+        if self.ema and due(step, config.ema_update_interval):
             self.ema.update()
-        last, stop = step == self.config.max_train_steps, self.interrupted.is_set()
-        if last or stop or due(step, self.config.checkpointing_steps):
-            limit = self.config.checkpoints_total_limit
-            state.save(self.config.output_dir, step, self.flux, self.parts, self.identity, limit)
-        if last or stop or due(step, self.config.validation_steps):
+        stop = self.interrupted.is_set()
+        last = stop or step == config.max_train_steps
+        if last or due(step, config.checkpointing_steps):
+            state.save(self.folder.path, step, self.flux, self.parts, self.identity, config.checkpoints_total_limit)
+        if last or due(step, config.validation_steps):
             self.write(step)
         self.look(step)
         return stop
 
     def look(self, step: int):
         """The pictures and the eval loss that are due after a step; 0 is the base model's loss."""
-        last, interval = step == self.config.max_train_steps, self.config.eval_steps_interval
-        interval = self.config.validation_steps if interval is None else interval
+        config, last = self.config, step == self.config.max_train_steps
+        interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
+        shown = step and (last or due(step, config.validation_steps))
+        measured = not step or last or due(step, interval)
+        if not (shown or measured):
+            return
         self.flux.eval()
-        with self.ema.applied() if self.ema and self.config.ema_validation == "ema_only" else nullcontext():
-            if last or step and due(step, self.config.validation_steps):
-                tqdm.write(self.validator.run(step))
-            if (last or step == 0 or due(step, interval)) and (text := self.evaluator.run(step)):
-                tqdm.write(text)
+        with self.ema.applied() if self.ema and config.ema_validation == "ema_only" else nullcontext():
+            said = [self.validator.run(step) if shown else "", self.evaluator.run(step) if measured else ""]
         self.flux.train()
+        if any(said):
+            tqdm.write("\n".join(filter(None, said)))
+        self.tracker.validated(step)
 
     def write(self, step: int):
         """The LoRA as it is after a step, in the dtype of the computation, and its average if there is one."""
         recipe = {**self.recipe, "trained_steps": step}
-        write_lora(self.file, list(updates(self.flux)), recipe, self.examples.dtype)
+        write_lora(self.folder.lora, list(updates(self.flux)), recipe, self.examples.dtype)
         if self.ema:
-            self.ema_file.parent.mkdir(exist_ok=True)
+            self.folder.average.parent.mkdir(exist_ok=True)
             with self.ema.applied():
-                write_lora(self.ema_file, list(updates(self.flux)), {**recipe, "ema": True}, self.examples.dtype)
+                write_lora(self.folder.average, list(updates(self.flux)), {**recipe, "ema": True}, self.examples.dtype)
 
     def stop_when_told(self):
         """Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once."""

@@ -2,6 +2,9 @@
 
 import math
 
+import torch
+from torch import nn
+
 from kontext_min import memory, presets
 from kontext_min.adapters.inject import updates
 from kontext_min.config import Config
@@ -9,6 +12,7 @@ from kontext_min.data.check import histogram
 from kontext_min.data.examples import Examples
 from kontext_min.edit import Editor
 from kontext_min.encoders import pixels_per_token
+from kontext_min.training.optim import make_optimizer
 
 
 def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
@@ -17,20 +21,28 @@ def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
     kept = [p for name, p in flux.named_buffers() if name.endswith(".weight")]  # of a quantised base
     frozen = sum(p.numel() for p in (*flux.parameters(), *kept) if not p.requires_grad)
     trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
-    adapters = list(updates(flux))
-    batches = examples.epoch(0, config.train_batch_size)
+    modules, batches = len(list(updates(flux))), examples.epoch(0, config.train_batch_size)
     steps = math.ceil(len(batches) / config.gradient_accumulation_steps)
     pixels = max(len(batch) * sum(math.prod(view.size) for view in batch[0].views()) for batch in batches)
-    text = preset.text_shape[0] * max(map(len, batches))
-    tokens = text + pixels // pixels_per_token(editor.vae) ** 2
+    tokens = preset.text_shape[0] * max(map(len, batches)) + pixels // pixels_per_token(editor.vae) ** 2
     pairs = sum(bool(example.references) for example in examples.examples)
     return [
         f"model    {config.pretrained_model_name_or_path}: {frozen:,} parameters, frozen, on {editor.device}",
-        f"adapter  LoRA of rank {config.lora_rank} on {len(adapters)} modules: {trained:,} trainable parameters",
+        f"adapter  LoRA of rank {config.lora_rank} on {modules} modules: {trained:,} trainable parameters",
         f"data     {pairs} pairs and {len(examples) - pairs} pictures without a reference",
         f"epoch    {sum(map(len, batches))} uses in {len(batches)} batches: {steps} steps; "
         f"max_train_steps {config.max_train_steps} is {config.max_train_steps / steps:.1f} epochs",
         *histogram(examples.examples),
         "memory:",
-        *memory.predicted(flux, editor.vae, tokens, config.gradient_checkpointing),
+        *memory.predicted(flux, editor.vae, tokens, config.gradient_checkpointing, trained * bytes_of_one(config)),
     ]
+
+
+def bytes_of_one(config: Config) -> float:
+    """What a trained parameter takes with its gradient, the optimizer's state and the average: asked of a step."""
+    probe = nn.Parameter(torch.zeros(4096))  # where 8-bit moments begin
+    optimizer = make_optimizer(config.optimizer, [probe], 0.0, **config.optimizer_options())
+    probe.grad = torch.zeros_like(probe)
+    optimizer.step()
+    state = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
+    return sum(map(memory.size_of, (probe, probe.grad, *state))) / len(probe) + 4 * config.use_ema

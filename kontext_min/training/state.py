@@ -22,42 +22,20 @@ from kontext_min.data.examples import Examples
 from kontext_min.models.flux import Flux
 
 ADAPTER, PARTS, STATE = "adapter.safetensors", "optimizer.pt", "state.json"
-FREE = {  # keys that may change between a checkpoint and the run that goes on from it
-    "max_train_steps", "output_dir", "cache_dir", "data_backend_config", "checkpointing_steps", "ignored",
-    "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_resume", "validation_steps", "num_eval_images",
-    "validation_disable", "validation_on_startup", "validation_using_datasets", "validation", "validation_prompt",
-    "user_prompt_library", "validation_prompt_library", "validation_negative_prompt", "validation_guidance",
-    "validation_guidance_real", "validation_no_cfg_until_timestep", "validation_num_inference_steps",
-    "validation_resolution", "validation_seed", "eval_dataset_id", "eval_steps_interval", "eval_timesteps",
-    "eval_loss_disable", "num_eval_pairs",
-    "report_to", "tracker_project_name", "tracker_run_name", "logging_dir",
-    "ema_validation", "skip_nonfinite_steps",
-    "resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size",
-    "caption_strategy",  # the data's fingerprint tells of these
-}  # fmt: skip
-FIXED = ("lora_rank", "flux_lora_target", "lora_type", "optimizer", "use_ema", "weights")  # nothing goes on without
-LEFT_BEHIND = (
-    "config.json", "metrics.jsonl", "validation", "*.safetensors", "ema", "checkpoint-*", "sample-reference-*.png",
-    "logs", "wandb-id", "README.md", "report.html",
+FREE = (  # keys that begin so may change between a checkpoint and the run that goes on from it
+    "max_train_steps", "output_dir", "cache_dir", "checkpoint", "resume_from_checkpoint", "allow_changed_resume",
+    "validation", "eval_", "num_eval_", "user_prompt_library", "ema_validation", "skip_nonfinite_steps",
+    "report_to", "tracker_", "logging_dir",
+    # the data's fingerprint tells of these
+    "data_backend_config", "resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size",
+    "caption_strategy",
 )  # fmt: skip
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Move what an earlier run left in a folder to previous-N in it: a new run neither mixes with it nor loses it."""
-    old = [path for pattern in LEFT_BEHIND for path in sorted(folder.glob(pattern))]
-    if not any(path.name != "config.json" for path in old):
-        return None
-    numbers = [int(p.name.removeprefix("previous-")) for p in folder.glob("previous-*") if p.name[9:].isdigit()]
-    target = folder / f"previous-{max(numbers, default=0) + 1}"
-    target.mkdir()
-    for path in old:
-        path.rename(target / path.name)
-    return target
+FIXED = ("lora_rank", "flux_lora_target", "lora_type", "optimizer", "use_ema", "weights")  # nothing goes on without
 
 
 def identity(config: Config, examples: Examples) -> dict:
     """What must be the same for a run to go on: the settings that shape the training, and the data's content."""
-    values = config.model_dump(mode="json", exclude=FREE)
+    values = {key: value for key, value in config.model_dump(mode="json").items() if not key.startswith(FREE)}
     if not config.lr_scheduler.startswith("constant"):
         values["max_train_steps"] = config.max_train_steps
     return {**values, "data": examples.fingerprint(), "weights": examples.weights_of("transformer")}

@@ -1,9 +1,8 @@
-"""What a run writes while it goes: metrics.jsonl, a line per optimizer step; a bar; and what `report_to` asks for.
+"""What a run tells while it goes: metrics.jsonl, a bar, and what `report_to` asks for.
 
 TensorBoard and W&B are written through their own libraries, imported only if asked for.
 """
 
-import json
 import secrets
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,57 +14,39 @@ from tqdm import tqdm
 
 from kontext_min.config import Config
 from kontext_min.memory import in_use
+from kontext_min.run_folder import RunFolder, append, read_lines
 
 SMOOTHING = 0.98  # of the loss in the bar: a mean over about 50 steps
 
 
-def record(file: Path, line: dict):
-    """Add a line to a JSONL file in place of those that an interrupted run wrote for this step and later ones."""
-    lines = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    kept = [old for old in lines if old["step"] < line["step"]]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in [*kept, line]), encoding="utf-8")
-
-
 class Tracker:
-    """Appends to OUTPUT/metrics.jsonl, moves the bar and tells the reporters. Use as a context manager.
+    """Adds to metrics.jsonl, moves the bar and tells the reporters. Use as a context manager.
 
-    start: the steps already done; later lines of an interrupted run are taken out, since they are written again.
+    start: the steps already done.
     """
 
     def __init__(self, config: Config, device: torch.device, start: int = 0):
-        path = config.output_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if start and path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines[:start]), encoding="utf-8")
-        self.skipped = sum("skipped" in json.loads(line) for line in lines[:start])
-        self.file = open(path, "a", encoding="utf-8")
-        self.folder, self.device = config.output_dir / "validation", device
+        self.folder, self.device = RunFolder(config.output_dir), device
         self.loss, self.weight = 0.0, 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
         self.reporters = [REPORTERS[name](config, start) for name in asked(config)]
         self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
-        if not start:
-            self.validated(0)  # what was rendered before the first step
 
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, *_):
-        self.file.close()
         self.bar.close()
         for reporter in self.reporters:
             reporter.close()
 
-    def log(self, step: int, **values: float | None):
+    def log(self, step: int, values: dict[str, float | None]):
         """One optimizer step; a skipped one has no loss."""
-        values |= in_use(self.device)
-        self.skipped += "skipped" in values
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
+        values = {**values, **in_use(self.device)}
+        append(self.folder.metrics, {"step": step, **values})
         for reporter in self.reporters:
-            told = {f"train/{name}": value for name, value in values.items() if value is not None}
-            reporter.scalars(step, told)
+            reporter.scalars(step, {f"train/{name}": value for name, value in values.items() if value is not None})
         if values["loss"] is not None:
             self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * values["loss"]
             self.weight = SMOOTHING * self.weight + 1 - SMOOTHING
@@ -76,29 +57,19 @@ class Tracker:
         self.bar.update()
 
     def validated(self, step: int):
-        """Pass on the numbers and pictures that validation left for this step, if it was due."""
+        """Pass on the numbers and pictures that validation left for a step."""
+        found = {}
+        for file in (self.folder.psnr, self.folder.eval):
+            for line in (line for line in read_lines(file) if line["step"] == step):
+                flat = {**line, **(line.get("probe") or {})}
+                found |= {f"validation/{file.stem}/{k}": v for k, v in flat.items() if isinstance(v, float)}
+        files = {"validation/sheet": self.folder.sheet(step)}
+        files |= {f"validation/{file.stem}": file for file in self.folder.validation.glob(f"{step:06d}/*.png")}
+        pictures = {name: Image.open(file).convert("RGB") for name, file in files.items() if file.exists()}
         for reporter in self.reporters:
-            reporter.scalars(step, numbers(self.folder, step))
-            reporter.pictures(step, pictures(self.folder, step))
-
-
-def numbers(folder: Path, step: int) -> dict[str, float]:
-    """Every number of a step in validation/*.jsonl: validation/FILE/NAME -> value."""
-    found = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        for line in (line for line in lines if line["step"] == step):
-            flat = {**line, **(line.get("probe") or {})}
-            flat = {name: value for name, value in flat.items() if name != "step" and isinstance(value, float)}
-            found |= {f"validation/{file.stem}/{name}": value for name, value in flat.items()}
-    return found
-
-
-def pictures(folder: Path, step: int) -> dict[str, Image.Image]:
-    """The validation pictures of a step: the stitched sheet, and the LoRA's own by number."""
-    files = {"validation/sheet": folder / f"{step:06d}.png"}
-    files |= {f"validation/{file.stem}": file for file in sorted((folder / f"{step:06d}").glob("*.png"))}
-    return {name: Image.open(file).convert("RGB") for name, file in files.items() if file.exists()}
+            reporter.scalars(step, found)
+            reporter.pictures(step, pictures)
+        self.bar.unpause()  # the time that validation takes is none of the steps'
 
 
 # ------------------------------------------------------------------------------------------------ reporters
@@ -135,17 +106,15 @@ class WandB:
             file.write_text(secrets.token_hex(4), encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"project": config.tracker_project_name, "name": run_name(config), "dir": str(folder)}
-        identity = file.read_text(encoding="utf-8")
-        values = config.model_dump(mode="json", exclude={"ignored"})
-        self.run, self.image = wandb.init(id=identity, resume="allow", config=values, **settings), wandb.Image
+        settings |= {"id": file.read_text(encoding="utf-8"), "config": config.model_dump(mode="json")}
+        self.run, self.image = wandb.init(resume="allow", **settings), wandb.Image
 
     def scalars(self, step: int, values: dict[str, float]):
         if values:
             self.run.log(values, step=step)
 
     def pictures(self, step: int, images: dict[str, Image.Image]):
-        if images:
-            self.run.log({name: self.image(image) for name, image in images.items()}, step=step)
+        self.scalars(step, {name: self.image(image) for name, image in images.items()})
 
     def close(self):
         self.run.finish()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from kontext_min.adapters.inject import muted
 from kontext_min.config import Config
@@ -16,45 +16,13 @@ from kontext_min.data.cache import digest
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.edit import Editor, Text, edit
 from kontext_min.presets import Preset
+from kontext_min.run_folder import RunFolder, append
 from kontext_min.sampler import Sampling
 from kontext_min.training.items import Item, asked_items, pair_item
 from kontext_min.training.sets import Sets, mix_of
-from kontext_min.training.track import record
 
 MARGIN, LINE = 8, 18  # pixels of a sheet
 SHOWN = 256  # small pictures are enlarged to about this on a sheet
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size, in dB; infinite when they are equal."""
-    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
-def sheet(rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Image.Image:
-    """A contact sheet: every row a title and captioned pictures, small ones enlarged without smoothing."""
-    enlarged = []
-    for title, cells in rows:
-        zoom = max(1, SHOWN // max(max(image.size) for _, image in cells))
-        enlarged.append((title, [(label, scaled(image, zoom)) for label, image in cells]))
-    width = max(sum(image.width + MARGIN for _, image in cells) for _, cells in enlarged) + MARGIN
-    height = sum(max(image.height for _, image in cells) + 2 * LINE + MARGIN for _, cells in enlarged) + MARGIN
-    page = Image.new("RGB", (width, height), "white")
-    pen, font, top = ImageDraw.Draw(page), ImageFont.load_default(13), MARGIN
-    for title, cells in enlarged:
-        pen.text((MARGIN, top), title, fill="black", font=font)
-        left = MARGIN
-        for label, image in cells:
-            pen.text((left, top + LINE), label, fill="gray", font=font)
-            page.paste(image, (left, top + 2 * LINE))
-            left += image.width + MARGIN
-        top += max(image.height for _, image in cells) + 2 * LINE + MARGIN
-    return page
-
-
-def scaled(image: Image.Image, zoom: int) -> Image.Image:
-    """A picture enlarged by a whole factor."""
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
 
 
 def items_of(config: Config, sets: Sets, preset: Preset) -> list[Item]:
@@ -75,48 +43,32 @@ def sampling_of(config: Config) -> Sampling:
 
 
 class Validator:
-    """Makes every item's picture with the LoRA as it is now, and once with the base alone.
+    """Makes every item's picture with the LoRA as it is now, and once with the base alone."""
 
-    The folder holds a sheet per time, STEP.png, and the pictures alone: input/, target/, base/ and STEP/, by the item's
-    number in items.json.
-    """
-
-    def __init__(self, editor: Editor, examples: Examples, items: list[Item], sampling: Sampling, folder: Path):
+    def __init__(self, editor: Editor, examples: Examples, items: list[Item], sampling: Sampling, folder: RunFolder):
         self.editor, self.examples, self.items, self.sampling, self.folder = editor, examples, items, sampling, folder
         self.base: list[Image.Image] = []
 
-    def begin(self):
-        """A new run: nothing of an earlier one is left among its numbers."""
-        (self.folder / "psnr.jsonl").unlink(missing_ok=True)
-
     def prepare(self):
         """Write what stays the same, and the base model's pictures unless those of the same items are here already."""
-        if self.base or not self.items:
-            return
         listed = json.dumps([item.record() for item in self.items], indent=2, ensure_ascii=False)
         views = [view.key() for item in self.items for view in item.references]
         made_from = digest(listed, *views, repr(self.sampling), self.examples.weights_of("transformer"))
-        note, files = self.folder / "base" / "made-from.txt", self.files("base")
-        if note.is_file() and note.read_text() == made_from and all(file.is_file() for file in files):
-            self.base = [Image.open(file).convert("RGB") for file in files]
-            return
-        for old in self.folder.glob("*/"):  # of other items
-            shutil.rmtree(old)
-        for folder in ("input", "target", "base"):
-            (self.folder / folder).mkdir(parents=True)
-        (self.folder / "items.json").write_text(listed + "\n", encoding="utf-8")
-        for i, item in enumerate(self.items):
-            for k, view in enumerate(item.references, 1):
-                view.open().save(self.folder / "input" / f"{i:02d}-{k}.png")
-            if item.target is not None:
-                item.target.open().save(self.folder / "target" / f"{i:02d}.png")
-        with muted(self.editor.flux):
-            self.base = self.pictures("base")
-        note.write_text(made_from)
-
-    def files(self, folder: str) -> list[Path]:
-        """Where the items' pictures of one kind lie."""
-        return [self.folder / folder / f"{i:02d}.png" for i in range(len(self.items))]
+        note = self.folder.validation / "base" / "made-from.txt"
+        if note.is_file() and note.read_text() == made_from:
+            self.base = [Image.open(self.folder.picture("base", i)).convert("RGB") for i in range(len(self.items))]
+        elif self.items:
+            for old in self.folder.validation.glob("*/"):  # of other items
+                shutil.rmtree(old)
+            for i, item in enumerate(self.items):
+                for k, view in enumerate(item.references, 1):
+                    save(view.open(), self.folder.picture(f"input-{k}", i))
+                if item.target is not None:
+                    save(item.target.open(), self.folder.picture("target", i))
+            with muted(self.editor.flux):
+                self.base = self.pictures("base")
+            self.folder.items.write_text(listed + "\n", encoding="utf-8")
+            note.write_text(made_from)
 
     def text(self, prompt: str) -> Text:
         """An encoded prompt on the model's device."""
@@ -124,35 +76,75 @@ class Validator:
         return txt.to(self.editor.device), vec.to(self.editor.device)
 
     @torch.no_grad()
-    def pictures(self, folder: str) -> list[Image.Image]:
-        """One picture per item, with what the model holds now; each is written."""
+    def pictures(self, kind: str) -> list[Image.Image]:
+        """One picture per item, with what the model holds now; each is written as of this kind."""
         made = []
-        for item, file in zip(self.items, self.files(folder), strict=True):
+        for i, item in enumerate(self.items):
             negative = self.text(item.negative) if self.sampling.cfg_scale != 1 else None
             references = [view.open() for view in item.references]
             sampling = replace(self.sampling, seed=item.seed)
             made.append(edit(self.editor, self.text(item.prompt), references, item.size, sampling, negative))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            made[-1].save(file)
+            save(made[-1], self.folder.picture(kind, i))
         return made
 
     def run(self, step: int) -> str:
         """Write all pictures of a step, and a line of psnr.jsonl on those with a target. -> one sentence on them."""
         if not self.items:
             return f"step {step}: nothing to show, num_eval_images is 0 or validation is disabled"
-        self.prepare()
+        if not self.base:
+            self.prepare()
         rows, scores = [], []
         for item, base, lora in zip(self.items, self.base, self.pictures(f"{step:06d}"), strict=True):
-            made = {"base": base, "LoRA": lora}
-            if item.target is not None:
+            cells = [("input", view.open()) for view in item.references]
+            if item.target is None:
+                cells += [("base", base), ("LoRA", lora)]
+            else:
                 target = item.target.open()
-                decibels = {kind: psnr(image, target) for kind, image in made.items()}
-                scores.append({"base": decibels["base"], "lora": decibels["LoRA"]})
-                made = {f"{kind} {decibels[kind]:.1f} dB": image for kind, image in made.items()} | {"target": target}
-            rows.append((item.title(), [("input", view.open()) for view in item.references] + [*made.items()]))
-        sheet(rows).save(self.folder / f"{step:06d}.png")
+                scores.append({"base": psnr(base, target), "lora": psnr(lora, target)})
+                cells += [(f"base {scores[-1]['base']:.1f} dB", base), (f"LoRA {scores[-1]['lora']:.1f} dB", lora)]
+                cells.append(("target", target))
+            rows.append((item.title(), cells))
+        sheet(rows).save(self.folder.sheet(step))
         if not scores:
-            return f"step {step}: look at {self.folder / f'{step:06d}.png'}"
+            return f"step {step}: look at {self.folder.sheet(step)}"
         mean = {kind: sum(score[kind] for score in scores) / len(scores) for kind in ("base", "lora")}
-        record(self.folder / "psnr.jsonl", {"step": step, **mean, "pairs": scores})
+        append(self.folder.psnr, {"step": step, **mean, "pairs": scores})
         return f"step {step}: {mean['lora']:.1f} dB to the target with the LoRA, {mean['base']:.1f} dB without"
+
+
+def save(image: Image.Image, file: Path):
+    """Write a picture, and the folder it belongs to."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures of one size, in dB; 99 when they are equal, or nearly."""
+    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+    return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))
+
+
+def sheet(rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Image.Image:
+    """A contact sheet: rows one below the other."""
+    strips = [strip(title, cells) for title, cells in rows]
+    page = Image.new("RGB", (max(row.width for row in strips), sum(row.height for row in strips) + MARGIN), "white")
+    top = MARGIN
+    for row in strips:
+        page.paste(row, (0, top))
+        top += row.height
+    return page
+
+
+def strip(title: str, cells: list[tuple[str, Image.Image]]) -> Image.Image:
+    """A row of a sheet: a title above captioned pictures, small ones enlarged without smoothing."""
+    zoom = max(1, SHOWN // max(max(image.size) for _, image in cells))
+    cells = [(label, ImageOps.scale(image, zoom, Image.Resampling.NEAREST)) for label, image in cells]
+    width, height = sum(image.width + MARGIN for _, image in cells), max(image.height for _, image in cells)
+    row = Image.new("RGB", (width + MARGIN, height + 2 * LINE + MARGIN), "white")
+    pen, font, left = ImageDraw.Draw(row), ImageFont.load_default(13), MARGIN
+    pen.text((left, 0), title, fill="black", font=font)
+    for label, image in cells:
+        pen.text((left, LINE), label, fill="gray", font=font)
+        row.paste(image, (left, 2 * LINE))
+        left += image.width + MARGIN
+    return row

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train
 from kontext_min.adapters.formats import read_lora
 from kontext_min.adapters.inject import updates
-from kontext_min.training import state
+from kontext_min.training import state, trainer
 from kontext_min.training.validate import Validator
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +118,25 @@ def test_changed_settings_or_data_are_listed_and_refused_unless_allowed(config, 
         assert part in str(raised.value)
     assert "caption_dropout" not in str(raised.value)
     run(config, out, *changes, "allow_changed_resume=true", "max_train_steps=6")
+
+
+def test_a_runs_own_config_json_is_a_config_file_again(config, tmp_path):
+    out = run(config, tmp_path / "out", "max_train_steps=2")
+    record = json.loads((out / "config.json").read_text())
+    assert record["lora_rank"] == 2 and record["ema_decay"] == 0.995 and record["lora_alpha"] is None
+    said = json.loads(config.read_text())["data_backend_config"]  # and of the sets what they say, no default
+    assert [entry.keys() for entry in record["data_backend_config"]] == [entry.keys() for entry in said]
+    again = run(out / "config.json", tmp_path / "again")
+    assert results(again) == results(out)
+
+
+def test_a_run_that_fails_leaves_the_lora_before_the_failure_and_names_the_checkpoint(config, tmp_path, monkeypatch):
+    out = run(config, tmp_path / "out", "max_train_steps=5", "lr_scheduler=constant")
+    before = results(out)[0]
+    monkeypatch.setattr(trainer, "flow_loss", lambda flux, *_: next(updates(flux)).B.sum() * float("nan"))
+    with pytest.raises(ValueError, match="step 6: the loss is nan.*\n.*checkpoint is .*checkpoint-5;.* is the LoRA so"):
+        run(config, out, "max_train_steps=6", "lr_scheduler=constant")
+    assert results(out)[0] == before
 
 
 @pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "state.json"])

@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import CPU
 
 from kontext_min.config import Config
+from kontext_min.run_folder import RunFolder
 from kontext_min.training import track
 from kontext_min.training.track import Tracker
 
@@ -21,12 +22,14 @@ def config(tmp_path, **values) -> Config:
 def steps(config: Config, start: int, end: int, loss: float = 1.0):
     """As the trainer does it: steps start + 1 to end, with validation at every fourth."""
     folder = config.output_dir / "validation"
-    if not start:
-        folder.mkdir(exist_ok=True)
-        Image.new("RGB", (64, 16)).save(folder / "000000.png")
+    RunFolder(config.output_dir).rewind(start)
     with Tracker(config, CPU, start) as tracker:
+        if not start:
+            folder.mkdir(exist_ok=True)
+            Image.new("RGB", (64, 16)).save(folder / "000000.png")
+            tracker.validated(0)
         for step in range(start + 1, end + 1):
-            tracker.log(step, loss=loss / step, grad_norm=0.5, lr=1e-3, seconds=0.1)
+            tracker.log(step, {"loss": loss / step, "grad_norm": 0.5, "lr": 1e-3, "seconds": 0.1})
             if step % 4 == 0:
                 (folder / f"{step:06d}").mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (32, 16), (step, 2, 3)).save(folder / f"{step:06d}" / "00.png")
@@ -34,7 +37,7 @@ def steps(config: Config, start: int, end: int, loss: float = 1.0):
                 (folder / "psnr.jsonl").write_text(json.dumps({"step": step, "base": 17.5, "lora": 17.5 + step}) + "\n")
                 line = {"step": step, "loss": 0.25, "per_timestep": [[0.1, 0.5]], "probe": {"own": 0.25, "none": 0.5}}
                 (folder / "eval.jsonl").write_text(json.dumps(line) + "\n")
-            tracker.validated(step)
+                tracker.validated(step)
         return tracker
 
 

@@ -1,0 +1,77 @@
+"""What a run leaves in its output_dir: every file's name, and what a resumed run and a new one do with them.
+
+config.json                       every key in force; a config file again
+metrics.jsonl                     a line per optimizer step
+pytorch_lora_weights.safetensors  the LoRA; ema/ has its average, sample-reference-1.png what infer.py shows it on
+checkpoint-500/                   all that a run needs to go on
+README.md  report.html  logs/     the model card; everything on one page; what trackers write
+validation/items.json             what is shown: items 0, 1, …
+validation/KIND/00.png            of item 0; KIND: input-1 (a reference), target, base (its own), 000500 (the LoRA's)
+validation/000500.png             a sheet of all items after step 500
+validation/psnr.jsonl             a line per sheet; eval.jsonl: a line per evaluation
+"""
+
+import json
+from pathlib import Path
+
+LORA = "pytorch_lora_weights.safetensors"
+LEFT_BEHIND = (
+    "config.json", "metrics.jsonl", "validation", "*.safetensors", "ema", "checkpoint-*", "sample-reference-*.png",
+    "logs", "wandb-id", "README.md", "report.html",
+)  # fmt: skip
+
+
+class RunFolder:
+    """The files of one run, by what they are; none need be there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
+        self.lora, self.average = path / LORA, path / "ema" / LORA
+        self.card, self.report = path / "README.md", path / "report.html"
+        self.validation = path / "validation"
+        self.items = self.validation / "items.json"
+        self.psnr, self.eval = self.validation / "psnr.jsonl", self.validation / "eval.jsonl"
+
+    def sheet(self, step: int) -> Path:
+        """All items after a step on one picture."""
+        return self.validation / f"{step:06d}.png"
+
+    def picture(self, kind: str, i: int) -> Path:
+        """One picture of item i."""
+        return self.validation / kind / f"{i:02d}.png"
+
+    def pictures(self, i: int) -> dict[str, Path]:
+        """Kind -> picture of item i, for those that are there; the LoRA's come first, by step."""
+        return {file.parent.name: file for file in sorted(self.validation.glob(f"*/{i:02d}.png"))}
+
+    def rewind(self, step: int):
+        """Take out of the logs what an interrupted run wrote after a step, since it is written again."""
+        for file in filter(Path.exists, (self.metrics, self.psnr, self.eval)):
+            kept = [line for line in read_lines(file) if line["step"] <= step]
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def set_aside(self) -> Path | None:
+        """Move what an earlier run left to previous-N in the folder: a new run neither mixes with it nor loses it."""
+        old = [path for pattern in LEFT_BEHIND for path in sorted(self.path.glob(pattern))]
+        if not any(path != self.config for path in old):
+            return None
+        numbers = [int(p.name[9:]) for p in self.path.glob("previous-*") if p.name[9:].isdigit()]
+        target = self.path / f"previous-{max(numbers, default=0) + 1}"
+        target.mkdir()
+        for path in old:
+            path.rename(target / path.name)
+        return target
+
+
+def read_lines(file: Path) -> list[dict]:
+    """JSON lines but for a last one that was cut off, when the run was killed; none without the file."""
+    texts = file.read_text(encoding="utf-8").split("\n") if file.exists() else [""]
+    return [json.loads(text) for text in texts[:-1]]
+
+
+def append(file: Path, line: dict):
+    """Add a JSON line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")

@@ -1,0 +1,30 @@
+"""The files of a run."""
+
+import json
+
+from kontext_min.run_folder import RunFolder, append, read_lines
+
+
+def test_a_rewound_log_ends_with_the_step_and_a_line_that_was_cut_off_does_not_count(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        append(folder.metrics, {"step": step, "loss": 0.5})
+    append(folder.psnr, {"step": 3, "base": 0.5})
+    before = folder.metrics.read_text().splitlines()
+    with open(folder.metrics, "a") as file:
+        file.write(json.dumps({"step": 4})[:-1])
+    assert [line["step"] for line in read_lines(folder.metrics)] == [1, 2, 3]
+    folder.rewind(2)
+    assert folder.metrics.read_text().splitlines() == before[:2]
+    assert read_lines(folder.psnr) == [] and read_lines(folder.eval) == [] and not folder.eval.exists()
+
+
+def test_pictures_are_found_where_they_are_written(tmp_path):
+    folder = RunFolder(tmp_path)
+    files = {kind: folder.picture(kind, 0) for kind in ("000100", "000500", "base", "input-1")}
+    for file in (*files.values(), folder.picture("base", 1), folder.sheet(500)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert list(folder.pictures(0).items()) == list(files.items()) and list(folder.pictures(1)) == ["base"]
+    aside = RunFolder(folder.set_aside())
+    assert len(aside.pictures(0)) == 4 and aside.sheet(500).exists() and folder.set_aside() is None
