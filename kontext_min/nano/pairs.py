@@ -38,11 +38,11 @@ def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str
 
 
 def write_pair(task: Example, folder: Path, prefix: str, name: str) -> None:
-    """One example's pictures (PNG) and caption."""
+    """One example's pictures (JPEG of high quality) and caption."""
     named = {f"{prefix}reference-{k}": picture for k, picture in enumerate(task.references, start=1)}
     for part, picture in {**named, f"{prefix}target": task.target}.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
-        to_image(picture).save(folder / part / f"{name}.png")
+        to_image(picture).save(folder / part / f"{name}.jpg", quality=95, subsampling=0)
     (folder / f"{prefix}target" / f"{name}.txt").write_text(task.prompt + "\n")
 
 
