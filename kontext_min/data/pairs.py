@@ -86,6 +86,14 @@ def check_readable(sets: list[Pictures], problems: Problems):
             problems.add("unreadable pictures", str(error))
 
 
+def check_captions(folder: Path, pictures: Pictures, problems: Problems):
+    """Caption files that no picture stands beside."""
+    for path in sorted(folder.rglob("*.txt")) if folder.is_dir() else []:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name not in pictures and path.name.lower() not in ("readme.txt", "license.txt"):
+            problems.add("captions without a picture", f"{path}{near_miss(name, pictures)}")
+
+
 def match(targets: Pictures, references: Pictures, title: str, problems: Problems):
     """Every target needs a partner among the references and the other way round. title: what the references are."""
     for name in sorted(targets.keys() - references.keys()):

@@ -184,6 +184,8 @@ class Reader:
     def in_folder(self, entry: Dataset) -> Found:
         """Targets of a folder, and the references that lie in the same folder, if the entry says so."""
         pictures, sets = pairs.in_folder(entry.instance_data_dir, self.problems), []
+        if entry.strategy == "textfile":
+            pairs.check_captions(entry.instance_data_dir, pictures, self.problems)
         if entry.side_by_side:
             pictures, others = pairs.side_by_side(pictures, entry.side_by_side.removeprefix("reference_"))
             sets = [References(f"{entry.id} (other half)", others, {})]

@@ -96,6 +96,11 @@ def orphan_reference(data, entries):
     save(data / "reference/c.png")
 
 
+@broken("1 captions without a picture", "target/lost.txt")
+def orphan_caption(data, entries):
+    (data / "target/lost.txt").write_text("paint it red")
+
+
 @broken("target/a.png: no a in refs; did you mean A?", "reference/A.png; did you mean a?", findings=2)
 def case_mismatch(data, entries):
     (data / "reference/a.png").rename(data / "reference/A.png")
