@@ -128,9 +128,9 @@ def detach_all(flux: Flux):
 
 
 @contextmanager
-def muted(flux: Flux):
-    """Within the context every update is off, and the outputs are the base model's to the last bit."""
-    adapted = [module for module in flux.modules() if isinstance(module, Adapted)]
+def muted(flux: Flux, pattern: str = "*"):
+    """Within the context the updates on modules of such (our) names are off; without any it is the base, bit for bit."""
+    adapted = [m for name, m in flux.named_modules() if isinstance(m, Adapted) and fnmatchcase(name, pattern)]
     kept = [module.updates for module in adapted]
     for module in adapted:
         module.updates = nn.ModuleList()

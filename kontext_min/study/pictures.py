@@ -1,0 +1,54 @@
+"""Heat maps, and a page of pictures without network."""
+
+import base64
+import html
+import math
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+HEAT = {"black": "#1b0c41", "mid": "#d44842", "white": "#f9f871"}  # from 0 to the largest
+PALE, DARK = (250, 247, 238), (226, 122, 63)  # of a table's cells
+STYLE = """body{max-width:1200px;margin:32px auto;padding:0 16px;font:16px/1.5 sans-serif;color:#222}
+img{max-width:100%;height:auto}p{color:#555;margin:4px 0 8px}h2{margin:40px 0 0}"""
+
+
+def overlay(image: Image.Image, values: Tensor) -> Image.Image:
+    """Values of 0 or more, (rows, columns), as colours over a greyed picture; the brightest is the largest of them."""
+    scaled = (values.float() / values.max() * 255).round().byte().cpu().numpy()
+    heat = ImageOps.colorize(Image.fromarray(scaled).resize(image.size, Image.Resampling.BICUBIC), **HEAT)
+    return Image.blend(image.convert("L").convert("RGB"), heat, 0.6)
+
+
+def heat_map(values: dict[str, dict[str, float]], form: str = "{:.2f}", by_row: bool = False) -> Image.Image:
+    """Row -> column -> value as a table, a cell the darker the larger its value among all (or in its row)."""
+    font, columns = ImageFont.load_default(13), list(dict.fromkeys(name for row in values.values() for name in row))
+    left, wide = (int(max(map(font.getlength, names))) + 14 for names in (values, [*columns, "00.00"]))
+    page = Image.new("RGB", (left + wide * len(columns) + 8, 24 * len(values) + 32), "white")
+    pen = ImageDraw.Draw(page)
+    for j, name in enumerate(columns):
+        pen.text((left + (j + 0.5) * wide, 14), name, "gray", font, anchor="mm")
+    for i, (row, cells) in enumerate(values.items()):
+        pen.text((left - 8, 38 + 24 * i), row, "gray", font, anchor="rm")
+        among = [v for line in ([cells] if by_row else values.values()) for v in line.values() if math.isfinite(v)]
+        for name, value in cells.items():
+            x, y = left + columns.index(name) * wide, 26 + 24 * i
+            share = (min(value, max(among)) - min(among)) / ((max(among) - min(among)) or 1)
+            colour = tuple(round(a + (b - a) * share) for a, b in zip(PALE, DARK, strict=True))
+            pen.rectangle((x, y, x + wide - 2, y + 22), colour)
+            pen.text((x + wide / 2, y + 12), form.format(value), "black", font, anchor="mm")
+    return page
+
+
+def write_page(folder: Path, title: str, about: str, sections: list[tuple[str, str, Image.Image]]) -> Path:
+    """Sections (name, caption, picture) -> NAME.png of each, and index.html with all of them in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"]
+    parts += [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"]
+    for name, caption, picture in sections:
+        picture.save(file := folder / f"{name}.png")
+        data = base64.b64encode(file.read_bytes()).decode()
+        parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p><img src=data:image/png;base64,{data}>")
+    (folder / "index.html").write_text("\n".join(parts), encoding="utf-8")
+    return folder / "index.html"
