@@ -129,7 +129,7 @@ def detach_all(flux: Flux):
 
 @contextmanager
 def muted(flux: Flux, pattern: str = "*"):
-    """Within the context the updates on modules of such (our) names are off; without any it is the base, bit for bit."""
+    """Within the context the updates on modules of such names are off; without any it it is the base, bit by bit."""
     adapted = [m for name, m in flux.named_modules() if isinstance(m, Adapted) and fnmatchcase(name, pattern)]
     kept = [module.updates for module in adapted]
     for module in adapted:

@@ -9,7 +9,9 @@ drift      the edit applied to its own result, again and again
 
 import argparse
 import sys
+from collections import defaultdict
 from contextlib import ExitStack, nullcontext
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,20 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from kontext_min.adapters.inject import muted, updates
-from kontext_min.pictures import sheet
 from kontext_min.study import hooks, measures
 from kontext_min.study.experiment import Experiment
-from kontext_min.study.pictures import heat_map, overlay, write_page
+from kontext_min.study.pictures import heat_map, overlay, rows_of, write_page
 
 Sections = list[tuple[str, str, Image.Image]]  # name, caption, picture
-THUMBNAIL = 192  # pixels of a small picture's longer side
-
-
-def small(image: Image.Image) -> Image.Image:
-    """A picture of which many are shown."""
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
 
 
 def attention(experiment: Experiment, args: argparse.Namespace) -> Sections:
@@ -39,128 +32,112 @@ def attention(experiment: Experiment, args: argparse.Namespace) -> Sections:
     word = args.word or max(words, key=len)
     if word not in words:
         raise ValueError(f"--word {word}: the instruction has {', '.join(words)}")
-    read = slice(max(tokens.stop for tokens in words.values()))
-    with ExitStack() as stack:
+    (rows, maps, of_word), pictures = watch(experiment, f"{args.block}.attend", words[word])
 
-        def keep(what, average: bool = False):
-            return stack.enter_context(hooks.record(experiment.flux, f"{args.block}.attend", what, average=average))
+    def drawn(name: str, values: dict[str, Tensor]) -> dict[str, Image.Image]:
+        peaks = {f"{label} x{v.max() / v.mean():.1f}": v.reshape(experiment.grid) for label, v in values.items()}
+        return {label: overlay(pictures[name], grid) for label, grid in peaks.items()}
 
-        shares = {name: keep(hooks.attention(tokens, mean=True), True) for name, tokens in streams.items()}
-        maps = {}
-        for name in ("target", "reference"):
-            look = hooks.emphasis(streams[name], read)
-            by_step = keep(lambda call, look=look: look(call)[0].mean(0))  # (tokens, words)
-            maps[name] = by_step, keep(lambda call, look=look: look(call)[0, ..., words[word]].mean(-1), True)  # (H, …)
-        pictures = {"target": small(experiment.picture(experiment.run())), "reference": small(experiment.image)}
-
-    def cell(name: str, label: str, values: Tensor) -> tuple[str, Image.Image]:
-        return f"{label} ×{values.max():.1f}", overlay(pictures[name], experiment.grid(values))
-
-    rows, sections = [], []
-    for name, (by_step, by_head) in maps.items():
-        mean = torch.stack([values for steps in by_step.values() for values in steps.values()]).mean(0)
-        cells = [cell(name, w, mean[:, tokens].mean(-1)) for w, tokens in words.items()]
-        rows.append((f"where the {name} looks at each word", [("", pictures[name]), *cells]))
-        steps = [
-            (site, [cell(name, f"step {i}", values[:, words[word]].mean(-1)) for i, values in steps.items()])
-            for site, steps in by_step.items()
-        ]
-        heads = [
-            (site, [cell(name, f"head {h}", values) for h, values in enumerate(*steps.values())])
-            for site, steps in by_head.items()
-        ]
-        caption = f"Where the {name} looks at “{word}”; × is the largest value beside the mean of the map."
-        sections += [(f"{name}-by-step", caption, sheet(steps)), (f"{name}-by-head", caption, sheet(heads))]
-    table = {
+    sheets = defaultdict(lambda: defaultdict(dict))
+    for name, other in (("target", "reference"), ("reference", "target")):
+        mean = torch.stack(list(maps[name].values())).mean(0)  # (tokens, words')
+        found = drawn(name, {text: mean[:, part].mean(-1) for text, part in words.items()})
+        sheets["words"][f"where the {name} looks at each word"] = {"": pictures[name], **found}
+        for site in rows[name]:
+            seen = rows[name][site][0, :, streams[other]].mean(0)
+            sheets["between"][site] |= drawn(other, {f"where the {name} looks": seen})
+            by_head, by_step = of_word[name][site].mean(0), of_word[name][site].mean(1)
+            sheets[f"{name}-heads"][site] = drawn(name, {f"head {i}": v for i, v in enumerate(by_head)})
+            sheets[f"{name}-steps"][site] = drawn(name, {f"step {i}": v for i, v in enumerate(by_step)})
+    shares = {
         site: {
-            f"{a} at {b}": float(row[..., tokens].sum(-1).mean())
-            for a, kept in shares.items() for row in kept[site].values() for b, tokens in streams.items()
-        } for site in shares["text"]
-    }  # fmt: skip
-    between = []
-    for a, b in (("target", "reference"), ("reference", "target")):
-        seen = torch.stack([row[0, :, streams[b]].mean(0) for kept in shares[a].values() for row in kept.values()])
-        between.append(cell(b, f"where the {a} looks", (seen / seen.mean(1, keepdim=True)).mean(0)))
-    return [
-        ("words", "All blocks, heads and steps, every map divided by its mean; × is the peak.", sheet(rows)),
-        ("streams", "Share of the attention of one stream's tokens that goes to another's, by block.", heat_map(table)),
-        ("between", "Between the two pictures, over all blocks, heads and steps.", sheet([("", between)])),
-        *sections,
-    ]
+            f"{a} at {b}": float(rows[a][site][..., streams[b]].sum(-1).mean()) for a, b in product(streams, streams)
+        }
+        for site in rows["text"]
+    }
+    captions = {
+        "words": "Over all blocks, heads and steps, every map divided by its mean; x is the peak.",
+        "between": "Where one picture's tokens look in the other, by block.",
+    }
+    found = [(name, captions.get(name, f"Where it looks at “{word}”."), rows_of(rows)) for name, rows in sheets.items()]
+    return [*found, ("streams", "Shares of one stream's attention that go to another.", heat_map(shares))]
+
+
+def watch(experiment: Experiment, pattern: str, word: slice) -> tuple[list[dict], dict[str, Image.Image]]:
+    """One run, its attention by stream and site, and the two pictures.
+
+    -> of the mean token (1, H, L); emphasis of the instruction over heads and steps (tokens, words') and that of one
+    word (steps, H, tokens).
+    """
+    said, kept = slice(max(part.stop for part in experiment.words.values())), ({}, {}, {})
+    with ExitStack() as stack:
+        for name, tokens in experiment.streams.items():
+            look = hooks.emphasis(tokens, said)
+            whats = (
+                (hooks.attention(tokens, mean=True), True),
+                (lambda call, look=look: look(call).mean((0, 1)), True),
+                (lambda call, look=look: look(call)[..., word].mean(-1), False),
+            )
+            for kind, (what, average) in zip(kept, whats, strict=True):
+                kind[name] = stack.enter_context(hooks.record(experiment.flux, pattern, what, average=average))
+        pictures = {"target": experiment.picture(experiment.run()), "reference": experiment.image}
+    cat = lambda found: {site: torch.cat([*values.values()]) for site, values in found.items()}  # noqa: E731
+    return [{name: cat(found) for name, found in kind.items()} for kind in kept], pictures
 
 
 def ablate(experiment: Experiment, args: argparse.Namespace) -> Sections:
     """Tables of what every ablation moves, and the pictures."""
-    flux, contexts = experiment.flux, {("whole", "as it is"): nullcontext()}
-    for part in torch.arange(len(experiment.times) - 1).tensor_split(4):
-        if len(part):
-            contexts["no reference", f"steps {part[0]}-{part[-1]}"] = hooks.without_reference(flux, part.tolist())
+    flux, contexts = experiment.flux, {("reference", "kept"): nullcontext()}
+    for part in torch.arange(len(experiment.times) - 1).split(max(1, (len(experiment.times) - 1) // 4)):
+        contexts["reference", f"off in {part[0]}-{part[-1]}"] = hooks.without_reference(flux, part.tolist())
     for block in hooks.sites(flux, args.block):
         contexts[block, "skipped"] = hooks.skip(flux, block)
         if any(updates(flux)):
             contexts[block, "LoRA off"] = muted(flux, f"{block}.*")
         for head in range(flux.config.num_heads if args.heads else 0):
-            contexts[block, f"head {head} zero"] = hooks.zero_head(flux, f"{block}.attend", head)
-    moved = measures.ablate(experiment, contexts)
-    tables, rows = ({}, {}), {}
-    for (site, what), (*numbers, picture) in moved.items():
-        rows.setdefault(site, []).append((what, small(picture)))
-        for table, number in zip(tables, numbers, strict=True):
-            table.setdefault(site, {})[what] = number
-    latents, psnr = (heat_map(table, form) for table, form in zip(tables, ("{:.2f}", "{:.1f}"), strict=True))
+            contexts[block, f"head {head} off"] = hooks.zero_head(flux, f"{block}.attend", head)
+    moved, psnr, pictures = measures.ablate(experiment, contexts)
     return [
-        ("latents", "How far the finished latents move, as a share of their norm: ||x - x'|| / ||x||.", latents),
-        ("psnr", "PSNR in dB of the pictures; low is far, 99 is equal.", psnr),
-        ("pictures", "What comes out.", sheet(list(rows.items()))),
+        ("latents", "How far the finished latents move: ||x - x'|| / ||x||.", heat_map(moved)),
+        ("psnr", "PSNR of the pictures in dB: low is far, 99 is equal.", heat_map(psnr, "{:.1f}")),
+        ("pictures", "What comes out.", rows_of(pictures)),
     ]
 
 
 def lora(experiment: Experiment, args: argparse.Namespace) -> Sections:
-    """Tables of every update, and how far the result moves without the updates of a block."""
-    found = measures.anatomy(experiment)
-    captions = {
-        "norm": "||dW||, the Frobenius norm of what is added to the weight.",
-        "rank": "Effective rank of dW: e to the entropy of its singular values' shares.",
-        "effect": "||dW x|| / ||W x|| on the inputs x of this edit.",
-    }
-    tables = [{b: {name: n[i] for name, n in row.items()} for b, row in found.items()} for i in range(3)]
-    sections = [(name, text, heat_map(t)) for (name, text), t in zip(captions.items(), tables, strict=True)]
-    moved = measures.ablate(experiment, {block: muted(experiment.flux, f"{block}.*") for block in found})
-    table = {block: {"latents": latents, "PSNR": psnr} for block, (latents, psnr, _) in moved.items()}
-    caption = "How far the finished latents, and the picture in dB, move when a block's updates are off."
-    return [*sections, ("without", caption, heat_map(table))]
+    """Tables of every update, and how far the result moves without a block's updates."""
+    norm, rank, effect = measures.anatomy(experiment)
+    off = {(block, "latents"): muted(experiment.flux, f"{block}*") for block in norm}
+    return [
+        ("norm", "||dW||, the Frobenius norm of what is added to the weight.", heat_map(norm)),
+        ("rank", "Effective rank of dW: e to the entropy of its singular values' shares.", heat_map(rank)),
+        ("effect", "||dW x|| / ||W x|| on the inputs x of this edit.", heat_map(effect)),
+        (
+            "without",
+            "How far the latents move without a block's updates.",
+            heat_map(measures.ablate(experiment, off)[0]),
+        ),
+    ]
 
 
 def path(experiment: Experiment, args: argparse.Namespace) -> Sections:
     """The strip of predictions, and what is at work at every step."""
-    steps = measures.path(experiment)
-    cells = [(f"t = {step['t']:.2f}", small(experiment.picture(step.pop("clean")))) for step in steps]
-    names = {"speed": "speed"} | {name: f"{name} changes" for name in steps[0] if name not in ("t", "speed")}
-    table = {label: {f"t {step['t']:.2f}": step[name] for step in steps} for name, label in names.items()}
+    predicted, table = measures.path(experiment)
+    strip = {"": dict(zip(table["speed"], map(experiment.picture, predicted), strict=True))}
+    caption = "Speed: root mean square of v. What text, reference and LoRA change: ||v - v without|| / ||v||."
     return [
-        ("predictions", "The picture as the model predicts it at every step, x - t v.", sheet([("", cells)])),
-        (
-            "velocity",
-            "Speed: root mean square of v. Below: ||v - v without it|| / ||v||.",
-            heat_map(table, by_row=True),
-        ),
+        ("predictions", "The picture as predicted at every step, x - t v.", rows_of(strip)),
+        ("velocity", caption, heat_map(table, by_row=True)),
     ]
 
 
 def drift(experiment: Experiment, args: argparse.Namespace) -> Sections:
     """Every round's picture and its numbers."""
-    rounds = measures.drift(experiment, args.rounds)
-    cells = [("given", small(experiment.image))]
-    cells += [(f"round {i}", small(r["picture"])) for i, r in enumerate(rounds, 1)]
-    table: dict[str, dict[str, float]] = {}
-    for i, r in enumerate(rounds, 1):
-        dx, dy, sure = r["shift"]
-        numbers = {"PSNR, dB": r["psnr"], "shift right, px": dx, "shift down, px": dy, "shift is sure from 1": sure}
-        for name, number in (numbers | dict(zip(("red", "green", "blue"), r["colour"], strict=True))).items():
-            table.setdefault(name, {})[f"round {i}"] = number
-    caption = "Beside the given picture: PSNR, shift by phase correlation, change of the mean colours of 255."
+    pictures, table = measures.drift(experiment, args.rounds)
+    strip = {"": {f"round {i}" if i else "given": picture for i, picture in enumerate(pictures)}}
+    caption = "Beside the given picture: PSNR in dB, shift in pixels (sure with a confidence of 1), colours of 255."
     return [
-        ("pictures", "The edit, applied to its own result.", sheet([("", cells)])),
+        ("pictures", "The edit, applied to its own result.", rows_of(strip)),
         ("numbers", caption, heat_map(table, by_row=True)),
     ]
 
@@ -176,24 +153,20 @@ def main(argv: list[str] | None = None):
     add("command", choices=COMMANDS, metavar="COMMAND")
     add("--image", required=True, metavar="FILE", help="the reference")
     add("--prompt", required=True, metavar="TEXT", help="the instruction")
-    add("--model", default="nano", help="as of infer.py")
-    add("--lora", metavar="FILE")
-    add("--out", type=Path, metavar="DIR", help="for the page and its pictures (output/study/COMMAND)")
-    add("--size", default="auto", metavar="WxH")
-    add("--steps", type=int, default=8)
-    add("--guidance", type=float, default=2.5)
-    add("--seed", type=int, default=0)
+    for name, default in (("model", "nano"), ("lora", None), ("size", "auto")):
+        add(f"--{name}", default=default, help="as of infer.py")
+    for name, default in (("steps", 8), ("guidance", 2.5), ("seed", 0)):
+        add(f"--{name}", type=type(default), default=default, help=f"default {default}")
     add("--block", default="*_blocks.*", metavar="PATTERN", help="attention, ablate: only these, e.g. single_blocks.*")
     add("--word", help="attention: the word of the detailed maps (the longest)")
-    add("--heads", action="store_true", help="ablate: every head alone, too")
-    add("--rounds", type=int, default=6, help="drift: how often")
+    add("--heads", action="store_true", help="ablate: also every head alone")
+    add("--rounds", type=int, default=6, help="drift: how often (6)")
+    add("--out", type=Path, metavar="DIR", help="for the page and its pictures (output/study/COMMAND)")
     args = parser.parse_args(argv)
     keys = ("model", "lora", "size", "steps", "guidance", "seed")
     experiment = Experiment.open(args.image, args.prompt, **{key: getattr(args, key) for key in keys})
     sections = COMMANDS[args.command](experiment, args)
-    about = (
-        f"“{args.prompt}” · {args.image} · {args.model}{f' with {args.lora}' if args.lora else ''} · {args.steps} steps"
-    )
+    about = " · ".join(filter(None, (f"“{args.prompt}”", args.image, args.model, args.lora, f"{args.steps} steps")))
     print(write_page(args.out or Path("output/study", args.command), args.command, about, sections))
 
 

@@ -1,8 +1,8 @@
 """Record, replace and ablate what flows through named modules of the plain model, with nothing left behind.
 
-Context managers that put forward hooks on the modules whose names fit a pattern: a dotted name in which `*` stands for
-one word. `*_blocks.*` are all blocks, `*_blocks.*.attend` their attention. Steps count the evaluations of the model
-since the `with`, from 0 (true CFG takes two a step); `steps` are those that matter, None is all of them.
+Context managers that put hooks on the modules whose names fit a pattern: a dotted name in which `*` stands for one
+word. `*_blocks.*` are all blocks, `*_blocks.*.attend` their attention. Steps count the evaluations of the model since
+the `with`, from 0 (true CFG takes two a step); `steps` are those that matter, without it all of them.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from kontext_min.models.flux import Flux, apply_rope
+
+Steps = Collection[int] | None
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,7 @@ class Call:
 
 def sites(flux: Flux, pattern: str) -> list[str]:
     """Names of the modules that fit a pattern. Raises ValueError where there are none."""
-    words = pattern.split(".")
-    names = [name.split(".") for name, _ in flux.named_modules()]
+    words, names = pattern.split("."), [name.split(".") for name, _ in flux.named_modules()]
     found = [".".join(own) for own in names if len(own) == len(words) and all(map(fnmatchcase, own, words))]
     if not found:
         some = ", ".join(name for name, _ in flux.named_children())
@@ -44,9 +45,7 @@ def sites(flux: Flux, pattern: str) -> list[str]:
 
 
 @contextmanager
-def replace(
-    flux: Flux, pattern: str, fn: Callable[[Call], Any], steps: Collection[int] | None = None
-) -> Iterator[None]:
+def replace(flux: Flux, pattern: str, fn: Callable[[Call], Any], steps: Steps = None) -> Iterator[None]:
     """Within the context fn(call) is the output of every module that fits; None leaves an output as it is."""
     step = -1
 
@@ -55,14 +54,15 @@ def replace(
         step += 1
 
     def hook(site: str) -> Callable:
-        return lambda _, inputs, output: (
-            fn(Call(site, step, inputs, output)) if steps is None or step in steps else None
-        )
+        def called(_, inputs: tuple, output: Any) -> Any:
+            return fn(Call(site, step, inputs, output)) if steps is None or step in steps else None
 
-    with ExitStack() as hooks:
-        hooks.callback(flux.register_forward_pre_hook(advance).remove)
+        return called
+
+    with ExitStack() as stack:
+        stack.enter_context(flux.register_forward_pre_hook(advance))
         for site in sites(flux, pattern):
-            hooks.callback(flux.get_submodule(site).register_forward_hook(hook(site)).remove)
+            stack.enter_context(flux.get_submodule(site).register_forward_hook(hook(site)))
         yield
 
 
@@ -71,7 +71,7 @@ def record(
     flux: Flux,
     pattern: str,
     what: Callable[[Call], Any] = lambda call: call.output,
-    steps: Collection[int] | None = None,
+    steps: Steps = None,
     average: bool = False,
 ) -> Iterator[dict[str, dict[int, Any]]]:
     """Within the context what(call) of every module that fits is kept: site -> step -> value. Outputs do not change.
@@ -122,25 +122,17 @@ def attention(
 
 
 def emphasis(queries: slice, keys: slice) -> Callable[[Call], Tensor]:
-    """Which queries look at a key most: attention divided by its mean over the queries, (B, H, Q, K); 1 is average."""
-
-    def what(call: Call) -> Tensor:
-        found = attention(queries, keys)(call)
-        return found / found.mean(2, keepdim=True)
-
-    return what
+    """Which queries look most at a key: attention divided by its mean over the queries, (B, H, Q, K); 1 is average."""
+    look = attention(queries, keys)
+    return lambda call: (found := look(call)) / found.mean(2, keepdim=True)
 
 
-def skip(flux: Flux, pattern: str, steps: Collection[int] | None = None) -> AbstractContextManager:
+def skip(flux: Flux, pattern: str, steps: Steps = None) -> AbstractContextManager:
     """Within the context these blocks pass their tokens on as they are: only the residual stream is left of them."""
-
-    def residual(call: Call) -> Any:
-        return call.inputs[:2] if isinstance(call.output, tuple) else call.inputs[0]
-
-    return replace(flux, pattern, residual, steps)
+    return replace(flux, pattern, lambda call: call.inputs[:2] if "double" in call.site else call.inputs[0], steps)
 
 
-def zero_head(flux: Flux, pattern: str, head: int, steps: Collection[int] | None = None) -> AbstractContextManager:
+def zero_head(flux: Flux, pattern: str, head: int, steps: Steps = None) -> AbstractContextManager:
     """Within the context a head of these `attend` sites gives zeros."""
 
     def without(call: Call) -> Tensor:
@@ -151,7 +143,7 @@ def zero_head(flux: Flux, pattern: str, head: int, steps: Collection[int] | None
 
 
 @contextmanager
-def without_reference(flux: Flux, steps: Collection[int] | None = None) -> Iterator[None]:
+def without_reference(flux: Flux, steps: Steps = None) -> Iterator[None]:
     """Within the context the model sees the text and the target alone."""
     evaluations = count()
 
@@ -161,8 +153,5 @@ def without_reference(flux: Flux, steps: Collection[int] | None = None) -> Itera
         target = inputs["img_ids"][:, 0] == 0
         return args, inputs | {"img": inputs["img"][:, target], "img_ids": inputs["img_ids"][target]}
 
-    handle = flux.register_forward_pre_hook(drop, with_kwargs=True)
-    try:
+    with flux.register_forward_pre_hook(drop, with_kwargs=True):
         yield
-    finally:
-        handle.remove()

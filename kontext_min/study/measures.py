@@ -1,12 +1,14 @@
-"""What a model does, in numbers: what ablations move, what a LoRA adds where, the path to the picture, drift."""
+"""What a model does, in tables (row -> column -> number) and pictures: ablations, a LoRA's parts, the path, drift."""
 
 import math
+from collections import defaultdict
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import ImageStat
+from PIL.Image import Image
 from torch import Tensor
 
 from kontext_min.adapters.inject import muted, updates
@@ -18,101 +20,108 @@ from kontext_min.sampler import euler
 from kontext_min.study.experiment import Experiment
 from kontext_min.study.hooks import Call, record
 
+Table = dict[str, dict[str, float]]
+
 
 def relative(part: Tensor, whole: Tensor) -> float:
     """||part|| / ||whole||."""
     return float(part.norm() / whole.norm())
 
 
-def ablate(experiment: Experiment, contexts: dict[str, AbstractContextManager]) -> dict[str, tuple]:
-    """Make the edit as it is, and once within each context.
+def ablate(
+    experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]
+) -> tuple[Table, Table, dict[str, dict[str, Image]]]:
+    """Make the edit as it is, and once within each context, named by (row, column).
 
-    -> name -> (||x - x'|| / ||x|| of the finished latents, PSNR of the pictures in dB, the picture)
+    -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures.
     """
     plain = experiment.run()
-    before, moved = experiment.picture(plain), {}
-    for name, context in contexts.items():
+    before = experiment.picture(plain)
+    moved, quality, pictures = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    for (row, column), context in contexts.items():
         with context:
             x = experiment.run()
-        after = experiment.picture(x)
-        moved[name] = relative(x - plain, plain), psnr(after, before), after
-    return moved
+        moved[row][column] = relative(x - plain, plain)
+        pictures[row][column] = experiment.picture(x)
+        quality[row][column] = psnr(pictures[row][column], before)
+    return moved, quality, pictures
 
 
-def anatomy(experiment: Experiment) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """What a LoRA is: block -> module -> (||dW||, its effective rank, ||dW x|| / ||W x|| on the inputs of a run).
+def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
+    """What a LoRA's updates dW are, by block and module. Raises ValueError when there are none.
 
-    The effective rank is e to the entropy of the singular values' shares (Roy and Vetterli 2007).
+    -> ||dW||; its effective rank, e to the entropy of the singular values' shares (Roy and Vetterli 2007);
+    ||dW x|| / ||W x|| on all inputs x of a run.
     """
     flux = experiment.flux
     places = [name for name, module in flux.named_modules() if isinstance(module, Adapted)]
     if not places:
         raise ValueError("the model has no LoRA; give one with --lora FILE")
 
-    def energies(call: Call) -> Tensor:
-        module, x, found = flux.get_submodule(call.site), call.inputs[0], []
-        y = module.base(x)
-        for update in module.updates:
-            added = update(x)
-            there = y[..., update.start : update.start + added.shape[-1]]
-            found.append([float(part.float().square().sum()) for part in (added, there)])
-        return torch.tensor(found)  # (updates, 2)
+    def energies(call: Call) -> Tensor:  # (updates, 2): of what each adds, and of what is there
+        module, (x,) = flux.get_submodule(call.site), call.inputs
+        added = [update(x) for update in module.updates]
+        y, starts = module.base(x), [update.start for update in module.updates]
+        there = [y[..., start : start + some.shape[-1]] for start, some in zip(starts, added, strict=True)]
+        return torch.tensor(
+            [[float(part.float().square().sum()) for part in pair] for pair in zip(added, there, strict=True)]
+        )
 
     with ExitStack() as stack:
         kept = {place: stack.enter_context(record(flux, place, energies, average=True)) for place in places}
         experiment.run()
-    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    norm, rank, effect = defaultdict(dict), defaultdict(dict), defaultdict(dict)
     for place, energy in kept.items():
         block, (values,) = ".".join(place.split(".")[:2]), energy[place].values()
         for update, (added, there) in zip(flux.get_submodule(place).updates, values.tolist(), strict=True):
-            singular = torch.linalg.svdvals(delta(update))
-            rank = math.exp(torch.special.entr(singular / singular.sum()).sum())
+            singular = torch.linalg.svdvals(update.scale * update.B.float() @ update.A.float())
             name = ".".join(update.name.split(".")[2:]) or update.name
-            found.setdefault(block, {})[name] = float(singular.norm()), rank, math.sqrt(added / there)
-    return found
+            norm[block][name] = float(singular.norm())
+            rank[block][name] = math.exp(torch.special.entr(singular / singular.sum()).sum())
+            effect[block][name] = math.sqrt(added / there)
+    return norm, rank, effect
 
 
-def delta(update):
-    return update.scale * update.B.float() @ update.A.float()
-
-
-def path(experiment: Experiment) -> list[dict]:
-    """Every step of a run: t; clean, the target as predicted now, x - t v; speed, the root mean square of v;
-
-    and what text, reference and LoRA change in the velocity, ||v - v without|| / ||v||.
+def path(experiment: Experiment) -> tuple[list[Tensor], Table]:
+    """A run step by step: the target as predicted at each, x - t v; and a table over t of the speed, the root mean
+    square of v, and of what text, reference and LoRA change in it, ||v - v without|| / ||v||.
     """
-    condition, steps = experiment.condition, []
-    field, no_text, no_reference = map(
-        experiment.field, (condition, experiment.conditions[""], replace(condition, references=[]))
-    )
+    condition, predicted, table = experiment.condition, [], defaultdict(dict)
+    field = experiment.field(condition)
+    without_text = experiment.field(experiment.conditions[""])
+    without_reference = experiment.field(replace(condition, references=[]))
 
-    def watched(x: Tensor, t: Tensor, progress: float) -> Tensor:
-        v = field(x, t, progress)
-        without = {"text": no_text(x, t, progress), "reference": no_reference(x, t, progress)}
+    def watched(*at) -> Tensor:
+        v, (x, t, _) = field(*at), at
+        without = {"text": without_text(*at), "reference": without_reference(*at)}
         if any(updates(experiment.flux)):
             with muted(experiment.flux):
-                without["LoRA"] = field(x, t, progress)
-        changes = {name: relative(v - other, v) for name, other in without.items()}
-        steps.append({"t": float(t[0]), "clean": x - t * v, "speed": float(v.square().mean().sqrt()), **changes})
+                without["LoRA"] = field(*at)
+        predicted.append(x - t * v)
+        column = f"t = {float(t[0]):.2f}"
+        table["speed"][column] = float(v.square().mean().sqrt())
+        for name, other in without.items():
+            table[name][column] = relative(v - other, v)
         return v
 
     for _ in euler(watched, experiment.noise, experiment.times):
         pass
-    return steps
+    return predicted, table
 
 
-def drift(experiment: Experiment, rounds: int) -> list[dict]:
+def drift(experiment: Experiment, rounds: int) -> tuple[list[Image], Table]:
     """Apply the edit to the picture, to its result, and so on, each time from the same noise.
 
-    -> of every round its picture, and beside the first one: shift (`align.Shift`), PSNR, and the change of the mean
-    colour, (red, green, blue) of 255.
+    -> the pictures, and beside the first one: PSNR in dB, the shift by phase correlation in pixels with its confidence
+    (`data.align`), and the change of the mean red, green and blue, of 255.
     """
-    first, image, found = experiment.image, experiment.image, []
-    for _ in range(rounds):
-        latents = encode_image(experiment.editor.vae, image).to(experiment.noise.device)
+    first, pictures, table = experiment.image, [experiment.image], defaultdict(dict)
+    for i in range(rounds):
+        latents = encode_image(experiment.vae, pictures[-1]).to(experiment.noise.device)
         image = experiment.picture(experiment.run(replace(experiment.condition, references=[latents])))
-        colour = np.subtract(ImageStat.Stat(image).mean, ImageStat.Stat(first).mean).tolist()
-        found.append(
-            {"picture": image, "shift": shift_between(first, image), "psnr": psnr(image, first), "colour": colour}
-        )
-    return found
+        colour = np.subtract(ImageStat.Stat(image).mean, ImageStat.Stat(first).mean)
+        numbers = {"PSNR": psnr(image, first), **shift_between(first, image)._asdict()}
+        for name, number in (numbers | dict(zip(("red", "green", "blue"), colour, strict=True))).items():
+            table[name][f"round {i + 1}"] = float(number)
+        pictures.append(image)
+    return pictures, table

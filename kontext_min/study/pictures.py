@@ -8,6 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from kontext_min.pictures import sheet
+
 HEAT = {"black": "#1b0c41", "mid": "#d44842", "white": "#f9f871"}  # from 0 to the largest
 PALE, DARK = (250, 247, 238), (226, 122, 63)  # of a table's cells
 STYLE = """body{max-width:1200px;margin:32px auto;padding:0 16px;font:16px/1.5 sans-serif;color:#222}
@@ -19,6 +21,22 @@ def overlay(image: Image.Image, values: Tensor) -> Image.Image:
     scaled = (values.float() / values.max() * 255).round().byte().cpu().numpy()
     heat = ImageOps.colorize(Image.fromarray(scaled).resize(image.size, Image.Resampling.BICUBIC), **HEAT)
     return Image.blend(image.convert("L").convert("RGB"), heat, 0.6)
+
+
+def rows_of(pictures: dict[str, dict[str, Image.Image]]) -> Image.Image:
+    """Row -> label -> picture as a sheet; large ones are shown small."""
+    return sheet(
+        [
+            (
+                row,
+                [
+                    (label, ImageOps.contain(image, (192, 192)) if max(image.size) > 192 else image)
+                    for label, image in cells.items()
+                ],
+            )
+            for row, cells in pictures.items()
+        ]
+    )
 
 
 def heat_map(values: dict[str, dict[str, float]], form: str = "{:.2f}", by_row: bool = False) -> Image.Image:
