@@ -10,7 +10,7 @@ drift      the edit applied to its own result, again and again
 import argparse
 import sys
 from collections import defaultdict
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -87,9 +87,9 @@ def watch(experiment: Experiment, pattern: str, word: slice) -> tuple[list[dict]
 
 def ablate(experiment: Experiment, args: argparse.Namespace) -> Sections:
     """Tables of what every ablation moves, and the pictures."""
-    flux, contexts = experiment.flux, {("reference", "kept"): nullcontext()}
+    flux, contexts = experiment.flux, {}
     for part in torch.arange(len(experiment.times) - 1).split(max(1, (len(experiment.times) - 1) // 4)):
-        contexts["reference", f"off in {part[0]}-{part[-1]}"] = hooks.without_reference(flux, part.tolist())
+        contexts["without reference", f"steps {part[0]}-{part[-1]}"] = hooks.without_reference(flux, part.tolist())
     for block in hooks.sites(flux, args.block):
         contexts[block, "skipped"] = hooks.skip(flux, block)
         if any(updates(flux)):

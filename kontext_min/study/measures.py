@@ -33,11 +33,11 @@ def ablate(
 ) -> tuple[Table, Table, dict[str, dict[str, Image]]]:
     """Make the edit as it is, and once within each context, named by (row, column).
 
-    -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures.
+    -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures, first "as it is".
     """
     plain = experiment.run()
     before = experiment.picture(plain)
-    moved, quality, pictures = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    moved, quality, pictures = defaultdict(dict), defaultdict(dict), defaultdict(dict, {"as it is": {"": before}})
     for (row, column), context in contexts.items():
         with context:
             x = experiment.run()
@@ -75,7 +75,7 @@ def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
         block, (values,) = ".".join(place.split(".")[:2]), energy[place].values()
         for update, (added, there) in zip(flux.get_submodule(place).updates, values.tolist(), strict=True):
             singular = torch.linalg.svdvals(update.scale * update.B.float() @ update.A.float())
-            name = ".".join(update.name.split(".")[2:]) or update.name
+            name = ".".join(update.name.split(".")[2:]).removeprefix("attn.") or update.name
             norm[block][name] = float(singular.norm())
             rank[block][name] = math.exp(torch.special.entr(singular / singular.sum()).sum())
             effect[block][name] = math.sqrt(added / there)

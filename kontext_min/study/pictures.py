@@ -2,7 +2,7 @@
 
 import base64
 import html
-import math
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -12,8 +12,7 @@ from kontext_min.pictures import sheet
 
 HEAT = {"black": "#1b0c41", "mid": "#d44842", "white": "#f9f871"}  # from 0 to the largest
 PALE, DARK = (250, 247, 238), (226, 122, 63)  # of a table's cells
-STYLE = """body{max-width:1200px;margin:32px auto;padding:0 16px;font:16px/1.5 sans-serif;color:#222}
-img{max-width:100%;height:auto}p{color:#555;margin:4px 0 8px}h2{margin:40px 0 0}"""
+STYLE = "body{margin:32px;font:16px/1.5 sans-serif;color:#222}p{color:#555;margin:4px 0 8px}h2{margin:40px 0 0}"
 
 
 def overlay(image: Image.Image, values: Tensor) -> Image.Image:
@@ -42,20 +41,21 @@ def rows_of(pictures: dict[str, dict[str, Image.Image]]) -> Image.Image:
 def heat_map(values: dict[str, dict[str, float]], form: str = "{:.2f}", by_row: bool = False) -> Image.Image:
     """Row -> column -> value as a table, a cell the darker the larger its value among all (or in its row)."""
     font, columns = ImageFont.load_default(13), list(dict.fromkeys(name for row in values.values() for name in row))
-    left, wide = (int(max(map(font.getlength, names))) + 14 for names in (values, [*columns, "00.00"]))
-    page = Image.new("RGB", (left + wide * len(columns) + 8, 24 * len(values) + 32), "white")
+    left, *widths = (int(max(map(font.getlength, names))) + 14 for names in (values, *((c, "00.00") for c in columns)))
+    places = dict(zip(columns, accumulate(widths, initial=left), strict=False))
+    page = Image.new("RGB", (left + sum(widths) + 8, 24 * len(values) + 32), "white")
     pen = ImageDraw.Draw(page)
-    for j, name in enumerate(columns):
-        pen.text((left + (j + 0.5) * wide, 14), name, "gray", font, anchor="mm")
+    for name, width in zip(columns, widths, strict=True):
+        pen.text((places[name] + width / 2, 14), name, "gray", font, anchor="mm")
     for i, (row, cells) in enumerate(values.items()):
         pen.text((left - 8, 38 + 24 * i), row, "gray", font, anchor="rm")
-        among = [v for line in ([cells] if by_row else values.values()) for v in line.values() if math.isfinite(v)]
+        among = [v for line in ([cells] if by_row else values.values()) for v in line.values()]
         for name, value in cells.items():
-            x, y = left + columns.index(name) * wide, 26 + 24 * i
-            share = (min(value, max(among)) - min(among)) / ((max(among) - min(among)) or 1)
+            x, y, width = places[name], 26 + 24 * i, widths[columns.index(name)]
+            share = (value - min(among)) / ((max(among) - min(among)) or 1)
             colour = tuple(round(a + (b - a) * share) for a, b in zip(PALE, DARK, strict=True))
-            pen.rectangle((x, y, x + wide - 2, y + 22), colour)
-            pen.text((x + wide / 2, y + 12), form.format(value), "black", font, anchor="mm")
+            pen.rectangle((x, y, x + width - 2, y + 22), colour)
+            pen.text((x + width / 2, y + 12), form.format(value), "black", font, anchor="mm")
     return page
 
 
