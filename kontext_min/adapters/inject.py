@@ -131,8 +131,12 @@ def detach_all(flux: Flux):
 
 @contextmanager
 def muted(flux: Flux, pattern: str = "*"):
-    """Within the context the updates on modules of such names are off; without any it it is the base, bit by bit."""
-    adapted = [m for name, m in flux.named_modules() if isinstance(m, Adapted) and fnmatchcase(name, pattern)]
+    """Within the context the updates at and below these modules (`single_blocks.1`, `*` for anything) are off.
+
+    With all of them off the outputs are the base model's to the last bit.
+    """
+    found = ((f"{name}.", module) for name, module in flux.named_modules() if isinstance(module, Adapted))
+    adapted = [module for name, module in found if fnmatchcase(name, f"{pattern}.*")]
     kept = [module.updates for module in adapted]
     for module in adapted:
         module.updates = nn.ModuleList()

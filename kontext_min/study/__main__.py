@@ -93,7 +93,7 @@ def ablate(experiment: Experiment, args: argparse.Namespace) -> Sections:
     for block in hooks.sites(flux, args.block):
         contexts[block, "skipped"] = hooks.skip(flux, block)
         if any(updates(flux)):
-            contexts[block, "LoRA off"] = muted(flux, f"{block}.*")
+            contexts[block, "LoRA off"] = muted(flux, block)
         for head in range(flux.config.num_heads if args.heads else 0):
             contexts[block, f"head {head} off"] = hooks.zero_head(flux, f"{block}.attend", head)
     moved, psnr, pictures = measures.ablate(experiment, contexts)
@@ -107,7 +107,7 @@ def ablate(experiment: Experiment, args: argparse.Namespace) -> Sections:
 def lora(experiment: Experiment, args: argparse.Namespace) -> Sections:
     """Tables of every update, and how far the result moves without a block's updates."""
     norm, rank, effect = measures.anatomy(experiment)
-    off = {(block, "latents"): muted(experiment.flux, f"{block}*") for block in norm}
+    off = {(block, "latents"): muted(experiment.flux, block) for block in norm}
     return [
         ("norm", "||dW||, the Frobenius norm of what is added to the weight.", heat_map(norm)),
         ("rank", "Effective rank of dW: e to the entropy of its singular values' shares.", heat_map(rank)),

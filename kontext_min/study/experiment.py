@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from kontext_min import flow, presets, sampler
-from kontext_min.adapters.formats import read_lora
-from kontext_min.adapters.inject import apply_weights
+from kontext_min.adapters.formats import read_adapter
+from kontext_min.adapters.inject import apply_updates
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image
 from kontext_min.edit import output_size, prepare_reference
@@ -39,14 +39,14 @@ class Experiment:
         """Load a picture, a model and a LoRA from their files. size: of the picture and the output, or auto."""
         if not prompts or not all(prompts) or steps < 1 or not 0 <= seed < 2**63:
             raise ValueError("nothing to study: it takes an instruction, 1 step or more, and a seed of 0 or more")
-        picture, adapter = open_image(Path(image)), read_lora(Path(lora)) if lora else None
+        picture, adapter = open_image(Path(image)), read_adapter(Path(lora)) if lora else None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         checkpoint = load.find(presets.locate(model))
         texts = encode_texts(checkpoint, [*prompts, ""], device, dtype)
         vae, flux = load.load_vae(checkpoint, device, torch.float32), load.load_flux(checkpoint, device, dtype)
         if adapter:
-            apply_weights(flux, adapter.weights, 1.0, dtype)
+            apply_updates(flux, adapter.updates, 1.0, dtype)
         preset, multiple = presets.preset_of(checkpoint.folder), pixels_per_token(vae)
         shown = output_size([Size(*picture.size)], size, "auto", preset, multiple)
         picture = prepare_reference(picture, shown, "match", preset, multiple)

@@ -33,7 +33,7 @@ def ablate(
 ) -> tuple[Table, Table, dict[str, dict[str, Image]]]:
     """Make the edit as it is, and once within each context, named by (row, column).
 
-    -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures, first "as it is".
+    -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures, with "as it is".
     """
     plain = experiment.run()
     before = experiment.picture(plain)
@@ -58,14 +58,12 @@ def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
     if not places:
         raise ValueError("the model has no LoRA; give one with --lora FILE")
 
-    def energies(call: Call) -> Tensor:  # (updates, 2): of what each adds, and of what is there
-        module, (x,) = flux.get_submodule(call.site), call.inputs
-        added = [update(x) for update in module.updates]
-        y, starts = module.base(x), [update.start for update in module.updates]
-        there = [y[..., start : start + some.shape[-1]] for start, some in zip(starts, added, strict=True)]
-        return torch.tensor(
-            [[float(part.float().square().sum()) for part in pair] for pair in zip(added, there, strict=True)]
-        )
+    def energies(call: Call) -> Tensor:  # (updates, 2): of what is added to their rows, and of what is there
+        module = flux.get_submodule(call.site)
+        there = module.base(*call.inputs).float()
+        rows = [slice(update.start, update.start + update.shape[0]) for update in module.updates]
+        parts = [(part[..., own].square().sum() for part in (call.output - there, there)) for own in rows]
+        return torch.tensor([[float(energy) for energy in pair] for pair in parts])
 
     with ExitStack() as stack:
         kept = {place: stack.enter_context(record(flux, place, energies, average=True)) for place in places}
@@ -74,7 +72,7 @@ def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
     for place, energy in kept.items():
         block, (values,) = ".".join(place.split(".")[:2]), energy[place].values()
         for update, (added, there) in zip(flux.get_submodule(place).updates, values.tolist(), strict=True):
-            singular = torch.linalg.svdvals(update.scale * update.B.float() @ update.A.float())
+            singular = torch.linalg.svdvals(update.delta().detach())
             name = ".".join(update.name.split(".")[2:]).removeprefix("attn.") or update.name
             norm[block][name] = float(singular.norm())
             rank[block][name] = math.exp(torch.special.entr(singular / singular.sum()).sum())
@@ -115,6 +113,8 @@ def drift(experiment: Experiment, rounds: int) -> tuple[list[Image], Table]:
     -> the pictures, and beside the first one: PSNR in dB, the shift by phase correlation in pixels with its confidence
     (`data.align`), and the change of the mean red, green and blue, of 255.
     """
+    if rounds < 1:
+        raise ValueError(f"drift takes 1 round or more, got --rounds {rounds}")
     first, pictures, table = experiment.image, [experiment.image], defaultdict(dict)
     for i in range(rounds):
         latents = encode_image(experiment.vae, pictures[-1]).to(experiment.noise.device)

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -42,7 +43,7 @@ CONTEXTS = {
     "skip": lambda flux: hooks.skip(flux, "*_blocks.*"),
     "zero head": lambda flux: hooks.zero_head(flux, "*_blocks.*.attend", 1),
     "without reference": hooks.without_reference,
-    "muted": lambda flux: muted(flux, "single_blocks.*"),
+    "muted": lambda flux: muted(flux, "single_blocks"),
 }
 
 
@@ -193,12 +194,17 @@ def test_patching_carries_one_run_over_into_another(flux):
 
 @torch.no_grad()
 def test_skipping_every_block_leaves_the_residual_stream_alone(flux):
-    x, vec = random(2, 16, 6, 8, seed=3), flux.embed(torch.full((2,), 0.6), random(2, 64, seed=5), torch.full((2,), 2.5))
+    x, vec = (
+        random(2, 16, 6, 8, seed=3),
+        flux.embed(torch.full((2,), 0.6), random(2, 64, seed=5), torch.full((2,), 2.5)),
+    )
     w = flux.state_dict()
     tokens = x.unflatten(3, (4, 2)).unflatten(2, (3, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     h = tokens @ w["img_in.weight"].T + w["img_in.bias"]
     h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
-    shift, scale = F.linear(F.silu(vec), *(w[f"final_layer.adaLN_modulation.1.{n}"] for n in ("weight", "bias"))).chunk(2, 1)
+    shift, scale = F.linear(F.silu(vec), *(w[f"final_layer.adaLN_modulation.1.{n}"] for n in ("weight", "bias"))).chunk(
+        2, 1
+    )
     h = h * (1 + scale[:, None]) + shift[:, None]
     expected = h @ w["final_layer.linear.weight"].T + w["final_layer.linear.bias"]  # (2, 12, 64)
     with hooks.skip(flux, "*_blocks.*"):
@@ -228,7 +234,17 @@ def test_a_lora_is_muted_in_chosen_blocks(flux):
     base = velocity(flux)
     for parameter in add_lora(flux, LORA, rank=2, alpha=2):
         parameter.data = random(*parameter.shape)
-    with muted(flux, "double_blocks.*"):
+    with muted(flux, "double_blocks"):
         assert [update.name for update in updates(flux)] == LORA[1:]
+    with muted(flux, "single_blocks.1"), muted(flux, "double_blocks.0.img_attn.qkv"):
+        assert not list(updates(flux)) and torch.equal(velocity(flux), base)
     with muted(flux):
         assert torch.equal(velocity(flux), base)
+
+
+def test_muting_block_1_is_not_muting_block_10():
+    flux = Flux(replace(CONFIG, depth_single_blocks=11))
+    names = [f"single_transformer_blocks.{i}.proj_out" for i in (1, 10)]
+    add_lora(flux, names, rank=1, alpha=1)
+    with muted(flux, "single_blocks.1"):
+        assert [update.name for update in updates(flux)] == names[1:]
