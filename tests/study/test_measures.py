@@ -138,7 +138,7 @@ def lora_file(lora, tmp_path):
 
 PAGES = {
     "attention": (["--block", "single_blocks.*", "--word", "darker"],
-                  ["between", "reference-heads", "reference-steps", "streams", "target-heads", "target-steps", "words"]),
+                  ["between", "streams", "words", *(f"{a}-{b}s" for a in ("target", "reference") for b in ("head", "step"))]),
     "ablate": (["--heads"], ["latents", "pictures", "psnr"]),
     "lora": ([], ["effect", "norm", "rank", "without"]),
     "path": ([], ["predictions", "velocity"]),
