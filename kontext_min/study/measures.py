@@ -62,8 +62,9 @@ def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
         module = flux.get_submodule(call.site)
         there = module.base(*call.inputs).float()
         rows = [slice(update.start, update.start + update.shape[0]) for update in module.updates]
-        parts = [(part[..., own].square().sum() for part in (call.output - there, there)) for own in rows]
-        return torch.tensor([[float(energy) for energy in pair] for pair in parts])
+        return torch.stack(
+            [torch.stack([part[..., own].square().sum() for part in (call.output - there, there)]) for own in rows]
+        )
 
     with ExitStack() as stack:
         kept = {place: stack.enter_context(record(flux, place, energies, average=True)) for place in places}

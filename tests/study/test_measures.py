@@ -22,7 +22,8 @@ from kontext_min.study.__main__ import main
 from kontext_min.study.experiment import Experiment
 
 PICTURE = "configs/photos/validation_reference/cat.jpg"
-LORA = ["transformer_blocks.0.attn.to_k", "transformer_blocks.1.ff.net.2", "single_transformer_blocks.2.proj_mlp"]
+LORA = ["transformer_blocks.0.attn.to_k", "transformer_blocks.1.ff.net.2", "single_transformer_blocks.2.attn.to_v",
+        "single_transformer_blocks.2.proj_mlp"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +72,25 @@ def test_ablation_measures_the_distance_to_the_undisturbed_result(experiment):
     assert quality["a"]["all"] == psnr(pictures["a"]["all"], pictures["as it is"][""])
 
 
-def test_the_anatomy_of_a_lora_is_that_of_its_matrices(lora):
-    seen, update = [], next(u for u in updates(lora.flux) if u.name == LORA[2])
+@pytest.mark.parametrize(("name", "rows"), [("to_v", slice(384, 576)), ("proj_mlp", slice(576, 1344))])
+def test_the_anatomy_of_a_lora_is_that_of_its_matrices(lora, name, rows):
+    seen, update = [], next(u for u in updates(lora.flux) if u.name.startswith("single") and u.name.endswith(name))
     module = lora.flux.single_blocks[2].linear1
     with module.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0])):
-        norm, rank, effect = measures.anatomy(lora)
+        norm, rank, effect = (table["single_blocks.2"][name] for table in measures.anatomy(lora))
     delta = (update.scale * update.B @ update.A).detach().double().numpy()
     singular = np.linalg.svd(delta, compute_uv=False)[:4]
     share = singular / singular.sum()
-    block, name = "single_blocks.2", "proj_mlp"
-    assert norm[block][name] == pytest.approx(np.linalg.norm(delta), rel=1e-4)
-    assert rank[block][name] == pytest.approx(np.prod(share**-share), rel=1e-3) and 1 < rank[block][name] <= 4.01
+    assert norm == pytest.approx(np.linalg.norm(delta), rel=1e-4)
+    assert rank == pytest.approx(np.prod(share**-share), rel=1e-3) and 1 < rank <= 4.01
     x = torch.cat(seen).double().flatten(0, 1).numpy()
-    w, b = (p.detach().double().numpy()[-768:] for p in (module.base.weight, module.base.bias))
-    assert effect[block][name] == pytest.approx(np.linalg.norm(x @ delta.T) / np.linalg.norm(x @ w.T + b), rel=1e-4)
-    assert {block: list(row) for block, row in norm.items()} == {
-        "double_blocks.0": ["to_k"], "double_blocks.1": ["ff.net.2"], "single_blocks.2": ["proj_mlp"]
+    w, b = (p.detach().double().numpy()[rows] for p in (module.base.weight, module.base.bias))
+    assert effect == pytest.approx(np.linalg.norm(x @ delta.T) / np.linalg.norm(x @ w.T + b), rel=1e-4)
+
+
+def test_the_anatomy_is_by_block_and_module(lora):
+    assert {block: list(row) for block, row in measures.anatomy(lora)[0].items()} == {
+        "double_blocks.0": ["to_k"], "double_blocks.1": ["ff.net.2"], "single_blocks.2": ["to_v", "proj_mlp"]
     }  # fmt: skip
 
 
@@ -137,8 +141,10 @@ def lora_file(lora, tmp_path):
 
 
 PAGES = {
-    "attention": (["--block", "single_blocks.*", "--word", "darker"],
-                  ["between", "streams", "words", *(f"{a}-{b}s" for a in ("target", "reference") for b in ("head", "step"))]),
+    "attention": (
+        ["--block", "single_blocks.*", "--word", "darker"],
+        ["between", "streams", "words", "reference-heads", "reference-steps", "target-heads", "target-steps"],
+    ),
     "ablate": (["--heads"], ["latents", "pictures", "psnr"]),
     "lora": ([], ["effect", "norm", "rank", "without"]),
     "path": ([], ["predictions", "velocity"]),
