@@ -1,16 +1,25 @@
-"""One edit that can be made again and again, from the same noise at the same times."""
+"""One edit that can be made again and again, from the same noise at the same times, and what is measured on it.
 
-from dataclasses import dataclass
+Measures are tables, row -> column -> number: what ablations move, what a LoRA is, the path to the picture, drift.
+"""
+
+import math
+from collections import defaultdict
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageStat
 from torch import Tensor
 
 from kontext_min import flow, presets, sampler
 from kontext_min.adapters.formats import read_adapter
-from kontext_min.adapters.inject import apply_updates
+from kontext_min.adapters.inject import apply_updates, muted, updates
+from kontext_min.adapters.layers import Adapted
 from kontext_min.checkpoints import load
+from kontext_min.data.align import shift_between
 from kontext_min.data.buckets import Size, open_image
 from kontext_min.edit import output_size, prepare_reference
 from kontext_min.encoders import decode_image, encode_image, encode_texts, pixels_per_token
@@ -18,7 +27,11 @@ from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.tokenizers import T5Tokenizer
 from kontext_min.models.vae import VAE
+from kontext_min.pictures import psnr
 from kontext_min.sampler import Field, Sampling
+from kontext_min.study.hooks import Call, average
+
+Table = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -97,3 +110,111 @@ def word_slices(tokenizer: T5Tokenizer, prompt: str) -> dict[str, slice]:
             slices[f"{word} ({i})" if word in slices else word] = slice(start, end)
         start = end
     return slices
+
+
+# ------------------------------------------------------------------------------------------------ measures
+
+
+def relative(part: Tensor, whole: Tensor) -> float:
+    """||part|| / ||whole||."""
+    return float(part.norm() / whole.norm())
+
+
+def ablation(
+    experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]
+) -> tuple[Table, Table, dict[str, dict[str, Image.Image]]]:
+    """Make the edit as it is, and once within each context, named by (row, column).
+
+    -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures, with "as it is".
+    """
+    plain = experiment.run()
+    before = experiment.picture(plain)
+    moved, quality, pictures = defaultdict(dict), defaultdict(dict), defaultdict(dict, {"as it is": {"": before}})
+    for (row, column), context in contexts.items():
+        with context:
+            x = experiment.run()
+        moved[row][column] = relative(x - plain, plain)
+        pictures[row][column] = experiment.picture(x)
+        quality[row][column] = psnr(pictures[row][column], before)
+    return moved, quality, pictures
+
+
+def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
+    """What a LoRA's updates dW are, by block and module. Raises ValueError when there are none.
+
+    -> ||dW||; its effective rank, e to the entropy of the singular values' shares (Roy and Vetterli 2007);
+    ||dW x|| / ||W x|| on all inputs x of a run.
+    """
+    flux = experiment.flux
+    places = [name for name, module in flux.named_modules() if isinstance(module, Adapted)]
+    if not places:
+        raise ValueError("the model has no LoRA; give one with --lora FILE")
+
+    def energies(call: Call) -> Tensor:  # (updates, 2): of what is added to their rows, and of what is there
+        module = flux.get_submodule(call.site)
+        there = module.base(*call.inputs).float()
+        rows = [slice(update.start, update.start + update.shape[0]) for update in module.updates]
+        return torch.stack(
+            [torch.stack([part[..., own].square().sum() for part in (call.output - there, there)]) for own in rows]
+        )
+
+    with ExitStack() as stack:
+        kept = [stack.enter_context(average(flux, place, energies)) for place in places]
+        experiment.run()
+    norm, rank, effect = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    for place, energy in ((place, energy) for means in kept for place, energy in means.items()):
+        block = ".".join(place.split(".")[:2])
+        for update, (added, there) in zip(flux.get_submodule(place).updates, energy.tolist(), strict=True):
+            singular = torch.linalg.svdvals(update.delta().detach())
+            name = ".".join(update.name.split(".")[2:]).removeprefix("attn.") or update.name
+            norm[block][name] = float(singular.norm())
+            rank[block][name] = math.exp(torch.special.entr(singular / singular.sum()).sum())
+            effect[block][name] = math.sqrt(added / there)
+    return norm, rank, effect
+
+
+def follow(experiment: Experiment) -> tuple[list[Tensor], Table]:
+    """A run step by step: the target as predicted at each, x - t v; and a table over t of the speed, the root mean
+    square of v, and of what text, reference and LoRA change in it, ||v - v without|| / ||v||.
+    """
+    condition, predicted, table = experiment.condition, [], defaultdict(dict)
+    field = experiment.field(condition)
+    without_text = experiment.field(experiment.conditions[""])
+    without_reference = experiment.field(replace(condition, references=[]))
+
+    def watched(*at) -> Tensor:
+        v, (x, t, _) = field(*at), at
+        without = {"text": without_text(*at), "reference": without_reference(*at)}
+        if any(updates(experiment.flux)):
+            with muted(experiment.flux):
+                without["LoRA"] = field(*at)
+        predicted.append(x - t * v)
+        column = f"t = {float(t[0]):.2f}"
+        table["speed"][column] = float(v.square().mean().sqrt())
+        for name, other in without.items():
+            table[name][column] = relative(v - other, v)
+        return v
+
+    for _ in sampler.euler(watched, experiment.noise, experiment.times):
+        pass
+    return predicted, table
+
+
+def repeat(experiment: Experiment, rounds: int) -> tuple[list[Image.Image], Table]:
+    """Apply the edit to the picture, to its result, and so on, each time from the same noise.
+
+    -> the pictures, and beside the first one: PSNR in dB, the shift by phase correlation in pixels with its confidence
+    (`data.align`), and the change of the mean red, green and blue, of 255.
+    """
+    if rounds < 1:
+        raise ValueError(f"drift takes 1 round or more, got --rounds {rounds}")
+    first, pictures, table = experiment.image, [experiment.image], defaultdict(dict)
+    for i in range(rounds):
+        latents = encode_image(experiment.vae, pictures[-1]).to(experiment.noise.device)
+        image = experiment.picture(experiment.run(replace(experiment.condition, references=[latents])))
+        colour = np.subtract(ImageStat.Stat(image).mean, ImageStat.Stat(first).mean)
+        numbers = {"PSNR": psnr(image, first), **shift_between(first, image)._asdict()}
+        for name, number in (numbers | dict(zip(("red", "green", "blue"), colour, strict=True))).items():
+            table[name][f"round {i + 1}"] = float(number)
+        pictures.append(image)
+    return pictures, table

@@ -5,6 +5,7 @@ word. `*_blocks.*` are all blocks, `*_blocks.*.attend` their attention. Steps co
 the `with`, from 0 (true CFG takes two a step); `steps` are those that matter, without it all of them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -68,29 +69,28 @@ def replace(flux: Flux, pattern: str, fn: Callable[[Call], Any], steps: Steps = 
 
 @contextmanager
 def record(
-    flux: Flux,
-    pattern: str,
-    what: Callable[[Call], Any] = lambda call: call.output,
-    steps: Steps = None,
-    average: bool = False,
+    flux: Flux, pattern: str, what: Callable[[Call], Any] = lambda call: call.output, steps: Steps = None
 ) -> Iterator[dict[str, dict[int, Any]]]:
-    """Within the context what(call) of every module that fits is kept: site -> step -> value. Outputs do not change.
+    """Within the context what(call) of every module that fits is kept: site -> step -> value. Outputs do not change."""
+    kept = {site: {} for site in sites(flux, pattern)}
+    with replace(flux, pattern, lambda call: kept[call.site].update({call.step: what(call)}), steps):
+        yield kept
 
-    average: only the mean over the steps is kept, as it grows, under the number of the last one.
-    """
-    kept: dict[str, dict[int, Any]] = {site: {} for site in sites(flux, pattern)}
-    seen = dict.fromkeys(kept, 0)
+
+@contextmanager
+def average(
+    flux: Flux, pattern: str, what: Callable[[Call], Tensor], steps: Steps = None
+) -> Iterator[dict[str, Tensor]]:
+    """As `record`, but only the mean over the steps is kept, as it grows: site -> mean."""
+    means, seen = {}, Counter()
 
     def keep(call: Call):
-        value, values = what(call), kept[call.site]
         seen[call.site] += 1
-        if average and values:
-            _, mean = values.popitem()
-            value = mean + (value - mean) / seen[call.site]
-        values[call.step] = value
+        mean = means.get(call.site, 0)
+        means[call.site] = mean + (what(call) - mean) / seen[call.site]
 
     with replace(flux, pattern, keep, steps):
-        yield kept
+        yield means
 
 
 def norms(call: Call) -> Tensor:

@@ -37,7 +37,7 @@ def velocity(flux, seed: int = 4, references: int = 1, pooled: int = 5, t: float
 
 CONTEXTS = {
     "record": lambda flux: hooks.record(flux, "*_blocks.*"),
-    "norms": lambda flux: hooks.record(flux, "*_blocks.*", hooks.norms, average=True),
+    "norms": lambda flux: hooks.average(flux, "*_blocks.*", hooks.norms),
     "attention": lambda flux: hooks.record(flux, "*_blocks.*.attend", hooks.attention(chunk=5)),
     "replace": lambda flux: hooks.replace(flux, "double_blocks.1", lambda call: tuple(2 * x for x in call.output)),
     "skip": lambda flux: hooks.skip(flux, "*_blocks.*"),
@@ -148,18 +148,20 @@ def test_the_whole_matrix_is_never_held():
 # ------------------------------------------------------------------------------------------------ record, replace
 
 
-def test_records_are_by_site_and_step_and_the_average_is_their_mean(flux):
-    kinds = {"each": {}, "some": {"steps": {0, 2}}, "mean": {"average": True}}
-    with ExitStack() as stack:
-        kept = {name: stack.enter_context(hooks.record(flux, "single_blocks.*", **k)) for name, k in kinds.items()}
+def test_records_are_by_site_and_step_and_averages_are_their_means(flux):
+    pattern = "single_blocks.*"
+    with (
+        hooks.record(flux, pattern) as each,
+        hooks.record(flux, pattern, steps={0, 2}) as some,
+        hooks.average(flux, pattern, lambda call: call.output) as means,
+    ):
         for t in (0.9, 0.5, 0.1):
             velocity(flux, t=t)
-    each = kept["each"]["single_blocks.1"]
-    assert list(kept["each"]) == ["single_blocks.0", "single_blocks.1"] and list(each) == [0, 1, 2]
-    assert list(kept["some"]["single_blocks.1"]) == [0, 2]
-    assert torch.equal(kept["some"]["single_blocks.1"][2], each[2]) and not torch.equal(each[0], each[2])
-    (mean,) = kept["mean"]["single_blocks.1"].values()
-    assert torch.allclose(mean, torch.stack([*each.values()]).mean(0), atol=1e-6)
+    assert list(each) == list(means) == ["single_blocks.0", "single_blocks.1"]
+    for site, values in each.items():
+        assert list(values) == [0, 1, 2] and list(some[site]) == [0, 2]
+        assert torch.equal(some[site][2], values[2]) and not torch.equal(values[0], values[2])
+        assert torch.allclose(means[site], torch.stack([*values.values()]).mean(0), atol=1e-6)
 
 
 def test_norms_are_of_every_token_text_first(flux):

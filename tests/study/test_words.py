@@ -15,7 +15,7 @@ from kontext_min.nano.evaluate import SAMPLING, Editor
 from kontext_min.nano.pretrain_vae import to_tensor
 from kontext_min.nano.scenes import cover, draw, random_scene
 from kontext_min.study.experiment import word_slices
-from kontext_min.study.hooks import Call, attention, record
+from kontext_min.study.hooks import Call, attention, average
 
 SIZE, TOKENS, TEXT, COUNT = Size(96, 96), 36, 24, 50
 STREAMS = {"target": slice(TOKENS), "reference": slice(TOKENS, 2 * TOKENS)}  # of what follows the text
@@ -58,9 +58,9 @@ def maps_of(editor: Editor, edit: str, first: int) -> tuple[dict[tuple[str, str]
         relative = [found[:, :, tokens] / found[:, :, tokens].mean(2, keepdim=True) for tokens in STREAMS.values()]
         return (torch.stack([found, torch.cat(relative, dim=2)]) @ word)[..., 0]
 
-    with record(editor.flux, "*_blocks.*.attend", look, average=True) as kept:
+    with average(editor.flux, "*_blocks.*.attend", look) as means:
         editor(prompts, [pictures], SIZE, replace(SAMPLING, steps=4))
-    maps = torch.stack([mean for values in kept.values() for mean in values.values()], dim=1)  # (2, blocks, B, H, L)
+    maps = torch.stack(list(means.values()), dim=1)  # (2, blocks, B, H, L)
     hows = zip(("plain", "relative"), maps, strict=True)
     return {(name, how): m[..., tokens] for how, m in hows for name, tokens in STREAMS.items()}, masks
 

@@ -17,9 +17,9 @@ from kontext_min.data.align import shift_between
 from kontext_min.encoders import encode_image
 from kontext_min.flow import Condition
 from kontext_min.pictures import psnr
-from kontext_min.study import hooks, measures
+from kontext_min.study import hooks
 from kontext_min.study.__main__ import main
-from kontext_min.study.experiment import Experiment
+from kontext_min.study.experiment import Experiment, ablation, anatomy, follow, repeat
 
 PICTURE = "configs/photos/validation_reference/cat.jpg"
 LORA = ["transformer_blocks.0.attn.to_k", "transformer_blocks.1.ff.net.2", "single_transformer_blocks.2.attn.to_v",
@@ -63,7 +63,7 @@ def test_words_cover_the_tokens_of_the_instruction_one_after_another():
 
 def test_ablation_measures_the_distance_to_the_undisturbed_result(experiment):
     contexts = {("a", "nothing"): nullcontext(), ("a", "all"): hooks.skip(experiment.flux, "*_blocks.*")}
-    moved, quality, pictures = measures.ablate(experiment, contexts)
+    moved, quality, pictures = ablation(experiment, contexts)
     plain = experiment.run()
     with hooks.skip(experiment.flux, "*_blocks.*"):
         bare = experiment.run()
@@ -77,7 +77,7 @@ def test_the_anatomy_of_a_lora_is_that_of_its_matrices(lora, name, rows):
     seen, update = [], next(u for u in updates(lora.flux) if u.name.startswith("single") and u.name.endswith(name))
     module = lora.flux.single_blocks[2].linear1
     with module.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0])):
-        norm, rank, effect = (table["single_blocks.2"][name] for table in measures.anatomy(lora))
+        norm, rank, effect = (table["single_blocks.2"][name] for table in anatomy(lora))
     delta = (update.scale * update.B @ update.A).detach().double().numpy()
     singular = np.linalg.svd(delta, compute_uv=False)[:4]
     share = singular / singular.sum()
@@ -89,7 +89,7 @@ def test_the_anatomy_of_a_lora_is_that_of_its_matrices(lora, name, rows):
 
 
 def test_the_anatomy_is_by_block_and_module(lora):
-    assert {block: list(row) for block, row in measures.anatomy(lora)[0].items()} == {
+    assert {block: list(row) for block, row in anatomy(lora)[0].items()} == {
         "double_blocks.0": ["to_k"], "double_blocks.1": ["ff.net.2"], "single_blocks.2": ["to_v", "proj_mlp"]
     }  # fmt: skip
 
@@ -97,12 +97,12 @@ def test_the_anatomy_is_by_block_and_module(lora):
 def test_an_update_of_equal_singular_values_has_its_rank(lora):
     update = next(updates(lora.flux))
     update.A.data, update.B.data = torch.eye(4, update.A.shape[1]), torch.eye(update.B.shape[0], 4)
-    _, rank, _ = measures.anatomy(lora)
+    _, rank, _ = anatomy(lora)
     assert rank["double_blocks.0"]["to_k"] == pytest.approx(4, rel=1e-3)
 
 
 def test_the_path_ends_at_the_result_and_its_changes_are_those_of_the_velocity(lora):
-    predicted, table = measures.path(lora)
+    predicted, table = follow(lora)
     assert torch.allclose(predicted[-1], lora.run(), atol=1e-5) and len(predicted) == 3
     assert list(table) == ["speed", "text", "reference", "LoRA"]
     given, empty, t = lora.condition, lora.conditions[""], torch.ones(1)
@@ -118,7 +118,7 @@ def test_the_path_ends_at_the_result_and_its_changes_are_those_of_the_velocity(l
 
 
 def test_drift_goes_on_from_the_last_picture_and_measures_from_the_first(experiment):
-    pictures, table = measures.drift(experiment, 2)
+    pictures, table = repeat(experiment, 2)
     first = experiment.image
     assert pictures[0] is first and pictures[1] == experiment.picture(experiment.run())
     again = Condition(experiment.condition.txt, experiment.condition.vec, [encode_image(experiment.vae, pictures[1])])
