@@ -76,7 +76,7 @@ def heat_map(values: dict[str, dict[str, float]], form: str = "{:.2f}", by_row: 
     """Row -> column -> value as a table, a cell the darker the larger its value among all (or in its row)."""
     font, columns = ImageFont.load_default(13), list(dict.fromkeys(name for row in values.values() for name in row))
     left, *widths = (int(max(map(font.getlength, names))) + 14 for names in (values, *((c, "00.00") for c in columns)))
-    places = dict(zip(columns, accumulate(widths, initial=left), strict=False))
+    places = dict(zip(columns, accumulate([left, *widths[:-1]]), strict=True))
     page = Image.new("RGB", (left + sum(widths) + 8, 24 * len(values) + 32), "white")
     pen = ImageDraw.Draw(page)
     for name, width in zip(columns, widths, strict=True):
@@ -101,6 +101,8 @@ def write_page(folder: Path, title: str, about: str, sections: list[tuple[str, s
     for name, caption, picture in sections:
         picture.save(file := folder / f"{name}.png")
         data = base64.b64encode(file.read_bytes()).decode()
-        parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p><img src=data:image/png;base64,{data}>")
+        parts.append(
+            f"<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p><img src='data:image/png;base64,{data}'>"
+        )
     (folder / "index.html").write_text("\n".join(parts), encoding="utf-8")
     return folder / "index.html"

@@ -120,9 +120,7 @@ def relative(part: Tensor, whole: Tensor) -> float:
     return float(part.norm() / whole.norm())
 
 
-def ablation(
-    experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]
-) -> tuple[Table, Table, dict[str, dict[str, Image.Image]]]:
+def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]) -> tuple[Table, ...]:
     """Make the edit as it is, and once within each context, named by (row, column).
 
     -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures, with "as it is".
@@ -153,22 +151,21 @@ def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
     def energies(call: Call) -> Tensor:  # (updates, 2): of what is added to their rows, and of what is there
         module = flux.get_submodule(call.site)
         there = module.base(*call.inputs).float()
-        rows = [slice(update.start, update.start + update.shape[0]) for update in module.updates]
-        return torch.stack(
-            [torch.stack([part[..., own].square().sum() for part in (call.output - there, there)]) for own in rows]
-        )
+        added, rows = call.output - there, [slice(u.start, u.start + u.shape[0]) for u in module.updates]
+        return torch.tensor([[float(part[..., own].square().sum()) for part in (added, there)] for own in rows])
 
     with ExitStack() as stack:
-        kept = [stack.enter_context(average(flux, place, energies)) for place in places]
+        means = [stack.enter_context(average(flux, place, energies)) for place in places]
         experiment.run()
     norm, rank, effect = defaultdict(dict), defaultdict(dict), defaultdict(dict)
-    for place, energy in ((place, energy) for means in kept for place, energy in means.items()):
+    for place, mean in zip(places, means, strict=True):
         block = ".".join(place.split(".")[:2])
-        for update, (added, there) in zip(flux.get_submodule(place).updates, energy.tolist(), strict=True):
+        for update, (added, there) in zip(flux.get_submodule(place).updates, mean[place].tolist(), strict=True):
             singular = torch.linalg.svdvals(update.delta().detach())
+            share = singular / singular.sum().clamp(min=1e-30)
             name = ".".join(update.name.split(".")[2:]).removeprefix("attn.") or update.name
             norm[block][name] = float(singular.norm())
-            rank[block][name] = math.exp(torch.special.entr(singular / singular.sum()).sum())
+            rank[block][name] = math.exp(torch.special.entr(share).sum())
             effect[block][name] = math.sqrt(added / there)
     return norm, rank, effect
 
@@ -177,19 +174,17 @@ def follow(experiment: Experiment) -> tuple[list[Tensor], Table]:
     """A run step by step: the target as predicted at each, x - t v; and a table over t of the speed, the root mean
     square of v, and of what text, reference and LoRA change in it, ||v - v without|| / ||v||.
     """
-    condition, predicted, table = experiment.condition, [], defaultdict(dict)
-    field = experiment.field(condition)
-    without_text = experiment.field(experiment.conditions[""])
-    without_reference = experiment.field(replace(condition, references=[]))
+    predicted, table, field = [], defaultdict(dict), experiment.field(experiment.condition)
+    less = {"text": experiment.conditions[""], "reference": replace(experiment.condition, references=[])}
 
     def watched(*at) -> Tensor:
         v, (x, t, _) = field(*at), at
-        without = {"text": without_text(*at), "reference": without_reference(*at)}
+        without = {name: experiment.field(condition)(*at) for name, condition in less.items()}
         if any(updates(experiment.flux)):
             with muted(experiment.flux):
                 without["LoRA"] = field(*at)
         predicted.append(x - t * v)
-        column = f"t = {float(t[0]):.2f}"
+        column = f"t = {float(t[0]):.3f}"
         table["speed"][column] = float(v.square().mean().sqrt())
         for name, other in without.items():
             table[name][column] = relative(v - other, v)

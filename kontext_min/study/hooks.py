@@ -8,10 +8,10 @@ the `with`, from 0 (true CFG takes two a step); `steps` are those that matter, w
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +21,16 @@ from kontext_min.models.flux import Flux, apply_rope
 Steps = Collection[int] | None
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a named module."""
+class Call(NamedTuple):
+    """One call of a named module: `attend` takes q, k, v (B, H, L, D) and pe, and gives (B, L, H*D), text first.
+
+    A double block takes img, txt, vec, pe and gives (img, txt); a single one x, vec, pe and x (B, L, hidden).
+    """
 
     site: str
     step: int
-    inputs: (
-        tuple  # of `attend`: q, k, v (B, H, L, D), pe; of a double block: img, txt, vec, pe; of a single: x, vec, pe
-    )
-    output: (
-        Any  # of `attend`: (B, L, H*D), text first; of a double block: (img, txt); of a single one: x (B, L, hidden)
-    )
+    inputs: tuple
+    output: Any
 
 
 def sites(flux: Flux, pattern: str) -> list[str]:
@@ -54,16 +52,13 @@ def replace(flux: Flux, pattern: str, fn: Callable[[Call], Any], steps: Steps = 
         nonlocal step
         step += 1
 
-    def hook(site: str) -> Callable:
-        def called(_, inputs: tuple, output: Any) -> Any:
-            return fn(Call(site, step, inputs, output)) if steps is None or step in steps else None
-
-        return called
+    def called(site: str, _, inputs: tuple, output: Any) -> Any:
+        return fn(Call(site, step, inputs, output)) if steps is None or step in steps else None
 
     with ExitStack() as stack:
         stack.enter_context(flux.register_forward_pre_hook(advance))
         for site in sites(flux, pattern):
-            stack.enter_context(flux.get_submodule(site).register_forward_hook(hook(site)))
+            stack.enter_context(flux.get_submodule(site).register_forward_hook(partial(called, site)))
         yield
 
 

@@ -111,9 +111,9 @@ def test_the_path_ends_at_the_result_and_its_changes_are_those_of_the_velocity(l
         v, *others = (flow.velocity(lora.flux, lora.noise, t, c, torch.tensor([2.5])) for c in conditions)
         detach_all(lora.flux)
         others.append(flow.velocity(lora.flux, lora.noise, t, given, torch.tensor([2.5])))
-    assert table["speed"]["t = 1.00"] == pytest.approx(float(v.square().mean() ** 0.5))
+    assert table["speed"]["t = 1.000"] == pytest.approx(float(v.square().mean() ** 0.5))
     for name, other in zip(("text", "reference", "LoRA"), others, strict=True):
-        assert table[name]["t = 1.00"] == pytest.approx(float((v - other).norm() / v.norm()), rel=1e-4), name
+        assert table[name]["t = 1.000"] == pytest.approx(float((v - other).norm() / v.norm()), rel=1e-4), name
     assert torch.allclose(predicted[0], lora.noise - v, atol=1e-5)
 
 
@@ -159,7 +159,7 @@ def test_every_command_writes_a_page_and_its_pictures(command, lora_file, tmp_pa
     files = sorted((tmp_path / "page").iterdir())
     assert [file.name for file in files] == sorted(["index.html", *(f"{name}.png" for name in names)])
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<img src=data:image/png;base64,") == len(names) and "http" not in page
+    assert page.count("<img src='data:image/png;base64,") == len(names) and "http" not in page
     for name in names:
         colours = Image.open(tmp_path / "page" / f"{name}.png").convert("RGB").getcolors(1 << 24)
         assert len(colours) > 20, f"{name} is blank"
