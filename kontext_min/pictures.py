@@ -58,18 +58,13 @@ def overlay(image: Image.Image, values: Tensor) -> Image.Image:
 
 def rows_of(pictures: dict[str, dict[str, Image.Image]]) -> Image.Image:
     """Row -> label -> picture as a sheet; large ones are shown small."""
-    return sheet(
-        [
-            (
-                row,
-                [
-                    (label, ImageOps.contain(image, (192, 192)) if max(image.size) > 192 else image)
-                    for label, image in cells.items()
-                ],
-            )
-            for row, cells in pictures.items()
-        ]
-    )
+    shown = {row: {label: small(image) for label, image in cells.items()} for row, cells in pictures.items()}
+    return sheet([(row, list(cells.items())) for row, cells in shown.items()])
+
+
+def small(image: Image.Image) -> Image.Image:
+    """At most 192 pixels a side."""
+    return ImageOps.contain(image, [min(side, 192) for side in image.size])
 
 
 def heat_map(values: dict[str, dict[str, float]], form: str = "{:.2f}", by_row: bool = False) -> Image.Image:
@@ -100,9 +95,7 @@ def write_page(folder: Path, title: str, about: str, sections: list[tuple[str, s
     parts += [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"]
     for name, caption, picture in sections:
         picture.save(file := folder / f"{name}.png")
-        data = base64.b64encode(file.read_bytes()).decode()
-        parts.append(
-            f"<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p><img src='data:image/png;base64,{data}'>"
-        )
+        parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p>")
+        parts.append(f"<img src='data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}'>")
     (folder / "index.html").write_text("\n".join(parts), encoding="utf-8")
     return folder / "index.html"
