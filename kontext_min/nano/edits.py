@@ -285,10 +285,10 @@ def insert(r: np.random.Generator, size: Size) -> Example:
     return Example("insert", prompt, (draw(scene, size), draw(other, size)), draw(target, size))
 
 
-def example(split: str, index: int, size: Size, edit: str | None = None, mix: dict[str, float] = MIX) -> Example:
-    """Example number `index` of "train" or "validation" at `size`; `edit` is drawn from `mix` unless it is given."""
+def example(split: str, index: int, size: Size, edit: str | None = None) -> Example:
+    """Example number `index` of "train" or "validation" at `size`; `edit` is drawn from MIX unless it is given."""
     r = np.random.default_rng([SPLITS[split], index])
-    drawn = r.choice(list(mix), p=list(mix.values()))
+    drawn = r.choice(list(MIX), p=list(MIX.values()))
     edit = edit or str(drawn)
     if edit in ("text to image", "insert"):
         return (insert if edit == "insert" else text_to_image)(r, size)

@@ -116,13 +116,15 @@ def joined(chunks: list[Bucket]) -> Bucket:
 
 
 def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> list[Bucket]:
-    """The phase's buckets from `folder`/latents-NAME.*, which every core helps to make if need be."""
-    started, columns = time.perf_counter(), (folder / f"latents-{phase.name}", vae, tokenizer_folder, phase)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(write_part, columns[0], part, *columns[1:]) for part in range(PARTS)]
-        parts = [torch.load(task.result(), weights_only=True) for task in tasks]
-    minutes = (time.perf_counter() - started) / 60
-    print(f"latents {phase.name}: {phase.examples} examples, {minutes:.2f} min on {os.cpu_count()} cores", flush=True)
+    """The phase's buckets from `folder`/latents-NAME.*; every core helps to make the parts that are not there yet."""
+    file, started = folder / f"latents-{phase.name}", time.perf_counter()
+    if missing := [part for part in range(PARTS) if not file.with_suffix(f".{part}").exists()]:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            for task in [pool.submit(write_part, file, part, vae, tokenizer_folder, phase) for part in missing]:
+                task.result()
+        made, minutes = f"{len(missing)} of {PARTS} parts", (time.perf_counter() - started) / 60
+        print(f"latents {phase.name}: {made}, {minutes:.2f} min on {os.cpu_count()} cores", flush=True)
+    parts = [torch.load(file.with_suffix(f".{part}"), weights_only=True) for part in range(PARTS)]
     keys = sorted({key for part in parts for key in part})
     return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in keys]
 
@@ -233,7 +235,7 @@ def pretrain_flux(
     report(nano) is called at every save.
     """
     run, empty = Run(folder), Tokenizers.read(tokenizer_folder)([""])
-    total, done, log = sum(phase.steps for phase in phases), 0, Log()
+    total, done, buckets, log = sum(phase.steps for phase in phases), 0, None, Log()
     for phase in phases:
         done += phase.steps
         if run.step >= done:
@@ -251,7 +253,8 @@ def pretrain_flux(
                 report(run.nano)
     if run.step < total + distil:
         last = replace(phases[-1], steps=distil, batch=phases[-1].batch // 2)
-        distil_guidance(run, folder, cached_buckets(folder, vae, tokenizer_folder, last), empty, total, last, log)
+        buckets = buckets or cached_buckets(folder, vae, tokenizer_folder, last)  # those of the last phase
+        distil_guidance(run, folder, buckets, empty, total, last, log)
         report(run.nano)
     return run.nano.eval()
 

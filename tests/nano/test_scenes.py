@@ -1,6 +1,9 @@
 """The data of nano's pretraining: reproducible, exact, and free of the edits that LoRAs are to teach."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +144,18 @@ def test_written_pairs_are_read_as_a_data_list_with_the_replayed_share(tmp_path)
     assert "data.json" in said
     with pytest.raises(ValueError, match="not empty"):
         write_pairs("inset", tmp_path / "pairs", count=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["pairs", "sepia", "tests"], "nano: tests is not empty; name a new folder"),
+        (["evaluate", "--cases", "1", "--edits", "keep", "--lora", "gone.safetensors"], "gone.safetensors"),
+        (["evaluate", "--folder", "gone"], "nano: gone is neither a folder nor a hub id (owner/name)"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(arguments, sentence):
+    command = [sys.executable, "-m", "kontext_min.nano", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
