@@ -58,6 +58,9 @@ class Tracker:
 
     def validated(self, step: int):
         """Pass on the numbers and pictures that validation left for a step."""
+        self.bar.unpause()  # the time that validation takes is none of the steps'
+        if not self.reporters:
+            return
         found = {}
         for file in (self.folder.psnr, self.folder.eval):
             for line in (line for line in read_lines(file) if line["step"] == step):
@@ -69,7 +72,6 @@ class Tracker:
         for reporter in self.reporters:
             reporter.scalars(step, found)
             reporter.pictures(step, pictures)
-        self.bar.unpause()  # the time that validation takes is none of the steps'
 
 
 # ------------------------------------------------------------------------------------------------ reporters

@@ -115,6 +115,14 @@ def test_wandb_goes_on_under_the_same_id_and_a_new_run_gets_another(tmp_path, mo
     assert len({identity for identity, _, _ in calls}) == 2
 
 
+def test_without_reporters_no_picture_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(track, "Image", None)
+    with Tracker(config(tmp_path, report_to="none"), CPU) as tracker:
+        (tmp_path / "run/validation").mkdir()
+        Image.new("RGB", (64, 16)).save(tmp_path / "run/validation/000000.png")
+        tracker.validated(0)
+
+
 @pytest.mark.parametrize("asked, absent", [("all", ["tensorboard", "wandb"]), ("wandb", ["wandb"]), ("none", [])])
 def test_a_missing_library_is_one_sentence_with_the_command(tmp_path, monkeypatch, asked, absent):
     monkeypatch.setattr(track, "find_spec", lambda name: None)
