@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from kontext_min import flow, sampler
@@ -16,6 +14,7 @@ from kontext_min.adapters.formats import read_lora
 from kontext_min.adapters.inject import apply_weights
 from kontext_min.checkpoints.load import find, load_clip, load_flux, load_t5, load_vae
 from kontext_min.data.buckets import Size
+from kontext_min.encoders import to_image
 from kontext_min.flow import Condition
 from kontext_min.models.clip import CLIPText
 from kontext_min.models.flux import Flux
@@ -26,6 +25,7 @@ from kontext_min.nano.held_out import held_out_example
 from kontext_min.nano.model import Tokenizers
 from kontext_min.nano.pretrain_vae import psnr, to_tensor
 from kontext_min.sampler import Sampling
+from kontext_min.sheet import card, page
 
 SIZES = (Size(96, 96), Size(112, 80), Size(80, 112), Size(96, 96))
 EDITS = (*GLOBAL_EDITS, *OBJECT_EDITS, "keep", *FURTHER_EDITS, "text to image")
@@ -197,25 +197,18 @@ def line(edit: str, numbers: dict[str, float]) -> str:
     return f"{edit:14s} {percent:48s} " + " ".join(f"{key} {numbers[key]:.1f}" for key in names if key in numbers)
 
 
-def contact_sheet(rows: list, columns: int = 3, zoom: int = 2) -> Image.Image:
-    """References | output | target of every row, with the prompt above."""
-    most = max(len(batch.references) for batch, *_ in rows)
-    width, height = (most + 2) * 116 * zoom, 112 * zoom + 20
-    sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (batch, output, row) in enumerate(rows):
-        left, top = i % columns * width, i // columns * height
-        pen.text((left + 4, top + 4), batch.prompts[row], fill="black")
-        pictures = [*(pictures[row] for pictures in batch.references), output[row], batch.target[row]]
-        for j, picture in enumerate(pictures):
-            sheet.paste(enlarged(picture, zoom), (left + 4 + j * 114 * zoom, top + 20))
-    return sheet
-
-
-def enlarged(picture: Tensor, zoom: int) -> Image.Image:
-    """(3, H, W) in -1..1 as an image, each pixel zoom x zoom."""
-    pixels = rearrange(((picture + 1) * 127.5).round().clamp(0, 255), "c h w -> h w c").numpy().astype(np.uint8)
-    return Image.fromarray(pixels).resize((pixels.shape[1] * zoom, pixels.shape[0] * zoom), Image.NEAREST)
+def contact_sheet(rows: list) -> Image.Image:
+    """References | output | target of every row, below the prompt."""
+    cards = []
+    for batch, output, row in rows:
+        named = [
+            *(("reference", pictures) for pictures in batch.references),
+            ("nano", output),
+            ("target", batch.target),
+        ]
+        cells = [(label, to_image(pictures[row])) for label, pictures in named]
+        cards.append(card([batch.prompts[row]], cells))
+    return page(cards, columns=3)
 
 
 def report(folder: Path, count: int) -> None:

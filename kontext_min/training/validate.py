@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 
 from kontext_min.adapters.inject import muted
 from kontext_min.config import Config
@@ -18,11 +18,9 @@ from kontext_min.edit import Editor, Text, edit
 from kontext_min.presets import Preset
 from kontext_min.run_folder import RunFolder, append
 from kontext_min.sampler import Sampling
+from kontext_min.sheet import card, page
 from kontext_min.training.items import Item, asked_items, pair_item
 from kontext_min.training.sets import Sets, mix_of
-
-MARGIN, LINE = 8, 18  # pixels of a sheet
-SHOWN = 256  # small pictures are enlarged to about this on a sheet
 
 
 def items_of(config: Config, sets: Sets, preset: Preset) -> list[Item]:
@@ -103,8 +101,8 @@ class Validator:
                 scores.append({"base": psnr(base, target), "lora": psnr(lora, target)})
                 cells += [(f"base {scores[-1]['base']:.1f} dB", base), (f"LoRA {scores[-1]['lora']:.1f} dB", lora)]
                 cells.append(("target", target))
-            rows.append((item.title(), cells))
-        sheet(rows).save(self.folder.sheet(step))
+            rows.append(card([item.title()], cells))
+        page(rows).save(self.folder.sheet(step))
         if not scores:
             return f"step {step}: look at {self.folder.sheet(step)}"
         mean = {kind: sum(score[kind] for score in scores) / len(scores) for kind in ("base", "lora")}
@@ -122,29 +120,3 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal-to-noise ratio of two pictures of one size, in dB; 99 when they are equal, or nearly."""
     error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
     return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))
-
-
-def sheet(rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Image.Image:
-    """A contact sheet: rows one below the other."""
-    strips = [strip(title, cells) for title, cells in rows]
-    page = Image.new("RGB", (max(row.width for row in strips), sum(row.height for row in strips) + MARGIN), "white")
-    top = MARGIN
-    for row in strips:
-        page.paste(row, (0, top))
-        top += row.height
-    return page
-
-
-def strip(title: str, cells: list[tuple[str, Image.Image]]) -> Image.Image:
-    """A row of a sheet: a title above captioned pictures, small ones enlarged without smoothing."""
-    zoom = max(1, SHOWN // max(max(image.size) for _, image in cells))
-    cells = [(label, ImageOps.scale(image, zoom, Image.Resampling.NEAREST)) for label, image in cells]
-    width, height = sum(image.width + MARGIN for _, image in cells), max(image.height for _, image in cells)
-    row = Image.new("RGB", (width + MARGIN, height + 2 * LINE + MARGIN), "white")
-    pen, font, left = ImageDraw.Draw(row), ImageFont.load_default(13), MARGIN
-    pen.text((left, 0), title, fill="black", font=font)
-    for label, image in cells:
-        pen.text((left, LINE), label, fill="gray", font=font)
-        row.paste(image, (left, 2 * LINE))
-        left += image.width + MARGIN
-    return row
