@@ -81,7 +81,7 @@ def save_component(folder: Path, module: nn.Module, table: dict[str, Source], si
 def write_json(path: Path, value: dict):
     """Indented JSON, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def in_file(config, table: dict[str, str]) -> dict:

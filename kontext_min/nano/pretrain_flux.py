@@ -6,6 +6,7 @@ The third stage distils true classifier-free guidance into the guidance embeddin
 import copy
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -19,7 +20,7 @@ from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import Example, example
 from kontext_min.nano.model import Nano, Tokenizers
-from kontext_min.nano.muon import optimizers
+from kontext_min.nano.muon import Training, save_whole
 from kontext_min.nano.pretrain_vae import to_tensor
 
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
@@ -102,17 +103,11 @@ def write_part(file: Path, part: int, vae: VAE, tokenizer_folder: Path, phase: P
     return file
 
 
-def save_whole(content, file: Path) -> None:
-    """torch.save under another name first, so that a file is never half written."""
-    torch.save(content, file.with_name(file.name + ".tmp"))
-    file.with_name(file.name + ".tmp").rename(file)
-
-
 def joined(chunks: list[Bucket]) -> Bucket:
     """Several buckets of one size as one."""
-    references = [torch.cat(latents) for latents in zip(*(chunk.references for chunk in chunks), strict=True)]
-    target, t5, clip = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("target", "t5", "clip"))
-    return Bucket(target, references, t5, clip)
+    whole = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("target", "t5", "clip")}
+    columns = zip(*(chunk.references for chunk in chunks), strict=True)
+    return Bucket(references=[torch.cat(column) for column in columns], **whole)
 
 
 def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> list[Bucket]:
@@ -167,9 +162,7 @@ def loss_of(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: t
     return ((weights * error).sum(1) / weights.sum(1)).mean()
 
 
-def distil_loss(
-    nano: Nano, teacher: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: torch.Generator
-) -> Tensor:
+def distil_loss(nano: Nano, teacher: Nano, data: Bucket, empty: tuple, generator: torch.Generator) -> Tensor:
     """Squared error against the teacher's true classifier-free guidance at random scales."""
     t, _, x_t = noisy(data.target, generator)
     low, high = GUIDANCE
@@ -191,49 +184,20 @@ def rate(step: int, steps: int) -> float:
 
 def cut(data: Bucket, length: int) -> Bucket:
     """Instructions cut to `length` tokens; captions of text-to-image are longer and stay."""
-    if not data.references:
-        return data
-    return Bucket(data.target, data.references, data.t5[:, :length], data.clip[:, :length])
+    return replace(data, t5=data.t5[:, :length], clip=data.clip[:, :length]) if data.references else data
 
 
-class Run:
-    """The networks, their optimizers and the step they are at; one file holds all of it."""
+class Run(Training):
+    """The training of `nano`, in `folder`/flux.pt."""
 
     def __init__(self, folder: Path):
         torch.manual_seed(2)
-        self.nano, self.step, self.file = Nano(), 0, folder / "flux.pt"
-        self.optims = optimizers([self.nano], MUON_RATE, ADAM_RATE, ADAM_NAMES)
-        if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
-            self.nano.load_state_dict(state["nano"])
-            for optim, saved in zip(self.optims, state["optims"], strict=True):
-                optim.load_state_dict(saved)
-            self.step = state["step"]
-
-    def save(self) -> None:
-        """Replace the file."""
-        optims = [optim.state_dict() for optim in self.optims]
-        state = {"nano": self.nano.state_dict(), "optims": optims, "step": self.step}
-        save_whole(state, self.file)
-
-    def update(self, loss: Tensor, share: float) -> None:
-        """One step of both optimizers at `share` of their learning rates."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.nano.parameters(), 1.0)
-        for optim, full in zip(self.optims, (MUON_RATE, ADAM_RATE), strict=True):
-            optim.param_groups[0]["lr"] = full * share
-            optim.step()
-            optim.zero_grad()
-        self.step += 1
+        self.nano = Nano()
+        super().__init__(folder / "flux.pt", "nano", self.nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
 
 
-def pretrain_flux(
-    folder: Path, vae: VAE, tokenizer_folder: Path, phases: tuple[Phase, ...], distil: int, report
-) -> Nano:
-    """Train through all phases and distil guidance, or go on from `folder`/flux.pt.
-
-    report(nano) is called at every save.
-    """
+def pretrain_flux(folder: Path, vae: VAE, tokenizer_folder: Path, phases: Sequence[Phase], distil: int, report) -> Nano:
+    """Train through all phases and distil guidance, or go on from `folder`/flux.pt; report(nano) at every save."""
     run, empty = Run(folder), Tokenizers.read(tokenizer_folder)([""])
     total, done, buckets, log = sum(phase.steps for phase in phases), 0, None, Log()
     for phase in phases:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kontext_min.config import Config
 from kontext_min.data.buckets import Size
-from kontext_min.nano import demo, held_out, photos
+from kontext_min.nano import demo, held_out
 from kontext_min.nano.edits import (
     FURTHER_EDITS,
     GLOBAL_EDITS,
@@ -21,6 +21,7 @@ from kontext_min.nano.edits import (
     TEMPLATES,
     example,
     from_image,
+    photographs,
 )
 from kontext_min.nano.pairs import write_pairs
 from kontext_min.nano.pretrain_flux import PHASES
@@ -89,18 +90,18 @@ def test_no_pretraining_target_is_a_held_out_edit_of_its_reference():
 
 
 def test_validation_photographs_come_from_pictures_that_training_never_sees():
-    train, validation = ({source for source, _ in table.values()} for table in (photos.TRAIN, photos.VALIDATION))
+    train, validation = ({source for source, _ in table.values()} for table in (demo.TRAIN, demo.VALIDATION))
     assert not train & validation
-    assert len(photos.load_photos("train")) == len(photos.TRAIN)
-    assert len(photos.load_photos("validation")) == len(photos.VALIDATION)
+    assert len(photographs("train")) == len(demo.TRAIN)
+    assert len(photographs("validation")) == len(demo.VALIDATION)
 
 
 def test_every_demo_pair_has_its_edited_target_and_caption():
     prompt, edit = held_out.TARGETS[demo.DEMO]
     assert demo.DEMO in HELD_OUT
     for prefix in ("", "validation_"):
-        for file in (photos.PHOTOS / f"{prefix}reference").glob("*.jpg"):
-            target = photos.PHOTOS / f"{prefix}target" / file.name
+        for file in (demo.PHOTOS / f"{prefix}reference").glob("*.jpg"):
+            target = demo.PHOTOS / f"{prefix}target" / file.name
             assert target.with_suffix(".txt").read_text().strip() == prompt
             difference = from_image(Image.open(target)) - edit(from_image(Image.open(file)))
             assert np.abs(difference).mean() < 0.02
