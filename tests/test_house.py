@@ -17,7 +17,7 @@ LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of 
     3: ["edit", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.formats", "quantize", "memory", "parallel", "study"],
-    1: ["models", "flow", "adapters.layers", "checkpoints.keys", "data.align", "data.buckets", "data.captions",
+    1: ["models", "flow", "adapters.layers", "checkpoints.keys", "data.align", "data.buckets",
         "data.degrade", "data.problems", "sheet", "training.optim", "training.ema", "run_folder"],
     0: ["config", "foreign"],
 }  # fmt: skip

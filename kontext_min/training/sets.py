@@ -7,7 +7,6 @@ from kontext_min.config import Config, Dataset, Generator, ValidationItem
 from kontext_min.data import pairs
 from kontext_min.data.buckets import Geometry, extent, same_aspect
 from kontext_min.data.cache import Cache
-from kontext_min.data.captions import captions_of
 from kontext_min.data.degrade import check as check_generator
 from kontext_min.data.examples import Crop, Degradation, Example, Mix, View, draw
 from kontext_min.data.pairs import Picture, Pictures
@@ -179,7 +178,7 @@ class Reader:
     def captions(self, entry: Dataset, pictures: Pictures) -> dict[str, tuple[str, ...]]:
         """The captions of a set's pictures by its strategy."""
         how = (entry.strategy, tuple(entry.instance_prompt), self.problems)
-        return {name: captions_of(picture.path, *how) for name, picture in pictures.items()}
+        return {name: pairs.captions_of(picture.path, *how) for name, picture in pictures.items()}
 
     def in_folder(self, entry: Dataset) -> Found:
         """Targets of a folder, and the references that lie in the same folder, if the entry says so."""
