@@ -67,15 +67,14 @@ class Cache:
 
     def whole(self, key: str) -> bool:
         """Whether an entry is there and undamaged; a damaged one is removed, with a line, so that it is made anew."""
+        if not self.path(key).is_file():
+            return False
         try:
-            self.get(key)
-            return True
-        except FileNotFoundError:
-            pass
+            return bool(self.get(key))
         except ValueError:
             print(f"{self.path(key)} is damaged; it is made anew")
             self.path(key).unlink()
-        return False
+            return False
 
     def get(self, key: str) -> dict[str, Tensor]:
         """An entry. FileNotFoundError or ValueError when it is gone or damaged, with the remedy."""

@@ -9,7 +9,7 @@ from collections import Counter
 from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
-from kontext_min.data.align import Shift, shift_between
+from kontext_min.data.align import shift_between
 from kontext_min.data.buckets import Size
 from kontext_min.data.examples import Example, Mix, View, use_of
 from kontext_min.sheet import MARGIN, card, page
@@ -49,37 +49,28 @@ def look(example: Example, mix: Mix, side: int) -> tuple[Image.Image, list[str]]
     target = example.target.transform(original)
     references = [view.open() for view in example.references]
     shifts = [shift_between(r, target) if r.size == target.size else None for r in references]
-    warnings = misaligned(example, shifts)
+    measured = [(view, shift) for view, shift in zip(example.references, shifts, strict=True) if shift is not None]
+    warnings = [
+        f"warning: {example.set_id}: {view.picture.path} and {example.target.picture.path} show different frames, "
+        f"shifted by {shift} at {view.size}; align them or use reference_loose"
+        for view, shift in measured
+        if view.strict and shift.wrong
+    ]
     left, upper, right, lower = example.target.transform.box
     cut = f"{1 - (right - left) * (lower - upper):.0%} cut off"
     shown = [f"{Size(*r.size)}" if s is None else f"shift {s}" for r, s in zip(references, shifts, strict=True)]
     title = f"{example.name}   {'; '.join([f'{Size(*original.size)} to {example.target.size}, {cut}', *shown])}"
-    cells = [*(("reference", image) for image in references), ("target", dimmed(example, target))]
-    compared = next((r for r in references if r.size == target.size), None)
+    cells = [*(("reference", image) for image in references), ("target", target)]
+    if example.mask:  # what does not count is dark
+        dark = target.point(lambda value: value // 4)
+        cells[-1] = ("target", Image.composite(target, dark, example.mask.open().convert("L")))
     if references:
-        other = target if compared is None else compared
-        difference = ImageChops.difference(other, target).point(lambda value: value * AMPLIFIED)
+        compared = next((r for r in references if r.size == target.size), target)
+        difference = ImageChops.difference(compared, target).point(lambda value: value * AMPLIFIED)
         cells.append((f"difference x{AMPLIFIED}", difference))
     cells.append(("whole target", framed(original, example.target)))
     caption = use_of(0, example, mix.complete(), 0).caption
     return card([title, caption], cells, side, shrink=True, red=bool(warnings)), warnings
-
-
-def misaligned(example: Example, shifts: list[Shift | None]) -> list[str]:
-    """A warning for every reference that must show the target's frame, and surely does not."""
-    return [
-        f"warning: {example.set_id}: {view.picture.path} and {example.target.picture.path} show different frames, "
-        f"shifted by {shift} at {view.size}; align them or use reference_loose"
-        for view, shift in zip(example.references, shifts, strict=True)
-        if view.strict and shift is not None and shift.wrong
-    ]
-
-
-def dimmed(example: Example, target: Image.Image) -> Image.Image:
-    """The target; what its mask does not count is dark."""
-    if example.mask is None:
-        return target
-    return Image.composite(target, target.point(lambda value: value // 4), example.mask.open().convert("L"))
 
 
 def framed(original: Image.Image, view: View) -> Image.Image:
