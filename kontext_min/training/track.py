@@ -46,7 +46,7 @@ class Tracker:
         values = {**values, **in_use(self.device)}
         append(self.folder.metrics, {"step": step, **values})
         for reporter in self.reporters:
-            reporter.scalars(step, {f"train/{name}": value for name, value in values.items() if value is not None})
+            reporter.log(step, {f"train/{name}": value for name, value in values.items() if value is not None}, {})
         if values["loss"] is not None:
             self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * values["loss"]
             self.weight = SMOOTHING * self.weight + 1 - SMOOTHING
@@ -70,11 +70,7 @@ class Tracker:
         files |= {f"validation/{file.stem}": file for file in self.folder.validation.glob(f"{step:06d}/*.png")}
         pictures = {name: Image.open(file).convert("RGB") for name, file in files.items() if file.exists()}
         for reporter in self.reporters:
-            reporter.scalars(step, found)
-            reporter.pictures(step, pictures)
-
-
-# ------------------------------------------------------------------------------------------------ reporters
+            reporter.log(step, found, pictures)
 
 
 class TensorBoard:
@@ -84,17 +80,13 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(log_folder(config)), purge_step=start + 1)
+        self.close = self.writer.close
 
-    def scalars(self, step: int, values: dict[str, float]):
+    def log(self, step: int, values: dict[str, float], images: dict[str, Image.Image]):
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-
-    def pictures(self, step: int, images: dict[str, Image.Image]):
         for name, image in images.items():
             self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
-
-    def close(self):
-        self.writer.close()
 
 
 class WandB:
@@ -110,16 +102,11 @@ class WandB:
         settings = {"project": config.tracker_project_name, "name": run_name(config), "dir": str(folder)}
         settings |= {"id": file.read_text(encoding="utf-8"), "config": config.model_dump(mode="json")}
         self.run, self.image = wandb.init(resume="allow", **settings), wandb.Image
+        self.close = self.run.finish
 
-    def scalars(self, step: int, values: dict[str, float]):
-        if values:
-            self.run.log(values, step=step)
-
-    def pictures(self, step: int, images: dict[str, Image.Image]):
-        self.scalars(step, {name: self.image(image) for name, image in images.items()})
-
-    def close(self):
-        self.run.finish()
+    def log(self, step: int, values: dict[str, float], images: dict[str, Image.Image]):
+        if values or images:
+            self.run.log(values | {name: self.image(image) for name, image in images.items()}, step=step)
 
 
 REPORTERS = {"tensorboard": TensorBoard, "wandb": WandB}
