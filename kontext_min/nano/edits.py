@@ -103,12 +103,6 @@ def as_written(r: np.random.Generator, prompt: str) -> str:
     return prompt + "." if r.random() < 0.15 else prompt
 
 
-def where(cell: tuple[int, int], moving: bool) -> str:
-    """A place in words: "in the top left corner", "to the center"."""
-    place = PLACES[cell]
-    return f"to the {place}" if moving else f"in the {place}"
-
-
 def call(r: np.random.Generator, thing: Object, scene: Scene) -> str:
     """An object's name; at times only its shape, if no other object has it."""
     same_shape = [other for other in scene.objects if other.shape == thing.shape]
@@ -142,7 +136,7 @@ def add(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     kinds = [(s, c) for s in SHAPES for c in COLOURS if c != scene.background.colour and f"{c} {s}" not in taken]
     shape, colour = pick(r, kinds)
     new = Object(shape, colour, COLOURS[colour], cell, place_of(cell), RADIUS)
-    prompt = say(r, "add", thing=new.name, place=where(cell, moving=False))
+    prompt = say(r, "add", thing=new.name, place=f"in the {PLACES[cell]}")
     return prompt, replace(scene, objects=(*scene.objects, new))
 
 
@@ -150,7 +144,8 @@ def move(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     """One object goes to the centre of a free cell."""
     thing, cell = pick(r, scene.objects), pick(r, scene.free_cells())
     new = replace(thing, cell=cell, centre=place_of(cell))
-    return say(r, "move", thing=call(r, thing, scene), place=where(cell, moving=True)), exchange(scene, thing, new)
+    prompt = say(r, "move", thing=call(r, thing, scene), place=f"to the {PLACES[cell]}")
+    return prompt, exchange(scene, thing, new)
 
 
 def background(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
@@ -256,7 +251,7 @@ def text_to_image(r: np.random.Generator, size: Size) -> Example:
     objects = [Object(t.shape, t.colour, COLOURS[t.colour], t.cell, place_of(t.cell), RADIUS) for t in scene.objects]
     colour = scene.background.colour
     scene = Scene(Background("plain", colour, COLOURS[colour]), tuple(objects))
-    things = " and ".join(f"a {thing.name} {where(thing.cell, moving=False)}" for thing in objects)
+    things = " and ".join(f"a {thing.name} in the {PLACES[thing.cell]}" for thing in objects)
     return Example("text to image", as_written(r, f"{things} on a {colour} background"), (), draw(scene, size))
 
 
@@ -266,7 +261,7 @@ def insert(r: np.random.Generator, size: Size) -> Example:
     cell = pick(r, scene.free_cells())
     new = replace(other.objects[0], cell=cell, centre=place_of(cell), radius=RADIUS)
     target = replace(scene, objects=(*scene.objects, new))
-    prompt = as_written(r, say(r, "insert", place=where(cell, moving=False)))
+    prompt = as_written(r, say(r, "insert", place=f"in the {PLACES[cell]}"))
     return Example("insert", prompt, (draw(scene, size), draw(other, size)), draw(target, size))
 
 

@@ -35,13 +35,8 @@ ENOUGH = 0.25  # success: the squared error on changed pixels is below this shar
 UNDISTURBED = 20.0  # and the other pixels have at least this PSNR in dB
 KEPT = 25.0  # where nothing should change, success is this PSNR in dB
 BATCH = 25
-GUIDANCES = {
-    "guidance 1": SAMPLING,
-    "guidance 2.5": replace(SAMPLING, guidance=2.5),
-    "guidance 4": replace(SAMPLING, guidance=4.0),
-    "true CFG 2.5": replace(SAMPLING, cfg_scale=2.5),
-    "true CFG 4": replace(SAMPLING, cfg_scale=4.0),
-}
+GUIDANCES = {f"guidance {scale:g}": replace(SAMPLING, guidance=scale) for scale in (1.0, 2.5, 4.0)}
+GUIDANCES |= {f"true CFG {scale:g}": replace(SAMPLING, cfg_scale=scale) for scale in (2.5, 4.0)}
 
 
 @dataclass(frozen=True)
@@ -155,11 +150,11 @@ def evaluate(editor: Editor, edits: Sequence[str], count: int) -> tuple[dict[str
     """Means over `count` cases of every edit, and three cases of each as rows of a contact sheet."""
     table, rows = {}, []
     for edit in edits:
-        measured = [(batch, *measure(editor, batch)) for batch in cases_of(edit, count)]
-        keys = measured[0][1]
-        means = {key: torch.cat([numbers[key] for _, numbers, _ in measured]).nanmean().item() for key in keys}
+        batches = cases_of(edit, count)
+        numbers, outputs = zip(*(measure(editor, batch) for batch in batches), strict=True)
+        means = {key: torch.cat([part[key] for part in numbers]).nanmean().item() for key in numbers[0]}
         table[edit] = {key: round(mean, 3) for key, mean in means.items() if mean == mean}  # no photographs: nan
-        rows += shown([(batch, output) for batch, _, output in measured])
+        rows += shown(list(zip(batches, outputs, strict=True)))
         print(line(edit, table[edit]), flush=True)
     return table, rows
 
@@ -201,13 +196,11 @@ def contact_sheet(rows: list) -> Image.Image:
     """References | output | target of every row, below the prompt."""
     cards = []
     for batch, output, row in rows:
-        named = [
-            *(("reference", pictures) for pictures in batch.references),
+        named = [("reference", pictures) for pictures in batch.references] + [
             ("nano", output),
             ("target", batch.target),
         ]
-        cells = [(label, to_image(pictures[row])) for label, pictures in named]
-        cards.append(card([batch.prompts[row]], cells))
+        cards.append(card([batch.prompts[row]], [(label, to_image(pictures[row])) for label, pictures in named]))
     return page(cards, columns=3)
 
 
