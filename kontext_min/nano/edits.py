@@ -224,7 +224,7 @@ def photographs(split: str) -> list[Image.Image]:
     """All photographs of "train" or "validation", sorted by name."""
     files = sorted((PHOTOS / {"train": "reference", "validation": "validation_reference"}[split]).glob("*.jpg"))
     if not files:
-        raise FileNotFoundError(f"no photographs in {PHOTOS}; make them with `python -m kontext_min.nano.demo`")
+        raise FileNotFoundError(f"no photographs in {PHOTOS}; run this in a clone of the repository")
     return [Image.open(file).convert("RGB") for file in files]
 
 

@@ -11,13 +11,14 @@ from PIL import Image
 
 from kontext_min.config import Config
 from kontext_min.data.buckets import Size
-from kontext_min.nano import demo, held_out
+from kontext_min.nano import held_out
 from kontext_min.nano.edits import (
     FURTHER_EDITS,
     GLOBAL_EDITS,
     HELD_OUT,
     MIX,
     OBJECT_EDITS,
+    PHOTOS,
     TEMPLATES,
     example,
     from_image,
@@ -26,7 +27,7 @@ from kontext_min.nano.edits import (
 from kontext_min.nano.pairs import write_pairs
 from kontext_min.nano.pretrain_flux import PHASES
 
-SIZE = Size(64, 48)
+SIZE, KINDS = Size(64, 48), ("", "validation_")
 
 
 def test_same_index_gives_same_example():
@@ -90,18 +91,20 @@ def test_no_pretraining_target_is_a_held_out_edit_of_its_reference():
 
 
 def test_validation_photographs_come_from_pictures_that_training_never_sees():
-    train, validation = ({source for source, _ in table.values()} for table in (demo.TRAIN, demo.VALIDATION))
-    assert not train & validation
-    assert len(photographs("train")) == len(demo.TRAIN)
-    assert len(photographs("validation")) == len(demo.VALIDATION)
+    table = re.findall(r"^\| (\*\*validation\*\* )?([\w-]+) \| (\w+\.\w+) \|", (PHOTOS / "README.md").read_text(), re.M)
+    listed = {kind: {name for held, name, _ in table if bool(held) is (kind == "validation_")} for kind in KINDS}
+    sources = {kind: {source for held, _, source in table if bool(held) is (kind == "validation_")} for kind in KINDS}
+    assert not sources[""] & sources["validation_"]
+    for kind in KINDS:
+        assert {file.stem for file in (PHOTOS / f"{kind}reference").glob("*.jpg")} == listed[kind]
+    assert (len(photographs("train")), len(photographs("validation"))) == (15, 4)
 
 
 def test_every_demo_pair_has_its_edited_target_and_caption():
-    prompt, edit = held_out.TARGETS[demo.DEMO]
-    assert demo.DEMO in HELD_OUT
-    for prefix in ("", "validation_"):
-        for file in (demo.PHOTOS / f"{prefix}reference").glob("*.jpg"):
-            target = demo.PHOTOS / f"{prefix}target" / file.name
+    prompt, edit = held_out.TARGETS["sepia"]
+    for prefix in KINDS:
+        for file in (PHOTOS / f"{prefix}reference").glob("*.jpg"):
+            target = PHOTOS / f"{prefix}target" / file.name
             assert target.with_suffix(".txt").read_text().strip() == prompt
             difference = from_image(Image.open(target)) - edit(from_image(Image.open(file)))
             assert np.abs(difference).mean() < 0.02
