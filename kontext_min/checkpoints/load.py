@@ -216,10 +216,7 @@ def same_names(module: nn.Module) -> dict[str, Source]:
 
 
 def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, tensors: Tensors) -> nn.Module:
-    """A network without weights, or one sentence when a tensor or a setting that tells its sizes is not there.
-
-    Without config.json and with sizes of one's own, what the tensors do not tell is guessed, and a line says so.
-    """
+    """A network without weights, or one sentence when a tensor or a setting that tells its sizes is not there."""
     file = component.files[0].parent / "config.json"
     try:
         config = config_of(component.config, {name: tensors.shape(name) for name in tensors.names()})
@@ -228,18 +225,13 @@ def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, te
         raise ValueError(f"{where}: {error} is missing, so this is not the file it should be") from error
     except TypeError as error:
         raise ValueError(f"{file}: a setting is malformed ({error})") from error
-    if not component.config and config != type(config)():
+    if not component.config and config != type(config)():  # sizes of one's own, which tensors do not tell in full
         print(f"{tensors.title}: no config.json and not the published sizes, so heads, groups and scales are guessed")
     with torch.device("meta"):
         return kind(config)
 
 
-def load_flux(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    then: Callable[[Flux, str], None] = lambda flux, name: None,
-) -> Flux:
+def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None) -> Flux:
     """The transformer, frozen and in eval mode, in `dtype` on `device`; `then` as in `fill`, to quantise on the way."""
     component = checkpoint.components["transformer"]
     tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))

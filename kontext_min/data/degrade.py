@@ -55,10 +55,7 @@ def blur(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
 
 
 def noise(image: Picture, rng: np.random.Generator, p: Parameters, where: np.ndarray | bool = True) -> Picture:
-    """Add normal noise to every channel on its own; the level, 0 to 1, is the deviation as a share of full brightness.
-
-    Rounded to the nearest, so the mean stays, save where black or white cuts it.
-    """
+    """Add normal noise to every channel on its own; the level, 0 to 1, is its deviation as a share of full brightness."""
     values = np.asarray(image, dtype=np.float32)  # (height, width, 3)
     added = rng.standard_normal(values.shape, dtype=np.float32) * np.float32(255 * p.noise_level)
     return Image.fromarray(np.rint(values + added * where).clip(0, 255).astype(np.uint8))

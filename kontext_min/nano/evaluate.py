@@ -60,15 +60,11 @@ class Editor:
         return cls(*networks, Tokenizers.read(folder), checkpoint.shift)
 
     @torch.inference_mode()
-    def __call__(
-        self, prompts: list[str], references: list[Tensor], size: Size, sampling: Sampling = SAMPLING
-    ) -> Tensor:
+    def __call__(self, prompts: list[str], references: list[Tensor], size: Size, sampling=SAMPLING) -> Tensor:
         """Edited pictures (B, 3, H, W) in -1..1; references alike, none for text-to-image."""
         latents = [self.vae.encode(pictures) for pictures in references]
-        condition, empty = (
-            Condition(self.t5(t5), self.clip(clip), latents)
-            for t5, clip in (self.tokenizers(prompts), self.tokenizers([""] * len(prompts)))
-        )
+        texts = (self.tokenizers(prompts), self.tokenizers([""] * len(prompts)))
+        condition, empty = (Condition(self.t5(t5), self.clip(clip), latents) for t5, clip in texts)
         shape = (len(prompts), 16, size.height // 8, size.width // 8)
         x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed))
         times = flow.schedule(sampling.steps, flow.token_count(*shape[-2:]), self.shift)

@@ -45,10 +45,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Training:
-    """A network and its optimizers, step by step: Muon for matrices, Adam for vectors and where a name says so.
-
-    `file` holds all of it, the network under `name`; where it is there already, training goes on from it.
-    """
+    """A network and its optimizers: Muon for matrices, Adam for vectors and names in `adam`; it goes on from `file`."""
 
     def __init__(self, file: Path, name: str, network: nn.Module, rates: tuple[float, float], adam: tuple = ()):
         self.file, self.name, self.network, self.rates, self.step = file, name, network, rates, 0

@@ -78,9 +78,8 @@ def encode_examples(vae: VAE, tokenizers: Tokenizers, examples: list[Example]) -
         return vae.encode(to_tensor(pictures)).half().contiguous()
 
     references = [latents(pictures) for pictures in zip(*(task.references for task in examples), strict=True)]
-    return Bucket(
-        latents([task.target for task in examples]), references, *tokenizers([task.prompt for task in examples])
-    )
+    ids = tokenizers([task.prompt for task in examples])
+    return Bucket(latents([task.target for task in examples]), references, *ids)
 
 
 @torch.no_grad()

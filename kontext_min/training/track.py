@@ -20,10 +20,7 @@ SMOOTHING = 0.98  # of the loss in the bar: a mean over about 50 steps
 
 
 class Tracker:
-    """Adds to metrics.jsonl, moves the bar and tells the reporters. Use as a context manager.
-
-    start: the steps already done.
-    """
+    """Adds to metrics.jsonl, moves the bar, tells the reporters: a context manager. start: the steps already done."""
 
     def __init__(self, config: Config, device: torch.device, start: int = 0):
         self.folder, self.device = RunFolder(config.output_dir), device
