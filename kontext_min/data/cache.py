@@ -31,10 +31,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def weights_id(component: Component, memo: Path) -> str:
-    """A network's identity: its settings and the content of all its files.
-
-    memo: a JSON file that remembers the hash of a file while its size and time of change stay the same.
-    """
+    """A network's identity: settings and content of all files. memo: a JSON file with the hashes of unchanged ones."""
     known = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
     parts = [repr(sorted(component.config.items()))]
     for path in component.files:

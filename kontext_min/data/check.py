@@ -86,10 +86,7 @@ def framed(original: Image.Image, view: View) -> Image.Image:
 
 
 def summary(examples: list[Example], text: tuple[int, int, int] = (512, 4096, 2)) -> list[str]:
-    """Buckets, captions and what the caches will take on disk, latents at 16 channels of 4 bytes per 8x8 pixels.
-
-    text: of an encoded caption, tokens, width and bytes of a number; the default is Kontext's T5 in bf16.
-    """
+    """Buckets, captions, what the caches will take. text: a caption's tokens, width, bytes of a number (of Kontext's T5)."""
     groups = [group for e in examples for group in (e.captions, *e.reference_captions) if group]
     captions = list(dict.fromkeys(caption for group in groups for caption in group))
     counts = sorted({len(group) for group in groups})

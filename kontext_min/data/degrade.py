@@ -1,7 +1,6 @@
 """Degraded references: a clean target in, a blurred, noisy or compressed picture of the same size out.
 
-Works on the picture at training size, after crop and resize, so every pixel below is a pixel that the model sees.
-Whatever is random comes from the generator that is passed in: the same generator gives the same bytes in any process.
+Pictures have training size, so every pixel below is one that the model sees. The same generator gives the same bytes.
 Every generator is a list of steps. Names and defaults of `superresolution` and `jpeg_artifacts` are SimpleTuner's.
 """
 
@@ -55,7 +54,7 @@ def blur(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
 
 
 def noise(image: Picture, rng: np.random.Generator, p: Parameters, where: np.ndarray | bool = True) -> Picture:
-    """Add normal noise to every channel on its own; the level, 0 to 1, is its deviation as a share of full brightness."""
+    """Add normal noise to every channel on its own; the level, 0 to 1, is its deviation as a share of full white."""
     values = np.asarray(image, dtype=np.float32)  # (height, width, 3)
     added = rng.standard_normal(values.shape, dtype=np.float32) * np.float32(255 * p.noise_level)
     return Image.fromarray(np.rint(values + added * where).clip(0, 255).astype(np.uint8))
@@ -77,7 +76,6 @@ def jpeg(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
     """Compress once, at `quality` or at one drawn from a range (both ends included) or a list, times the decay.
 
     `shift` moves the grid of blocks right and down: by 0 to 7 pixels, or true for 1 to 7 drawn for each direction.
-    A second compression at the same quality changes little, unless its grid is another one.
     """
     quality = p.quality
     if p.quality_range is not None:

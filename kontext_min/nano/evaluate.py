@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from kontext_min import flow, sampler
 from kontext_min.adapters.formats import read_lora
@@ -16,10 +16,6 @@ from kontext_min.checkpoints.load import find, load_clip, load_flux, load_t5, lo
 from kontext_min.data.buckets import Size
 from kontext_min.encoders import to_image
 from kontext_min.flow import Condition
-from kontext_min.models.clip import CLIPText
-from kontext_min.models.flux import Flux
-from kontext_min.models.t5 import T5Encoder
-from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import FURTHER_EDITS, GLOBAL_EDITS, HELD_OUT, OBJECT_EDITS, Example, example
 from kontext_min.nano.held_out import held_out_example
 from kontext_min.nano.model import Tokenizers
@@ -39,16 +35,12 @@ GUIDANCES = {f"guidance {scale:g}": replace(SAMPLING, guidance=scale) for scale 
 GUIDANCES |= {f"true CFG {scale:g}": replace(SAMPLING, cfg_scale=scale) for scale in (2.5, 4.0)}
 
 
-@dataclass(frozen=True)
 class Editor:
     """A model folder, loaded in fp32, at times with a LoRA."""
 
-    flux: Flux
-    vae: VAE
-    t5: T5Encoder
-    clip: CLIPText
-    tokenizers: Tokenizers
-    shift: flow.Shift
+    def __init__(self, networks: list[nn.Module], tokenizers: Tokenizers, shift: flow.Shift):
+        self.flux, self.vae, self.t5, self.clip = networks
+        self.tokenizers, self.shift = tokenizers, shift
 
     @classmethod
     def read(cls, folder: Path, lora: Path | None = None) -> "Editor":
@@ -57,7 +49,7 @@ class Editor:
         networks = [load(checkpoint, *place) for load in (load_flux, load_vae, load_t5, load_clip)]
         if lora is not None:
             apply_weights(networks[0], read_lora(lora).weights, 1.0, torch.float32)
-        return cls(*networks, Tokenizers.read(folder), checkpoint.shift)
+        return cls(networks, Tokenizers.read(folder), checkpoint.shift)
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], references: list[Tensor], size: Size, sampling=SAMPLING) -> Tensor:

@@ -181,11 +181,6 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
 
 
-def cut(data: Bucket, length: int) -> Bucket:
-    """Instructions cut to `length` tokens; captions of text-to-image are longer and stay."""
-    return replace(data, t5=data.t5[:, :length], clip=data.clip[:, :length]) if data.references else data
-
-
 class Run(Training):
     """The training of `nano`, in `folder`/flux.pt."""
 
@@ -206,7 +201,9 @@ def pretrain_flux(folder: Path, vae: VAE, tokenizer_folder: Path, phases: Sequen
         buckets = cached_buckets(folder, vae, tokenizer_folder, phase)
         while run.step < done:
             generator = torch.Generator().manual_seed(run.step)
-            data = cut(choose(buckets, phase.batch, phase.sizes[0], generator), phase.text_length)
+            data, length = choose(buckets, phase.batch, phase.sizes[0], generator), phase.text_length
+            if data.references:  # captions of text-to-image are longer and stay
+                data = replace(data, t5=data.t5[:, :length], clip=data.clip[:, :length])
             nothing = tuple(ids[:, : data.t5.shape[1]] for ids in empty)
             loss = loss_of(run.nano, data, nothing, generator)
             run.update(loss, rate(run.step, total))

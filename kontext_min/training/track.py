@@ -4,6 +4,7 @@ TensorBoard and W&B are written through their own libraries, imported only if as
 """
 
 import secrets
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from kontext_min.run_folder import RunFolder, append, read_lines
 SMOOTHING = 0.98  # of the loss in the bar: a mean over about 50 steps
 
 
-class Tracker:
+class Tracker(AbstractContextManager):
     """Adds to metrics.jsonl, moves the bar, tells the reporters: a context manager. start: the steps already done."""
 
     def __init__(self, config: Config, device: torch.device, start: int = 0):
@@ -29,9 +30,6 @@ class Tracker:
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
         self.reporters = [REPORTERS[name](config, start) for name in asked(config)]
         self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
-
-    def __enter__(self) -> "Tracker":
-        return self
 
     def __exit__(self, *_):
         self.bar.close()
