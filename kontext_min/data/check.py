@@ -86,7 +86,7 @@ def framed(original: Image.Image, view: View) -> Image.Image:
 
 
 def summary(examples: list[Example], text: tuple[int, int, int] = (512, 4096, 2)) -> list[str]:
-    """Buckets, captions, what the caches will take. text: a caption's tokens, width, bytes of a number (of Kontext's T5)."""
+    """Buckets, captions, what the caches will take. text: tokens and width of a caption, bytes of a number."""
     groups = [group for e in examples for group in (e.captions, *e.reference_captions) if group]
     captions = list(dict.fromkeys(caption for group in groups for caption in group))
     counts = sorted({len(group) for group in groups})
