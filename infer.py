@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from kontext_min import presets
-from kontext_min.adapters.formats import AdapterFile, read_lora
-from kontext_min.adapters.inject import apply_weights
+from kontext_min.adapters.formats import AdapterFile, read_adapter
+from kontext_min.adapters.inject import apply_updates
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import Editor, edit, output_size, prepare_reference
@@ -113,7 +113,7 @@ def gather(given: argparse.Namespace) -> dict:
     given = vars(given).copy()
     again = recall(Path(given.pop("again")), given) if "again" in given else {}
     named = map(split_lora, given.get("lora", again.get("lora", [])))
-    adapters = [(read_lora(file), strength) for file, strength in named]
+    adapters = [(read_adapter(file), strength) for file, strength in named]
     recipe = {} if again else {key: value for lora, _ in adapters for key, value in sample_of(lora, given).items()}
     settings = {**DEFAULTS, **recipe, **again, **given, "adapters": adapters}
     if not settings["prompt"]:
@@ -163,10 +163,10 @@ def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Edi
     flux = load.load_flux(checkpoint, device, dtype)
     for lora, strength in settings["adapters"]:
         try:
-            apply_weights(flux, lora.weights, strength, dtype)
+            apply_updates(flux, lora.updates, strength, dtype)
         except ValueError as error:
             raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
-        print(f"LoRA {lora.path}: {len(lora.weights)} modules at strength {strength:g}")
+        print(f"LoRA {lora.path}: {len(lora.updates)} modules at strength {strength:g}")
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kontext_min import presets, report
-from kontext_min.adapters.formats import AdapterFile, read_lora
+from kontext_min.adapters.formats import AdapterFile, read_adapter
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, start_from
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, explain, read_config
@@ -61,7 +61,7 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
         problems.append(f"flux_lora_target {target!r} is none of {', '.join(TARGETS)}")
     tried(make_optimizer, config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
     if config.init_lora:
-        tried(read_lora, config.init_lora)
+        tried(read_adapter, config.init_lora)
     sets = tried(read_sets, config, presets.named(name).bucket_step)
     checkpoint = tried(load.find, presets.locate(name), download=not problems) if model else None
     if problems:
@@ -117,7 +117,7 @@ def adapt(config: Config, flux: Flux, trained: AdapterFile | None) -> list[nn.Pa
         raise ValueError(f"flux_lora_target {target} matches no module of this model")
     parameters = add_lora(flux, names, rank, config.lora_alpha or rank, config.lora_dropout)
     if trained:
-        start_from(flux, trained.weights)
+        start_from(flux, trained.updates)
     return parameters
 
 
@@ -143,7 +143,7 @@ def main(argv: list[str]):
     examples, validation = encode(config, sets, items, checkpoint, (device, dtype))
     if "--prune-cache" in options:
         return print(examples.prune(validation))
-    trained = read_lora(config.init_lora) if config.init_lora else None  # before its folder may be set aside
+    trained = read_adapter(config.init_lora) if config.init_lora else None  # before its folder may be set aside
     if state.chosen(config) is None and (aside := folder.set_aside()):
         print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 

@@ -1,4 +1,4 @@
-"""Adapter files <-> (A, B, scale) by module name. Read: PEFT and diffusers naming. Written: diffusers, alpha baked in.
+"""Adapter files <-> updates of named modules. Read: PEFT and diffusers naming. Written: diffusers, alpha baked in.
 
 Everything a file holds is used or refused by name: an unknown key, a missing half, a NaN, no match at all is an error.
 """
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kontext_min.adapters.layers import LoRA
+from kontext_min.adapters.layers import LoRA, Update
 from kontext_min.checkpoints.tensors import open_safetensors
 
 PREFIXES = ("transformer.", "base_model.model.", "")  # diffusers, a raw PEFT save, none
@@ -26,14 +26,14 @@ SWAPPED_THEIRS = "norm_out.linear"
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A trained adapter: diffusers module name -> (A (rank, in), B (rows, rank), scale), and the file's header."""
+    """A trained adapter: its updates in fp32, their rows in our order, and what its header says of showing it."""
 
     path: Path
-    weights: dict[str, tuple[Tensor, Tensor, float]]
+    updates: list[Update]
     recipe: dict  # {} for files of other programs
 
 
-def read_lora(path: Path) -> AdapterFile:
+def read_adapter(path: Path) -> AdapterFile:
     """A LoRA file in diffusers or PEFT naming. ValueError names what cannot be used."""
     if path.is_dir():
         path = next((path / n for n in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -55,8 +55,8 @@ def read_lora(path: Path) -> AdapterFile:
         shown = ", ".join(left_over[:5]) or "it has no tensors"
         raise ValueError(f"{path}: {len(left_over)} tensors are not LoRA weights in diffusers or PEFT naming: {shown}")
     settings = lora_settings(header, path)
-    weights = {module: joined(path, module, parts, settings) for module, parts in halves.items()}
-    return AdapterFile(path, weights, json.loads(header.get(RECIPE_KEY, "{}")))
+    updates = [joined(path, module, parts, settings) for module, parts in halves.items()]
+    return AdapterFile(path, updates, json.loads(header.get(RECIPE_KEY, "{}")))
 
 
 def lora_settings(header: dict[str, str], path: Path) -> dict:
@@ -74,8 +74,8 @@ def lora_settings(header: dict[str, str], path: Path) -> dict:
     return values
 
 
-def joined(path: Path, module: str, parts: dict[str, Tensor], settings: dict) -> tuple[Tensor, Tensor, float]:
-    """(A, B, scale) of one module, checked."""
+def joined(path: Path, module: str, parts: dict[str, Tensor], settings: dict) -> LoRA:
+    """The update of one module, checked."""
     if "A" not in parts or "B" not in parts:
         raise ValueError(f"{path}: {module} has lora_{'A' if 'A' in parts else 'B'} but not its other half")
     a, b = parts["A"].float(), parts["B"].float()
@@ -88,10 +88,10 @@ def joined(path: Path, module: str, parts: dict[str, Tensor], settings: dict) ->
     alpha = float(parts["alpha"]) if "alpha" in parts else configured_alpha(module, settings)
     if alpha is not None and not math.isfinite(alpha):
         raise ValueError(f"{path}: the alpha of {module} is {alpha}")
+    b = torch.cat(b.chunk(2)[::-1]) if module == SWAPPED_THEIRS else b
     rank = a.shape[0]
-    if alpha is None:
-        return a, b, 1.0
-    return a, b, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return LoRA(module, a, b, scale).requires_grad_(False)
 
 
 def configured_alpha(module: str, settings: dict) -> float | None:

@@ -6,14 +6,14 @@ is a range of rows in one of our fused linears, the update acts on these rows al
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kontext_min.adapters.formats import SWAPPED_THEIRS
-from kontext_min.adapters.layers import Adapted, LoRA
-from kontext_min.checkpoints.keys import SWAPPED, flux_linears
+from kontext_min.adapters.layers import Adapted, LoRA, Update
+from kontext_min.checkpoints.keys import flux_linears, flux_places
 from kontext_min.models.flux import Flux, FluxConfig
 
 # fmt: off
@@ -68,55 +68,57 @@ def add_lora(flux: Flux, names: list[str], rank: int, alpha: float, dropout: flo
     return parameters
 
 
-def attach(flux: Flux, ours: str, lora: LoRA) -> list[nn.Parameter]:
+def attach(flux: Flux, ours: str, update: Update) -> list[nn.Parameter]:
     """Wrap one of our linears (once) and add an update to it."""
     linear = flux.get_submodule(ours)
     if not isinstance(linear, Adapted):
         owner, _, leaf = ours.rpartition(".")
         linear = Adapted(linear)
         setattr(flux.get_submodule(owner), leaf, linear)
-    linear.updates.append(lora.to(linear.base.weight.device))
-    return list(lora.parameters())
+    linear.updates.append(update.to(linear.base.weight.device))
+    return list(update.parameters())
 
 
-def apply_weights(flux: Flux, weights: dict[str, tuple[Tensor, Tensor, float]], strength: float, dtype: torch.dtype):
-    """Attach a trained adapter: diffusers name -> (A, B, scale). Raises ValueError on unknown names or wrong shapes."""
-    places = {part.name: (ours, part) for ours, parts in flux_linears(flux.config).items() for part in parts}
-    unknown = sorted(set(weights) - set(places))
+def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
+    """Attach a trained adapter's updates, copied. Raises ValueError on unknown names or wrong shapes."""
+    places = flux_places(flux.config)
+    unknown = sorted({update.name for update in given} - set(places))
     if unknown:
         raise ValueError(f"the LoRA has {len(unknown)} modules that this model does not: {', '.join(unknown[:5])}")
-    for name, (a, b, scale) in weights.items():
-        ours, part = places[name]
+    for update in given:
+        ours, part = places[update.name]
         linear = flux.get_submodule(ours)
         inputs = (linear.base if isinstance(linear, Adapted) else linear).in_features
-        if (a.shape[1], b.shape[0]) != (inputs, part.rows):
+        if update.shape != (part.rows, inputs):
+            rows, columns = update.shape
             raise ValueError(
-                f"the LoRA's {name} maps {a.shape[1]} to {b.shape[0]} channels, the model's {inputs} to {part.rows}; "
+                f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}; "
                 f"it was made for another model"
             )
-        b = torch.cat(b.chunk(2)[::-1]) if ours == SWAPPED else b
-        attach(flux, ours, LoRA(name, a.to(dtype), b.to(dtype), scale * strength, part.start).requires_grad_(False))
+        update = deepcopy(update).to(dtype)
+        update.start, update.scale = part.start, update.scale * strength
+        attach(flux, ours, update)
 
 
-def start_from(flux: Flux, weights: dict[str, tuple[Tensor, Tensor, float]]):
-    """Give the fresh updates the values of a trained adapter: diffusers name -> (A, B, scale), as files have it.
-
-    Raises ValueError unless both have the same modules and rank.
-    """
+def start_from(flux: Flux, given: Sequence[Update]):
+    """Give the fresh updates a trained adapter's values. ValueError unless both have the same modules and rank."""
     fresh = {update.name: update for update in updates(flux)}
-    if odd := sorted(fresh.keys() ^ weights.keys()):
+    if odd := sorted(fresh.keys() ^ {update.name for update in given}):
         raise ValueError(f"init_lora: {len(odd)} modules are not in both, {', '.join(odd[:3])}; set flux_lora_target")
-    for name, (a, b, scale) in weights.items():
-        if (a.shape, b.shape) != (fresh[name].A.shape, fresh[name].B.shape):
-            raise ValueError(f"init_lora: {name} is of rank {len(a)}, {a.shape[1]} to {len(b)} channels; set lora_rank")
-        b = torch.cat(b.chunk(2)[::-1]) if name == SWAPPED_THEIRS else b
-        fresh[name].A.data.copy_(a)
-        fresh[name].B.data.copy_(b * (scale / fresh[name].scale))
+    for update in given:
+        own = fresh[update.name]
+        if (update.A.shape, update.B.shape) != (own.A.shape, own.B.shape):
+            rows, columns = update.shape
+            raise ValueError(
+                f"init_lora: {update.name} is of rank {len(update.A)}, {columns} to {rows} channels; set lora_rank"
+            )
+        own.A.data.copy_(update.A)
+        own.B.data.copy_(update.B * (update.scale / own.scale))
 
 
-def updates(flux: Flux) -> Iterator[LoRA]:
+def updates(flux: Flux) -> Iterator[Update]:
     """Every update in the model, in the model's order."""
-    return (module for module in flux.modules() if isinstance(module, LoRA))
+    return (module for module in flux.modules() if isinstance(module, Update))
 
 
 def detach_all(flux: Flux):

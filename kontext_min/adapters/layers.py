@@ -1,4 +1,9 @@
-"""LoRA: W x + scale * B (A x) beside a frozen linear, on all of its output rows or on a part of them."""
+"""Updates beside a frozen linear, on all of its output rows or on a part of them: LoRA and LoKr.
+
+An update has `name` (the module's in diffusers' layout, or one of our fused linears'), `shape` (rows, in), `scale`,
+`start` (its first row in our linear), `dropout`, `magnitude` (DoRA's, per row, or None), `delta()` and `forward(x)`.
+Its rows are in our order.
+"""
 
 import math
 
@@ -20,6 +25,7 @@ class LoRA(nn.Module):
         self.name, self.scale, self.start, self.dropout = name, scale, start, 0.0
         self.A = nn.Parameter(a)
         self.B = nn.Parameter(b)
+        self.magnitude: nn.Parameter | None = None
 
     @classmethod
     def fresh(cls, name: str, shape: tuple[int, int], rank: int, alpha: float, start: int = 0) -> "LoRA":
@@ -28,14 +34,60 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         return cls(name, a, torch.zeros(shape[0], rank), alpha / rank, start)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, in) of the weight that it updates."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def delta(self) -> Tensor:
+        """What it adds to the weight: scale * B A in fp32, (rows, in)."""
+        return self.scale * (self.B.float() @ self.A.float())
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * B A x, (..., rows)."""
         x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
 
+class LoKr(nn.Module):
+    """An update by a Kronecker product, kron(w1, w2), of which each side is full or the product of two factors.
+
+    w1 (a, c) and w2 (b, d) update a weight of shape (a * b, c * d). Each is one tensor, or two: (a, r) and (r, c).
+    """
+
+    def __init__(self, name: str, w1: tuple[Tensor, ...], w2: tuple[Tensor, ...], scale: float, start: int = 0):
+        super().__init__()
+        self.name, self.scale, self.start, self.dropout = name, scale, start, 0.0
+        self.w1, self.w2 = (nn.ParameterList(nn.Parameter(factor) for factor in side) for side in (w1, w2))
+        self.magnitude: nn.Parameter | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, in) of the weight that it updates."""
+        return self.w1[0].shape[0] * self.w2[0].shape[0], self.w1[-1].shape[1] * self.w2[-1].shape[1]
+
+    def sides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """w1 (a, c) and w2 (b, d)."""
+        w1, w2 = ([factor.to(dtype) for factor in side] for side in (self.w1, self.w2))
+        return w1[0] @ w1[1] if len(w1) == 2 else w1[0], w2[0] @ w2[1] if len(w2) == 2 else w2[0]
+
+    def delta(self) -> Tensor:
+        """What it adds to the weight: scale * kron(w1, w2) in fp32, (rows, in)."""
+        return self.scale * torch.kron(*self.sides(torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> scale * kron(w1, w2) x, (..., rows), without making the product."""
+        w1, w2 = self.sides(x.dtype)
+        x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
+        x = x.unflatten(-1, (w1.shape[1], w2.shape[1]))  # (..., c, d)
+        return torch.einsum("ac,bd,...cd->...ab", w1, w2, x).flatten(-2) * self.scale
+
+
+Update = LoRA | LoKr
+
+
 class Adapted(nn.Module):
-    """A frozen linear (or what stands for one) with any number of LoRA updates, each added to its own output rows."""
+    """A frozen linear (or what stands for one) with any number of updates, each added to its own output rows."""
 
     def __init__(self, base: nn.Module):
         super().__init__()

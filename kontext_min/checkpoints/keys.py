@@ -125,6 +125,15 @@ def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
     return table
 
 
+def flux_places(config: FluxConfig) -> dict[str, tuple[str, Part]]:
+    """Every name of a linear, diffusers' or ours, -> our linear and the rows it stands for."""
+    table = {}
+    for ours, parts in flux_linears(config).items():
+        table[ours] = ours, Part(ours, 0, sum(part.rows for part in parts))
+        table |= {part.name: (ours, part) for part in parts}
+    return table
+
+
 @dataclass(frozen=True)
 class Source:
     """One of our tensors as a file holds it: `names` stacked along dim 0, in `rows` each, then a change of form."""

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kontext_min import flow, sampler
-from kontext_min.adapters.formats import read_lora
-from kontext_min.adapters.inject import apply_weights
+from kontext_min.adapters.formats import read_adapter
+from kontext_min.adapters.inject import apply_updates
 from kontext_min.checkpoints.load import find, load_clip, load_flux, load_t5, load_vae
 from kontext_min.data.buckets import Size
 from kontext_min.encoders import to_image
@@ -48,7 +48,7 @@ class Editor:
         checkpoint, place = find(folder), (torch.device("cpu"), torch.float32)
         networks = [load(checkpoint, *place) for load in (load_flux, load_vae, load_t5, load_clip)]
         if lora is not None:
-            apply_weights(networks[0], read_lora(lora).weights, 1.0, torch.float32)
+            apply_updates(networks[0], read_adapter(lora).updates, 1.0, torch.float32)
         return cls(networks, Tokenizers.read(folder), checkpoint.shift)
 
     @torch.inference_mode()

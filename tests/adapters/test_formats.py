@@ -8,8 +8,8 @@ import tiny
 import torch
 from tiny import CPU, FP32, error, run_flux
 
-from kontext_min.adapters.formats import read_lora, write_lora
-from kontext_min.adapters.inject import add_lora, apply_weights, detach_all, updates
+from kontext_min.adapters.formats import read_adapter, write_lora
+from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, updates
 from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.checkpoints.load import load_flux
 from kontext_min.models.flux import FluxConfig
@@ -84,7 +84,7 @@ def outputs(flux, oracle, path: Path, strength: float = 1.0):
     """(ours with the file, diffusers' with its adapter at that strength, ours without)."""
     given = tiny.flux_inputs(flux.config)
     base = flux(**given)
-    apply_weights(flux, read_lora(path).weights, strength, FP32)
+    apply_updates(flux, read_adapter(path).updates, strength, FP32)
     weaken(oracle, strength)
     return flux(**given), run_flux(oracle, **given), base
 
@@ -148,7 +148,7 @@ def test_two_files_add_up(flux, oracle, tmp_path):
     given = tiny.flux_inputs(flux.config)
     with torch.no_grad():
         for strength in (0.75, -0.25):
-            apply_weights(flux, read_lora(path).weights, strength, FP32)
+            apply_updates(flux, read_adapter(path).updates, strength, FP32)
         weaken(oracle, 0.5)
         assert error(flux(**given), run_flux(oracle, **given)) < 1e-5
 
@@ -206,8 +206,8 @@ def test_we_read_what_we_write_with_its_recipe(flux, tmp_path):
     expected = flux(**given)
     write_lora(tmp_path / "lora.safetensors", list(updates(flux)), {"prompt": ["turn it into night"]}, FP32)
     detach_all(flux)
-    file = read_lora(tmp_path / "lora.safetensors")
-    apply_weights(flux, file.weights, 1.0, FP32)
+    file = read_adapter(tmp_path / "lora.safetensors")
+    apply_updates(flux, file.updates, 1.0, FP32)
     assert error(flux(**given), expected) < 1e-6
     assert file.recipe == {"prompt": ["turn it into night"]}
     assert not list(tmp_path.glob("*.tmp"))
@@ -247,7 +247,7 @@ def test_file_that_cannot_be_used_whole_is_refused_by_name(case, flux, tmp_path)
     tensors, names = REFUSED[case]
     tiny.save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=names) as refusal:
-        apply_weights(flux, read_lora(tmp_path / "lora.safetensors").weights, 1.0, FP32)
+        apply_updates(flux, read_adapter(tmp_path / "lora.safetensors").updates, 1.0, FP32)
     assert "\n" not in str(refusal.value)
     assert not list(updates(flux)) or case in ("inputs", "rows")
 
@@ -255,19 +255,19 @@ def test_file_that_cannot_be_used_whole_is_refused_by_name(case, flux, tmp_path)
 def test_ranks_of_the_halves_must_agree(flux, tmp_path):
     tiny.save_file({**pair(K), f"{K}.lora_B.weight": torch.ones(64, 5)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match="attn.to_k has .*do not share a rank"):
-        apply_weights(flux, read_lora(tmp_path / "lora.safetensors").weights, 1.0, FP32)
+        apply_updates(flux, read_adapter(tmp_path / "lora.safetensors").updates, 1.0, FP32)
 
 
 def test_dora_is_refused(tmp_path):
     config = json.dumps({"transformer.use_dora": True, "transformer.r": 4, "transformer.lora_alpha": 4})
     tiny.save_file(GOOD, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": config})
     with pytest.raises(ValueError, match="use_dora"):
-        read_lora(tmp_path / "lora.safetensors")
+        read_adapter(tmp_path / "lora.safetensors")
 
 
 def test_absent_file_and_pickle_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="lora.safetensors does not exist"):
-        read_lora(tmp_path / "lora.safetensors")
+        read_adapter(tmp_path / "lora.safetensors")
     torch.save({}, tmp_path / "lora.bin")
     with pytest.raises(ValueError, match="lora.bin is a pickle"):
-        read_lora(tmp_path / "lora.bin")
+        read_adapter(tmp_path / "lora.bin")

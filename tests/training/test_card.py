@@ -11,7 +11,7 @@ from tiny import CPU, write_pairs
 
 import infer
 import train
-from kontext_min.adapters.formats import read_lora
+from kontext_min.adapters.formats import read_adapter
 from kontext_min.training import card
 
 PROMPT = 'it\'s "réd" 🟥 | a photo of cat'
@@ -61,7 +61,7 @@ def test_the_cards_code_runs_in_diffusers_and_gives_what_infer_gives(run, monkey
 
 def infer_without_lora(run):
     """The same sample of the base model."""
-    recipe = read_lora(run / "pytorch_lora_weights.safetensors").recipe
+    recipe = read_adapter(run / "pytorch_lora_weights.safetensors").recipe
     flags = ["--model", recipe["model"], "--image", recipe["image"][0], "--prompt", PROMPT, "--reference-size", "keep"]
     flags += ["--steps", "2", "--seed", str(recipe["seed"]), "--size", recipe["size"], "--precision", "fp32"]
     infer.main([*flags, "--out", str(run / "base.png")])
@@ -71,7 +71,7 @@ def infer_without_lora(run):
 def test_the_header_says_precision_base_and_modelspec_and_diffusers_reads_alpha_as_rank(run):
     diffusers = pytest.importorskip("diffusers")
     file = run / "pytorch_lora_weights.safetensors"
-    recipe = read_lora(file).recipe
+    recipe = read_adapter(file).recipe
     assert recipe["precision"] == "fp32" and recipe["base_model_precision"] == "no_change"
     assert recipe["trained_steps"] == 3 and recipe["prompt"] == [PROMPT]
     with safe_open(file, "pt") as handle:

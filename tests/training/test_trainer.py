@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import CPU, FP32, error, read_part
 
 import train as train_py
-from kontext_min.adapters.formats import read_lora
+from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.config import Config, Dataset
@@ -220,11 +220,11 @@ def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path, caps
     assert (out / "README.md").is_file() and said.endswith(f"{out / 'report.html'}\n")
     assert (out / "report.html").stat().st_size > 10_000
     assert sorted(p.name for p in (out / "validation").glob("*.png")) == ["000005.png", "000006.png"]
-    adapter = read_lora(out / "pytorch_lora_weights.safetensors")
+    adapter = read_adapter(out / "pytorch_lora_weights.safetensors")
     names = matching_modules(load_flux(find(config.pretrained_model_name_or_path), CPU, FP32).config, TARGETS["all"])
-    assert set(adapter.weights) == set(names)
+    assert {update.name for update in adapter.updates} == set(names)
     assert adapter.recipe["prompt"] and Path(adapter.recipe["image"][0]).is_file()
-    assert all(scale == 1 for _, _, scale in adapter.weights.values())
+    assert all(update.scale == 1 for update in adapter.updates)
 
 
 def test_model_and_data_problems_are_said_together(config, tmp_path):
