@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -52,11 +53,11 @@ def checksum(value: Mapping[str, Tensor]) -> str:
     return digest(*parts)
 
 
+@dataclass(frozen=True)
 class Cache:
     """A folder of entries, each a mapping of tensors with a checksum."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    folder: Path
 
     def path(self, key: str) -> Path:
         """Where an entry lies."""

@@ -29,12 +29,12 @@ def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str
                 task = example("train", 2 * 10**6 + i, SIZE, "keep")
         else:
             task, prefix = make("train", 3 * 10**6 + i, SIZE, edit), ""
-        sets[f"{prefix}target"] = [f"{prefix}reference-{k}" for k in range(1, len(task.references) + 1)]
-        named = dict(zip([*sets[f"{prefix}target"], f"{prefix}target"], [*task.references, task.target], strict=True))
-        for part, picture in named.items():
+        target, ids = f"{prefix}target", [f"{prefix}reference-{k}" for k in range(1, len(task.references) + 1)]
+        sets[target] = ids
+        for part, picture in zip([*ids, target], [*task.references, task.target], strict=True):
             (folder / part).mkdir(parents=True, exist_ok=True)
             to_image(picture).save(folder / part / f"{i:04d}.jpg", quality=95, subsampling=0)
-        (folder / f"{prefix}target" / f"{i:04d}.txt").write_text(task.prompt + "\n")
+        (folder / target / f"{i:04d}.txt").write_text(task.prompt + "\n")
     data, size = [], {"resolution": SIZE.width, "resolution_type": "pixel"}
     for target, ids in sets.items():
         data.append({"id": target, "conditioning_data": ids, "instance_data_dir": str(folder / target), **size})

@@ -114,8 +114,10 @@ class Reader:
         entries = [entry for entry in listed if not entry.disabled]
         named = {name for entry in entries for name in entry.conditioning_data if name != entry.id}
         strict = {"conditioning_type": "reference_strict"}  # a set that another names as its references is one
-        said = [entry.id not in named or entry.role != "image" or entry.conditioning_data for entry in entries]
-        self.entries = [e if so else e.model_copy(update=strict) for e, so in zip(entries, said, strict=True)]
+        self.entries = [
+            e.model_copy(update=strict) if e.id in named and e.role == "image" and not e.conditioning_data else e
+            for e in entries
+        ]
         self.by_id = {entry.id: entry for entry in self.entries}
         for name, count in Counter(entry.id for entry in entries).items():
             if count > 1:
