@@ -72,10 +72,8 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
 def report_data(config: Config):
     """--check: all that can be said of the data without weights or a GPU; a contact sheet per set in output_dir."""
     sets, _ = check(config, model=False)
-    text = (
-        *presets.named(config.pretrained_model_name_or_path).text_shape,
-        2 if config.mixed_precision == "bf16" else 4,
-    )
+    shape = presets.named(config.pretrained_model_name_or_path).text_shape
+    text = (*shape, 2 if config.mixed_precision == "bf16" else 4)
     print(*sets.notes, *summary(sets.training, text), sep="\n")
     make_folder(config.output_dir)
     examples = sets.training + (sets.validation if sets.unseen else [])

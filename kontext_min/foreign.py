@@ -110,27 +110,22 @@ CONFIG_REFUSED = by_key({
     "write the prompt into the caption files": "prepend_instance_prompt",
     "use caption_strategy instanceprompt": "only_instance_prompt",
 })  # fmt: skip
-# why it can be left out without harm -> keys of a dataset; the run says so once
+# the same of a dataset's keys; some mean there what they mean in a config
 DATASET_IGNORED = by_key({
-    "caches are keyed by content and never cleared": "hash_filenames preserve_data_backend_cache",
-    "files are always looked at; that is fast": "skip_file_discovery max_workers",
-    "everything is encoded before training starts": "vae_cache_ondemand write_batch_size",
+    "caches are keyed by content and never cleared": "hash_filenames",
     "there is one text cache": "text_embeds",
     "nothing is kept beside the pictures": "metadata_backend",
     "references are linked from the targets' side, by conditioning_data": "source_dataset_id",
-    "set it false: every line of a caption file is a caption of its own": "disable_multiline_split",
     "epochs are counted for all sets alike": "ignore_epochs",
-})  # fmt: skip
-# what to do instead -> keys of a dataset; the run refuses to start unless the key is off
+}) | {key: CONFIG_IGNORED[key] for key in (
+    "preserve_data_backend_cache", "skip_file_discovery", "max_workers", "vae_cache_ondemand", "write_batch_size",
+    "disable_multiline_split",
+)}  # fmt: skip
 DATASET_REFUSED = by_key({
     "use disabled": "disable",
-    "latents are always cached; set cache_dir_vae to a place with room": "vae_cache_disable",
     "move such pictures out of the folder": "minimum_aspect_ratio maximum_aspect_ratio",
-    "use minimum_image_size": "max_upscale_threshold",
     "use probability, or move pictures out of the folder": "max_num_samples",
     "use crop_aspect square or preserve": "crop_aspect_buckets",
-    "write the prompt into the caption files": "prepend_instance_prompt",
-    "use caption_strategy instanceprompt": "only_instance_prompt",
     "instructions are sentences, not tag lists; write alternatives as lines": "caption_shuffle",
     "edit the caption files": "caption_filter_list",
     "train in two runs": "start_epoch start_step end_epoch end_step",
@@ -138,7 +133,9 @@ DATASET_REFUSED = by_key({
     "use pairs_file with a JSONL or CSV file": "parquet csv",
     "Kontext edits pictures": "video",
     "use flow_schedule_shift": "timestep_sampling_offset",
-})  # fmt: skip
+}) | {key: CONFIG_REFUSED[key] for key in (
+    "vae_cache_disable", "max_upscale_threshold", "prepend_instance_prompt", "only_instance_prompt",
+)}  # fmt: skip
 
 
 class Strict(BaseModel):

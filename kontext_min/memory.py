@@ -20,10 +20,7 @@ def apply_checkpointing(flux: Flux, every: int = 1):
 
 
 def in_use(device: torch.device) -> dict[str, float]:
-    """GB in use (`memory`) and GB there are (`memory_limit`); {} where the system does not tell.
-
-    CUDA: the peak that was allocated; MPS: what is allocated now; CPU: what of the process is in memory now.
-    """
+    """GB in use (`memory`; the peak of CUDA's) and GB there are (`memory_limit`); {} where the system does not tell."""
     if device.type == "cuda":
         used, limit = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
     elif device.type == "mps":

@@ -17,8 +17,8 @@ LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of 
     3: ["edit", "study.experiment", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.formats", "quantize", "memory", "parallel", "study.hooks"],
-    1: ["models", "flow", "adapters.layers", "checkpoints.keys", "data.align", "data.buckets", "data.captions",
-        "data.degrade", "data.problems", "training.optim", "training.ema", "pictures", "run_folder"],
+    1: ["models", "flow", "adapters.layers", "checkpoints.keys", "data.align", "data.buckets",
+        "data.degrade", "data.problems", "sheet", "study.pictures", "training.optim", "training.ema", "run_folder"],
     0: ["config", "foreign"],
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -267,6 +268,19 @@ def write_single_files(kontext: Path, folder: Path) -> Path:
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(kontext / name, folder / name)
     return folder
+
+
+def write_pairs(folder: Path, count: int, size: tuple[int, int], caption: str, noise: int = 80) -> list[dict]:
+    """Strict pairs of noise under target/ and reference/, with `caption` ({i} is the number) -> the data list."""
+    for part in ("target", "reference"):
+        (folder / part).mkdir()
+        for i in range(count):
+            Image.effect_noise(size, noise + i).convert("RGB").save(folder / part / f"{i}.png")
+            (folder / "target" / f"{i}.txt").write_text(caption.format(i=i), encoding="utf-8")
+    return [
+        {"id": "t", "instance_data_dir": str(folder / "target"), "conditioning_data": "r", "resolution": 48},
+        {"id": "r", "instance_data_dir": str(folder / "reference"), "conditioning_type": "reference_strict"},
+    ]
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], metadata: dict | None = None):

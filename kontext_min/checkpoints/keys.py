@@ -82,10 +82,11 @@ SHIFT_SETTINGS = {  # scheduler/scheduler_config.json
     "max_image_seq_len": "max_tokens",
 }
 VAE_LEAVES = {  # inside a residual or attention block, and at the ends of encoder and decoder
-    "nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out", "mid.block_1": "mid_block.resnets.0",
-    "mid.block_2": "mid_block.resnets.1", "mid.attn_1.norm": "mid_block.attentions.0.group_norm",
-    "mid.attn_1.q": "mid_block.attentions.0.to_q", "mid.attn_1.k": "mid_block.attentions.0.to_k",
-    "mid.attn_1.v": "mid_block.attentions.0.to_v", "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
+    "block": "resnets", "downsample": "downsamplers.0", "upsample": "upsamplers.0", "nin_shortcut": "conv_shortcut",
+    "norm_out": "conv_norm_out", "mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1.norm": "mid_block.attentions.0.group_norm", "mid.attn_1.q": "mid_block.attentions.0.to_q",
+    "mid.attn_1.k": "mid_block.attentions.0.to_k", "mid.attn_1.v": "mid_block.attentions.0.to_v",
+    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
 }
 # fmt: on
 
@@ -177,8 +178,6 @@ def vae_diffusers_name(name: str, levels: int) -> str:
     for i in range(levels):
         name = name.replace(f"encoder.down.{i}.", f"encoder.down_blocks.{i}.")
         name = name.replace(f"decoder.up.{i}.", f"decoder.up_blocks.{levels - 1 - i}.")
-    name = name.replace(".block.", ".resnets.")
-    name = name.replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
     for ours, theirs in VAE_LEAVES.items():
         name = name.replace(f".{ours}.", f".{theirs}.")
     return name

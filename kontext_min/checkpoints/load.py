@@ -53,9 +53,6 @@ class Checkpoint:
     shift: flow.Shift
 
 
-# ------------------------------------------------------------------------------------------------ finding
-
-
 def find(model: str | Path, download: bool = True) -> Checkpoint:
     """A folder (diffusers layout or single files) or a hub id -> its parts; FileNotFoundError says what to do."""
     folder = Path(model).expanduser()
@@ -135,9 +132,6 @@ def read_shift(path: Path) -> flow.Shift:
     return flow.Shift(**settings(keys.SHIFT_SETTINGS, config))
 
 
-# ------------------------------------------------------------------------------------------------ sizes
-
-
 def settings(table: dict[str, str], config: dict) -> dict:
     """The settings of a config.json under our names; what it leaves out keeps our default."""
     values = {ours: config[theirs] for theirs, ours in table.items() if config.get(theirs) is not None}
@@ -155,16 +149,12 @@ def flux_config(config: dict, shapes: Shapes) -> FluxConfig:
     if head_dim % 32:  # the axes are 1/8, 7/16 and 7/16 of it, all even
         raise ValueError(f"rotary axes for heads of {head_dim} channels are unknown; put a config.json in transformer/")
     return FluxConfig(
-        vec_in_dim=shapes["vector_in.in_layer.weight"][1],
-        context_in_dim=shapes["txt_in.weight"][1],
-        hidden_size=hidden,
-        mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
-        num_heads=hidden // head_dim,
-        depth=count(shapes, "double_blocks"),
-        depth_single_blocks=count(shapes, "single_blocks"),
-        axes_dim=(head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16),
+        vec_in_dim=shapes["vector_in.in_layer.weight"][1], context_in_dim=shapes["txt_in.weight"][1],
+        hidden_size=hidden, mlp_ratio=shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
+        num_heads=hidden // head_dim, axes_dim=(head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16),
+        depth=count(shapes, "double_blocks"), depth_single_blocks=count(shapes, "single_blocks"),
         guidance_embed="guidance_in.in_layer.weight" in shapes,
-    )
+    )  # fmt: skip
 
 
 def count(shapes: Shapes, stem: str) -> int:
@@ -196,15 +186,12 @@ def t5_config(config: dict, shapes: Shapes) -> T5Config:
         return T5Config(**settings(keys.T5_SETTINGS, config))
     attention = "encoder.block.0.layer.0.SelfAttention"
     buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    vocab, width = shapes["shared.weight"]
+    inner = shapes["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1]
     return T5Config(
-        vocab_size=shapes["shared.weight"][0],
-        d_model=shapes["shared.weight"][1],
-        d_kv=shapes[f"{attention}.q.weight"][0] // heads,
-        d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1],
-        num_layers=count(shapes, "encoder.block"),
-        num_heads=heads,
-        num_buckets=buckets,
-    )
+        vocab_size=vocab, d_model=width, d_kv=shapes[f"{attention}.q.weight"][0] // heads, d_ff=inner,
+        num_layers=count(shapes, "encoder.block"), num_heads=heads, num_buckets=buckets,
+    )  # fmt: skip
 
 
 def clip_config(config: dict, shapes: Shapes) -> CLIPConfig:
@@ -217,16 +204,10 @@ def clip_config(config: dict, shapes: Shapes) -> CLIPConfig:
         return CLIPConfig(**settings(keys.CLIP_SETTINGS, config))
     vocab, hidden = shapes["text_model.embeddings.token_embedding.weight"]
     return CLIPConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
-        num_layers=count(shapes, "text_model.encoder.layers"),
-        num_heads=max(1, hidden // 64),
+        vocab_size=vocab, hidden_size=hidden, num_layers=count(shapes, "text_model.encoder.layers"),
+        num_heads=max(1, hidden // 64), intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
         max_positions=shapes["text_model.embeddings.position_embedding.weight"][0],
-    )
-
-
-# ------------------------------------------------------------------------------------------------ loading
+    )  # fmt: skip
 
 
 def same_names(module: nn.Module) -> dict[str, Source]:
@@ -235,10 +216,7 @@ def same_names(module: nn.Module) -> dict[str, Source]:
 
 
 def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, tensors: Tensors) -> nn.Module:
-    """A network without weights, or one sentence when a tensor or a setting that tells its sizes is not there.
-
-    Without config.json and with sizes of one's own, what the tensors do not tell is guessed, and a line says so.
-    """
+    """A network without weights, or one sentence when a tensor or a setting that tells its sizes is not there."""
     file = component.files[0].parent / "config.json"
     try:
         config = config_of(component.config, {name: tensors.shape(name) for name in tensors.names()})
@@ -247,18 +225,13 @@ def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, te
         raise ValueError(f"{where}: {error} is missing, so this is not the file it should be") from error
     except TypeError as error:
         raise ValueError(f"{file}: a setting is malformed ({error})") from error
-    if not component.config and config != type(config)():
+    if not component.config and config != type(config)():  # sizes of one's own, which tensors do not tell in full
         print(f"{tensors.title}: no config.json and not the published sizes, so heads, groups and scales are guessed")
     with torch.device("meta"):
         return kind(config)
 
 
-def load_flux(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    then: Callable[[Flux, str], None] = lambda flux, name: None,
-) -> Flux:
+def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None) -> Flux:
     """The transformer, frozen and in eval mode, in `dtype` on `device`; `then` as in `fill`, to quantise on the way."""
     component = checkpoint.components["transformer"]
     tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))

@@ -26,8 +26,6 @@ MODEL_INDEX = {
     "transformer": ["diffusers", "FluxTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-
-
 SETTINGS = {  # folder -> what its config file says beside the sizes
     "scheduler": {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": True,
@@ -81,7 +79,7 @@ def save_component(folder: Path, module: nn.Module, table: dict[str, Source], si
 def write_json(path: Path, value: dict):
     """Indented JSON, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def in_file(config, table: dict[str, str]) -> dict:

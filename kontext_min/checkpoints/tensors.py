@@ -103,7 +103,7 @@ def fill(
     table: Mapping[str, Source],
     dtype: torch.dtype,
     device: torch.device,
-    then: Callable[[nn.Module, str], None] = lambda module, name: None,
+    then: Callable[[nn.Module, str], None] | None = None,
 ) -> nn.Module:
     """Give a module built on `meta` its parameters, one tensor at a time, all names and shapes checked beforehand.
 
@@ -126,5 +126,6 @@ def fill(
         tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()  # a copy: never a view of the file
         owner, _, leaf = ours.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-        then(module, ours)
+        if then:
+            then(module, ours)
     return module.eval()

@@ -73,14 +73,11 @@ class Geometry:
         height = min(1.0, size.width * bucket.height / bucket.width / size.height)
         x, y = {"center": (0.5, 0.5), "corner": (0.0, 0.0), "random": draw}[self.style]
         left, upper = x * (1 - width), y * (1 - height)
-        return Transform(bucket, (left, upper, left + width, upper + height), self._intermediate(size))
-
-    def _intermediate(self, size: Size) -> Size | None:
-        if self.downsample is None or extent(size, self.unit) <= self.downsample[0]:
-            return None
-        shrink = self.downsample[1] / extent(size, self.unit)
-        shrink = shrink**0.5 if self.unit == "area" else shrink
-        return Size(max(1, round(size.width * shrink)), max(1, round(size.height * shrink)))
+        first, large = None, extent(size, self.unit)
+        if self.downsample and large > self.downsample[0]:
+            shrink = (self.downsample[1] / large) ** (0.5 if self.unit == "area" else 1)
+            first = Size(*(max(1, round(side * shrink)) for side in size))
+        return Transform(bucket, (left, upper, left + width, upper + height), first)
 
 
 @dataclass(frozen=True)
@@ -163,8 +160,7 @@ def open_image(path: Path) -> Image.Image:
 def oriented_size(path: Path) -> Size:
     """The size of a picture as `open_image` would give it, from its header alone."""
     with Image.open(path) as image:
-        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-        return Size(image.height, image.width) if turned else Size(image.width, image.height)
+        return Size(*image.size[:: -1 if image.getexif().get(ORIENTATION) in (5, 6, 7, 8) else 1])
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,10 +32,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def weights_id(component: Component, memo: Path) -> str:
-    """A network's identity: its settings and the content of all its files.
-
-    memo: a JSON file that remembers the hash of a file while its size and time of change stay the same.
-    """
+    """A network's identity: settings and content of all files. memo: a JSON file with the hashes of unchanged ones."""
     known = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
     parts = [repr(sorted(component.config.items()))]
     for path in component.files:
@@ -55,11 +53,11 @@ def checksum(value: Mapping[str, Tensor]) -> str:
     return digest(*parts)
 
 
+@dataclass(frozen=True)
 class Cache:
     """A folder of entries, each a mapping of tensors with a checksum."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    folder: Path
 
     def path(self, key: str) -> Path:
         """Where an entry lies."""
@@ -67,15 +65,14 @@ class Cache:
 
     def whole(self, key: str) -> bool:
         """Whether an entry is there and undamaged; a damaged one is removed, with a line, so that it is made anew."""
+        if not self.path(key).is_file():
+            return False
         try:
-            self.get(key)
-            return True
-        except FileNotFoundError:
-            pass
+            return bool(self.get(key))
         except ValueError:
             print(f"{self.path(key)} is damaged; it is made anew")
             self.path(key).unlink()
-        return False
+            return False
 
     def get(self, key: str) -> dict[str, Tensor]:
         """An entry. FileNotFoundError or ValueError when it is gone or damaged, with the remedy."""

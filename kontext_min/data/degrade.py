@@ -1,11 +1,9 @@
 """Degraded references: a clean target in, a blurred, noisy or compressed picture of the same size out.
 
-Works on the picture at training size, after crop and resize, so every pixel below is a pixel that the model sees.
-Whatever is random comes from the generator that is passed in: the same generator gives the same bytes in any process.
+Pictures have training size, so every pixel below is one that the model sees. The same generator gives the same bytes.
 Every generator is a list of steps. Names and defaults of `superresolution` and `jpeg_artifacts` are SimpleTuner's.
 """
 
-import difflib
 import io
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -15,8 +13,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 from PIL.Image import Image as Picture
 
-Parameters = SimpleNamespace  # all that DEFAULTS names for one step or generator
+from kontext_min.data.problems import near_miss
 
+Parameters = SimpleNamespace  # all that DEFAULTS names for one step or generator
 GRID = 8  # JPEG's blocks are 8x8 pixels
 BLURS = {  # blur_type -> filters in order, each with its share of blur_radius
     "gaussian": [(ImageFilter.GaussianBlur, 1.0)],
@@ -47,9 +46,6 @@ DEFAULTS = {  # step or generator -> its parameters
 }  # fmt: skip
 
 
-# Steps: a picture -> a new one of the same size
-
-
 def blur(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
     """Blur by a radius in pixels, a Gaussian's deviation or a box's reach; both: box, then Gaussian, 0.7 of it each."""
     for kind, share in BLURS[p.blur_type]:
@@ -58,10 +54,7 @@ def blur(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
 
 
 def noise(image: Picture, rng: np.random.Generator, p: Parameters, where: np.ndarray | bool = True) -> Picture:
-    """Add normal noise to every channel on its own; the level, 0 to 1, is the deviation as a share of full brightness.
-
-    Rounded to the nearest, so the mean stays, save where black or white cuts it.
-    """
+    """Add normal noise to every channel on its own; the level, 0 to 1, is its deviation as a share of full white."""
     values = np.asarray(image, dtype=np.float32)  # (height, width, 3)
     added = rng.standard_normal(values.shape, dtype=np.float32) * np.float32(255 * p.noise_level)
     return Image.fromarray(np.rint(values + added * where).clip(0, 255).astype(np.uint8))
@@ -83,7 +76,6 @@ def jpeg(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
     """Compress once, at `quality` or at one drawn from a range (both ends included) or a list, times the decay.
 
     `shift` moves the grid of blocks right and down: by 0 to 7 pixels, or true for 1 to 7 drawn for each direction.
-    A second compression at the same quality changes little, unless its grid is another one.
     """
     quality = p.quality
     if p.quality_range is not None:
@@ -97,11 +89,8 @@ def jpeg(image: Picture, rng: np.random.Generator, p: Parameters) -> Picture:
     return Image.open(buffer).convert("RGB").crop((across, down, across + image.width, down + image.height))
 
 
-# Generators: their parameters -> the steps they are made of; what is off is None or False
-
-
 def superresolution(p: Parameters) -> list:
-    """Downscale, blur, noise, JPEG."""
+    """The steps, of which what is off is None or False: downscale, blur, noise, JPEG."""
     return [
         p.downscale_factor and {"type": "downscale", "downscale_factor": p.downscale_factor},
         {"type": "blur", "blur_type": p.blur_type, "blur_radius": p.blur_radius},
@@ -122,17 +111,11 @@ def jpeg_artifacts(p: Parameters) -> list:
     ]
 
 
-def chain(p: Parameters) -> list:
-    """Steps and other generators as they are given: [{"type": "blur", "blur_radius": 1}, {"type": "jpeg"}, …]."""
-    return p.steps
-
-
+# a chain's steps and other generators are as given: [{"type": "blur", "blur_radius": 1}, {"type": "jpeg"}, …]
 STEPS = {"blur": blur, "noise": noise, "block_noise": block_noise, "downscale": downscale, "jpeg": jpeg}
-GENERATORS = {"superresolution": superresolution, "jpeg_artifacts": jpeg_artifacts, "chain": chain}
-ALIASES = {  # of generators
-    "super_resolution": "superresolution", "lowres": "superresolution",
-    "jpeg": "jpeg_artifacts", "compression": "jpeg_artifacts",
-}  # fmt: skip
+GENERATORS = {"superresolution": superresolution, "jpeg_artifacts": jpeg_artifacts, "chain": lambda p: p.steps}
+ALIASES = dict.fromkeys(("super_resolution", "lowres"), "superresolution")
+ALIASES |= dict.fromkeys(("jpeg", "compression"), "jpeg_artifacts")
 
 
 def degrade(image: Picture, name: str, parameters: Mapping, rng: np.random.Generator) -> Picture:
@@ -153,9 +136,6 @@ def run(image: Picture, rng: np.random.Generator, step: Mapping) -> Picture:
     return image
 
 
-# Checks
-
-
 def number(low: float, high=sys.float_info.max, kinds=(int, float)) -> Callable[[object], bool]:
     """A test for a finite number from low to high."""
     return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and low <= v <= high
@@ -166,38 +146,26 @@ def several(test: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(test, v))
 
 
-def one_of(*words: str) -> tuple[Callable[[object], bool], str]:
-    """The rule of a choice."""
-    return (lambda v: v in words), f"one of {', '.join(words)}"
-
-
-RADIUS = number(0), "a number of at least 0, in pixels"
-LEVEL = number(0, 1), "a number from 0 to 1, a share of full brightness"
-DECAY = number(sys.float_info.min, 1), "a number above 0, at most 1"
-QUALITY = number(1, 100, int), "a whole number from 1 to 100"
+PERCENT, BLUR_TYPES = number(1, 100, int), tuple(BLURS)
+QUALITY_MODES, SUBSAMPLINGS = ("fixed", "range", "random"), ("4:4:4", "4:2:2", "4:2:0")
 SWITCH = (lambda v: isinstance(v, bool)), "true or false"
-RULES = {  # parameter -> test, and what passes it in words; all others are switches
-    "downscale_factor":    (number(1), "a number of at least 1"),
-    "blur_type":           one_of(*BLURS),
-    "blur_radius":         RADIUS,
-    "pre_blur_radius":     RADIUS,
-    "noise_level":         LEVEL,
-    "block_noise_level":   LEVEL,
-    "quality_mode":        one_of("fixed", "range", "random"),
-    "quality":             QUALITY,
-    "jpeg_quality":        QUALITY,
-    "quality_range":       (lambda v: several(QUALITY[0])(v) and len(v) == 2 and v[0] <= v[1],
-                            "[lowest, highest], two whole numbers from 1 to 100"),
-    "quality_list":        (several(QUALITY[0]), "a list of whole numbers from 1 to 100"),
-    "compression_rounds":  (number(1, kinds=int), "a whole number of at least 1"),
-    "round_quality_decay": DECAY,
-    "quality_decay":       DECAY,
-    "subsampling":         one_of("4:4:4", "4:2:2", "4:2:0"),
-    "shift":               (lambda v: isinstance(v, bool) or number(0, GRID - 1, int)(v),
-                            "true, false or a whole number from 0 to 7, in pixels"),
-    "steps":               (several(lambda v: isinstance(v, Mapping)),
-                            'a list of at least one step such as {"type": "blur"}'),
-}  # fmt: skip
+RULES = {key: rule for keys, *rule in (  # parameters, test, and what passes it in words; all others are switches
+    ("blur_type", BLUR_TYPES.__contains__, f"one of {', '.join(BLUR_TYPES)}"),
+    ("blur_radius pre_blur_radius", number(0), "a number of at least 0, in pixels"),
+    ("noise_level block_noise_level", number(0, 1), "a number from 0 to 1, a share of full brightness"),
+    ("downscale_factor", number(1), "a number of at least 1"),
+    ("compression_rounds", number(1, kinds=int), "a whole number of at least 1"),
+    ("round_quality_decay quality_decay", number(sys.float_info.min, 1), "a number above 0, at most 1"),
+    ("quality jpeg_quality", PERCENT, "a whole number from 1 to 100"),
+    ("quality_mode", QUALITY_MODES.__contains__, f"one of {', '.join(QUALITY_MODES)}"),
+    ("quality_range", lambda v: several(PERCENT)(v) and len(v) == 2 and v[0] <= v[1],
+     "[lowest, highest], two whole numbers from 1 to 100"),
+    ("quality_list", several(PERCENT), "a list of whole numbers from 1 to 100"),
+    ("subsampling", SUBSAMPLINGS.__contains__, f"one of {', '.join(SUBSAMPLINGS)}"),
+    ("shift", lambda v: isinstance(v, bool) or number(0, GRID - 1, int)(v),
+     "true, false or a whole number from 0 to 7, in pixels"),
+    ("steps", several(lambda v: isinstance(v, Mapping)), 'a list of at least one step such as {"type": "blur"}'),
+) for key in keys.split()}  # fmt: skip
 SWITCHED_BY = {  # of jpeg_artifacts: without the second, the first has no effect
     "quality_range": "quality_mode", "quality_list": "quality_mode", "pre_blur_radius": "pre_blur",
     "noise_level": "add_noise", "block_noise_level": "enhance_blocks",
@@ -245,5 +213,4 @@ def check_parameters(where: str, kind: str, given: Mapping):
 
 def known(given: object, names: Collection[str]) -> str:
     """All that could have been meant, and what perhaps was."""
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.6)
-    return f"known are {', '.join(names)}" + "".join(f"; did you mean {name}?" for name in near)
+    return f"known are {', '.join(names)}{near_miss(str(given or ''), names)}"

@@ -78,15 +78,14 @@ class View:
 
     def at(self, epoch: int) -> "View":
         """The view of an epoch: itself unless it is made anew at every use."""
-        if not self.fleeting:
-            return self
-        return replace(self, epoch=epoch, transform=self.crop.at(epoch) if self.crop else self.transform)
+        transform = self.crop.at(epoch) if self.crop else self.transform
+        return replace(self, epoch=epoch, transform=transform) if self.fleeting else self
 
     def key(self) -> str:
         """Content and everything that shapes the pixels."""
-        content = (self.picture.path.read_bytes(), self.picture.half, repr(self.transform))
         how = self.degradation
-        return digest(*content) if how is None else digest(*content, how.name, repr(how.parameters), repr(how.seed))
+        made = () if how is None else (how.name, repr(how.parameters), repr(how.seed))
+        return digest(self.picture.path.read_bytes(), self.picture.half, repr(self.transform), *made)
 
     def open(self) -> Image.Image:
         """RGB, of the view's size; a degradation, unless it is kept, is made now, seeded by name and epoch."""
@@ -171,10 +170,7 @@ class Use:
 
 
 def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) -> Use:
-    """Decide references, caption and dropout of one use.
-
-    A reference set's own captions take the place of the target's when it alone serves the use.
-    """
+    """References, caption and dropout of one use. A set's own captions replace the target's when it alone serves it."""
     r = draw("use", mix.seed, example.set_id, example.name, epoch, repeat)
     picked, caption_draw, no_caption, no_reference, masked = r.random(5)
     references, own = example.references, example.reference_captions
@@ -232,8 +228,6 @@ class Examples:
     def __len__(self) -> int:
         return len(self.examples)
 
-    # -------------------------------------------------------------------------------------------- encoding
-
     def captions(self) -> list[str]:
         """Every caption that may be shown, once."""
         shown = [c for e in self.examples for group in (e.captions, *e.reference_captions) for c in group]
@@ -246,10 +240,7 @@ class Examples:
         return digest(repr(parts), *views, repr(self.mix), self.vae_id, self.text_id)
 
     def encode(self, device: torch.device) -> tuple[int, int]:
-        """Fill the caches: text first, then pictures; each network is loaded only if something is missing.
-
-        -> how many captions and pictures had to be encoded.
-        """
+        """Fill the caches, loading a network only if something is missing. -> how many captions and pictures."""
         captions = [caption for caption in self.captions() if not self.texts.whole(self._text_key(caption))]
         if captions:
             encode = TextEncoder(self.checkpoint, device, self.dtype)
@@ -278,8 +269,6 @@ class Examples:
         entries, size = map(sum, zip(*removed, strict=True))
         return f"removed {entries} unused entries, {size / 1e6:.1f} MB"
 
-    # -------------------------------------------------------------------------------------------- reading
-
     def latents(self, example: Example, view: View) -> Tensor:
         """(1, 16, h, w) fp32 (of a mask 1 channel): from the cache, or encoded now if it is made anew at every use."""
         if view.fleeting:
@@ -295,9 +284,8 @@ class Examples:
     def batch(self, uses: list[Use], device: torch.device) -> Batch:
         """Uses of equal shapes as one batch on the device."""
         columns = zip(*([self.latents(use.example, view) for view in use.views()] for use in uses), strict=True)
-        target, *references = (torch.cat(column).to(device) for column in columns)
         texts = zip(*(self.text(use.caption) for use in uses), strict=True)
-        txt, vec = (torch.cat(column).to(device) for column in texts)
+        txt, vec, target, *references = (torch.cat(column).to(device) for column in (*texts, *columns))
         condition, weight = Condition(txt, vec, references), None
         if any(use.mask for use in uses):
             weight = torch.cat([self.weight(use, target.shape[-2:]) for use in uses]).to(device)
@@ -312,13 +300,12 @@ class Examples:
 
     def uses(self, number: int) -> list[Use]:
         """Everything that an epoch shows, in the examples' order."""
-        uses = []
-        for index, example in enumerate(self.examples):
-            for repeat in range(example.repeats + 1):
-                chance = draw("share", self.mix.seed, example.set_id, example.name, number, repeat).random()
-                if chance < example.probability:
-                    uses.append(use_of(index, example, self.mix, number, repeat))
-        return uses
+        return [
+            use_of(index, example, self.mix, number, repeat)
+            for index, example in enumerate(self.examples)
+            for repeat in range(example.repeats + 1)
+            if draw("share", self.mix.seed, example.set_id, example.name, number, repeat).random() < example.probability
+        ]
 
     def epoch(self, number: int, batch_size: int) -> list[list[Use]]:
         """What one epoch shows, in batches of equal shapes (the last of a shape may be smaller), shuffled."""
@@ -334,18 +321,15 @@ class Examples:
 def make_all(views: list[View], workers: int | None = None):
     """Write every kept degradation that is not there yet, on several processes; the result does not depend on them."""
     missing = {file: view for view in views if (file := view.file()) is not None and not file.is_file()}
-    if not missing:
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        made = pool.map(View.make, missing.values(), chunksize=8)
-        for _ in tqdm(made, total=len(missing), desc="making references"):
-            pass
+    if missing:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            made = pool.map(View.make, missing.values(), chunksize=8)
+            list(tqdm(made, total=len(missing), desc="making references"))
 
 
 def encode_view(vae: VAE, view: View) -> Tensor:
     """Latents, or a mask's share of white. ValueError naming the file when there is a NaN or an infinity among them."""
     latents = mask_weights(view.open(), vae.config.factor) if view.mask else encode_image(vae, view.open())
     if not torch.isfinite(latents).all():
-        what = "the picture or the VAE's weights are broken"
-        raise ValueError(f"{view.picture.path}: its latents are not finite; {what}")
+        raise ValueError(f"{view.picture.path}: its latents are not finite; it or the VAE's weights are broken")
     return latents

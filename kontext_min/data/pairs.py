@@ -38,11 +38,6 @@ class Picture:
         left = 0 if self.half == "left" else image.width - image.width // 2
         return image.crop((left, 0, left + image.width // 2, image.height))
 
-    def has_alpha(self) -> bool:
-        """Whether the file holds transparency, by its header."""
-        with Image.open(self.path) as image:
-            return image.has_transparency_data
-
     def size(self) -> Size:
         """Of the opened picture, from the file's header."""
         size = oriented_size(self.path)
@@ -81,7 +76,8 @@ def check_readable(sets: list[Pictures], problems: Problems):
     for picture in {picture.path: picture for pictures in sets for picture in pictures.values()}.values():
         try:
             picture.open()
-            problems.remarks["pictures with an alpha channel are laid on white"] += picture.has_alpha()
+            with Image.open(picture.path) as image:
+                problems.remarks["pictures with an alpha channel are laid on white"] += image.has_transparency_data
         except (ValueError, FileNotFoundError) as error:
             problems.add("unreadable pictures", str(error))
 
@@ -92,6 +88,35 @@ def check_captions(folder: Path, pictures: Pictures, problems: Problems):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name not in pictures and path.name.lower() not in ("readme.txt", "license.txt"):
             problems.add("captions without a picture", f"{path}{near_miss(name, pictures)}")
+
+
+def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
+    """The captions of a picture, of which one is drawn at every use; () for strategy None.
+
+    textfile: NAME.txt, one caption a line · filename: NAME, blanks for underscores · instanceprompt: the set's prompts
+    """
+    if strategy == "filename":
+        captions, why = [path.stem.replace("_", " ")], "its name says nothing"
+    elif strategy == "textfile":
+        captions, why = read_textfile(path.with_suffix(".txt"))
+    else:
+        return prompts if strategy else ()
+    captions = tuple(caption.strip() for caption in captions if caption.strip())
+    if not captions:
+        problems.add("pictures without a caption", f"{path} ({why})")
+    return captions
+
+
+def read_textfile(file: Path) -> tuple[list[str], str]:
+    """The lines of a caption file, and why there are none if there are none."""
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines(), f"{file.name} is empty"
+    except FileNotFoundError:
+        return [], f"{file.name} is missing"
+    except OSError as error:
+        return [], f"{file.name}: {error.strerror}"
+    except UnicodeDecodeError:
+        return [], f"{file.name} is not UTF-8"
 
 
 def match(targets: Pictures, references: Pictures, title: str, problems: Problems):
@@ -112,18 +137,12 @@ def by_suffix(pictures: Pictures, suffix: str) -> tuple[Pictures, Pictures]:
 
 def side_by_side(pictures: Pictures, reference: str) -> tuple[Pictures, Pictures]:
     """Pictures holding both -> (targets, references). reference: the half, left or right, that is the reference."""
-    target = "right" if reference == "left" else "left"
-    targets, references = (
-        {name: Picture(picture.path, half) for name, picture in pictures.items()} for half in (target, reference)
-    )
-    return targets, references
+    halves = ("right" if reference == "left" else "left", reference)
+    return tuple({name: Picture(picture.path, half) for name, picture in pictures.items()} for half in halves)
 
 
 def from_file(file: Path, problems: Problems) -> tuple[Pictures, dict[str, tuple[str, ...]], list[Pictures]]:
-    """A JSONL or CSV file with target, reference or references, caption -> targets, captions, first references, ….
-
-    Paths are relative to the file's folder.
-    """
+    """A JSONL or CSV file, paths relative to its folder -> targets, captions, first references, second ones, …."""
     targets, captions, rows = {}, {}, {}
     for number, record in records(file, problems):
         where = f"{file}, line {number}"

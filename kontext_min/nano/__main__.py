@@ -34,9 +34,8 @@ def pretrain(folder: Path, work: Path, smoke: bool) -> None:
     write_clip(folder / "tokenizer")
     vae = pretrain_vae(work, 4 if smoke else VAE_STEPS)
     phases = tuple(replace(phase, examples=64, steps=3, batch=4) for phase in PHASES) if smoke else PHASES
-    nano = pretrain_flux(
-        work, vae, folder, phases, 3 if smoke else DISTIL_STEPS, report=lambda nano: export(folder, nano, vae)
-    )
+    distil = 3 if smoke else DISTIL_STEPS
+    nano = pretrain_flux(work, vae, folder, phases, distil, report=lambda nano: export(folder, nano, vae))
     export(folder, nano, vae)
 
 
@@ -84,4 +83,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"nano: {error}")

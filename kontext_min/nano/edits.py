@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from kontext_min.data.buckets import Size
-from kontext_min.nano.photos import load_photos
 from kontext_min.nano.scenes import (
     COLOURS,
     PLACES,
@@ -29,6 +29,7 @@ from kontext_min.nano.scenes import (
     random_scene,
 )
 
+PHOTOS = Path(__file__).parents[2] / "configs" / "photos"
 # Never in pretraining, so that a LoRA has something to teach: name -> words that would give it away in a prompt.
 HELD_OUT = {
     "invert": ("invert", "negative"),
@@ -102,12 +103,6 @@ def as_written(r: np.random.Generator, prompt: str) -> str:
     return prompt + "." if r.random() < 0.15 else prompt
 
 
-def where(cell: tuple[int, int], moving: bool) -> str:
-    """A place in words: "in the top left corner", "to the center"."""
-    place = PLACES[cell]
-    return f"to the {place}" if moving else f"in the {place}"
-
-
 def call(r: np.random.Generator, thing: Object, scene: Scene) -> str:
     """An object's name; at times only its shape, if no other object has it."""
     same_shape = [other for other in scene.objects if other.shape == thing.shape]
@@ -141,7 +136,7 @@ def add(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     kinds = [(s, c) for s in SHAPES for c in COLOURS if c != scene.background.colour and f"{c} {s}" not in taken]
     shape, colour = pick(r, kinds)
     new = Object(shape, colour, COLOURS[colour], cell, place_of(cell), RADIUS)
-    prompt = say(r, "add", thing=new.name, place=where(cell, moving=False))
+    prompt = say(r, "add", thing=new.name, place=f"in the {PLACES[cell]}")
     return prompt, replace(scene, objects=(*scene.objects, new))
 
 
@@ -149,7 +144,8 @@ def move(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
     """One object goes to the centre of a free cell."""
     thing, cell = pick(r, scene.objects), pick(r, scene.free_cells())
     new = replace(thing, cell=cell, centre=place_of(cell))
-    return say(r, "move", thing=call(r, thing, scene), place=where(cell, moving=True)), exchange(scene, thing, new)
+    prompt = say(r, "move", thing=call(r, thing, scene), place=f"to the {PLACES[cell]}")
+    return prompt, exchange(scene, thing, new)
 
 
 def background(r: np.random.Generator, scene: Scene) -> tuple[str, Scene]:
@@ -199,9 +195,9 @@ def from_image(image: Image.Image) -> Picture:
     return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
-def blurred(picture: Picture) -> Picture:
-    """A Gaussian of 1/26 of the short side."""
-    return from_image(to_image(picture).filter(ImageFilter.GaussianBlur(min(picture.shape[:2]) / 26)))
+def blurred(picture: Picture, share: int = 26) -> Picture:
+    """A Gaussian of 1/share of the short side."""
+    return from_image(to_image(picture).filter(ImageFilter.GaussianBlur(min(picture.shape[:2]) / share)))
 
 
 def framed(picture: Picture, colour: str) -> Picture:
@@ -212,16 +208,7 @@ def framed(picture: Picture, colour: str) -> Picture:
     return picture
 
 
-SCENE_EDITS: dict[str, Callable[[np.random.Generator, Scene], tuple[str, Scene]]] = {
-    "recolour": recolour,
-    "remove": remove,
-    "add": add,
-    "move": move,
-    "background": background,
-    "resize": resize,
-    "reshape": reshape,
-    "swap": swap,
-}
+SCENE_EDITS = {edit.__name__: edit for edit in (recolour, remove, add, move, background, resize, reshape, swap)}
 PICTURE_EDITS: dict[str, Callable[[Picture], Picture]] = {
     "grayscale": gray,
     "darker": lambda picture: picture * 0.5,
@@ -233,14 +220,17 @@ PICTURE_EDITS: dict[str, Callable[[Picture], Picture]] = {
 
 
 @cache
-def photo_images(split: str) -> list[Image.Image]:
-    """The split's photographs as PIL images."""
-    return [to_image(photo) for photo in load_photos(split)]
+def photographs(split: str) -> list[Image.Image]:
+    """All photographs of "train" or "validation", sorted by name."""
+    files = sorted((PHOTOS / {"train": "reference", "validation": "validation_reference"}[split]).glob("*.jpg"))
+    if not files:
+        raise FileNotFoundError(f"no photographs in {PHOTOS}; run this in a clone of the repository")
+    return [Image.open(file).convert("RGB") for file in files]
 
 
 def photo_crop(r: np.random.Generator, split: str, size: Size) -> Picture:
     """A random window of a random photograph; in training its channels are at times permuted or gamma-corrected."""
-    photo = pick(r, photo_images(split))
+    photo = pick(r, photographs(split))
     largest = min(photo.width / size.width, photo.height / size.height)
     scale = largest * r.uniform(0.45, 1.0)
     width, height = size.width * scale, size.height * scale
@@ -255,23 +245,13 @@ def photo_crop(r: np.random.Generator, split: str, size: Size) -> Picture:
     return picture
 
 
-def picture_edit(r: np.random.Generator, edit: str, reference: Picture) -> tuple[str, Picture]:
-    """Apply a global edit (or keep) to any picture."""
-    if edit == "border":
-        colour = pick(r, COLOURS)
-        return say(r, edit, colour=colour), framed(reference, colour)
-    return say(r, edit), PICTURE_EDITS[edit](reference)
-
-
 def text_to_image(r: np.random.Generator, size: Size) -> Example:
     """A caption and its picture: one or two canonical objects on a plain background."""
     scene = random_scene(r, most=2)
-    objects = [
-        replace(thing, rgb=COLOURS[thing.colour], centre=place_of(thing.cell), radius=RADIUS) for thing in scene.objects
-    ]
+    objects = [Object(t.shape, t.colour, COLOURS[t.colour], t.cell, place_of(t.cell), RADIUS) for t in scene.objects]
     colour = scene.background.colour
     scene = Scene(Background("plain", colour, COLOURS[colour]), tuple(objects))
-    things = " and ".join(f"a {thing.name} {where(thing.cell, moving=False)}" for thing in objects)
+    things = " and ".join(f"a {thing.name} in the {PLACES[thing.cell]}" for thing in objects)
     return Example("text to image", as_written(r, f"{things} on a {colour} background"), (), draw(scene, size))
 
 
@@ -281,14 +261,14 @@ def insert(r: np.random.Generator, size: Size) -> Example:
     cell = pick(r, scene.free_cells())
     new = replace(other.objects[0], cell=cell, centre=place_of(cell), radius=RADIUS)
     target = replace(scene, objects=(*scene.objects, new))
-    prompt = as_written(r, say(r, "insert", place=where(cell, moving=False)))
+    prompt = as_written(r, say(r, "insert", place=f"in the {PLACES[cell]}"))
     return Example("insert", prompt, (draw(scene, size), draw(other, size)), draw(target, size))
 
 
-def example(split: str, index: int, size: Size, edit: str | None = None, mix: dict[str, float] = MIX) -> Example:
-    """Example number `index` of "train" or "validation" at `size`; `edit` is drawn from `mix` unless it is given."""
+def example(split: str, index: int, size: Size, edit: str | None = None) -> Example:
+    """Example number `index` of "train" or "validation" at `size`; `edit` is drawn from MIX unless it is given."""
     r = np.random.default_rng([SPLITS[split], index])
-    drawn = r.choice(list(mix), p=list(mix.values()))
+    drawn = r.choice(list(MIX), p=list(MIX.values()))
     edit = edit or str(drawn)
     if edit in ("text to image", "insert"):
         return (insert if edit == "insert" else text_to_image)(r, size)
@@ -297,7 +277,9 @@ def example(split: str, index: int, size: Size, edit: str | None = None, mix: di
         prompt, changed = SCENE_EDITS[edit](r, scene)
         return Example(edit, as_written(r, prompt), (draw(scene, size),), draw(changed, size))
     photograph, reference = any_picture(r, split, size)
-    prompt, target = picture_edit(r, edit, reference)
+    colour = pick(r, COLOURS) if edit == "border" else ""
+    prompt = say(r, edit, colour=colour)
+    target = framed(reference, colour) if edit == "border" else PICTURE_EDITS[edit](reference)
     return Example(edit, as_written(r, prompt), (reference,), target, photograph)
 
 

@@ -5,27 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageDraw
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from kontext_min import flow, sampler
 from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import apply_updates
 from kontext_min.checkpoints.load import find, load_clip, load_flux, load_t5, load_vae
 from kontext_min.data.buckets import Size
+from kontext_min.encoders import to_image
 from kontext_min.flow import Condition
-from kontext_min.models.clip import CLIPText
-from kontext_min.models.flux import Flux
-from kontext_min.models.t5 import T5Encoder
-from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import FURTHER_EDITS, GLOBAL_EDITS, HELD_OUT, OBJECT_EDITS, Example, example
 from kontext_min.nano.held_out import held_out_example
 from kontext_min.nano.model import Tokenizers
 from kontext_min.nano.pretrain_vae import psnr, to_tensor
 from kontext_min.sampler import Sampling
+from kontext_min.sheet import card, page
 
 SIZES = (Size(96, 96), Size(112, 80), Size(80, 112), Size(96, 96))
 EDITS = (*GLOBAL_EDITS, *OBJECT_EDITS, "keep", *FURTHER_EDITS, "text to image")
@@ -35,25 +31,16 @@ ENOUGH = 0.25  # success: the squared error on changed pixels is below this shar
 UNDISTURBED = 20.0  # and the other pixels have at least this PSNR in dB
 KEPT = 25.0  # where nothing should change, success is this PSNR in dB
 BATCH = 25
-GUIDANCES = {
-    "guidance 1": SAMPLING,
-    "guidance 2.5": replace(SAMPLING, guidance=2.5),
-    "guidance 4": replace(SAMPLING, guidance=4.0),
-    "true CFG 2.5": replace(SAMPLING, cfg_scale=2.5),
-    "true CFG 4": replace(SAMPLING, cfg_scale=4.0),
-}
+GUIDANCES = {f"guidance {scale:g}": replace(SAMPLING, guidance=scale) for scale in (1.0, 2.5, 4.0)}
+GUIDANCES |= {f"true CFG {scale:g}": replace(SAMPLING, cfg_scale=scale) for scale in (2.5, 4.0)}
 
 
-@dataclass(frozen=True)
 class Editor:
     """A model folder, loaded in fp32, at times with a LoRA."""
 
-    flux: Flux
-    vae: VAE
-    t5: T5Encoder
-    clip: CLIPText
-    tokenizers: Tokenizers
-    shift: flow.Shift
+    def __init__(self, networks: list[nn.Module], tokenizers: Tokenizers, shift: flow.Shift):
+        self.flux, self.vae, self.t5, self.clip = networks
+        self.tokenizers, self.shift = tokenizers, shift
 
     @classmethod
     def read(cls, folder: Path, lora: Path | None = None) -> "Editor":
@@ -62,18 +49,14 @@ class Editor:
         networks = [load(checkpoint, *place) for load in (load_flux, load_vae, load_t5, load_clip)]
         if lora is not None:
             apply_updates(networks[0], read_adapter(lora).updates, 1.0, torch.float32)
-        return cls(*networks, Tokenizers.read(folder), checkpoint.shift)
+        return cls(networks, Tokenizers.read(folder), checkpoint.shift)
 
     @torch.inference_mode()
-    def __call__(
-        self, prompts: list[str], references: list[Tensor], size: Size, sampling: Sampling = SAMPLING
-    ) -> Tensor:
+    def __call__(self, prompts: list[str], references: list[Tensor], size: Size, sampling=SAMPLING) -> Tensor:
         """Edited pictures (B, 3, H, W) in -1..1; references alike, none for text-to-image."""
         latents = [self.vae.encode(pictures) for pictures in references]
-        condition, empty = (
-            Condition(self.t5(t5), self.clip(clip), latents)
-            for t5, clip in (self.tokenizers(prompts), self.tokenizers([""] * len(prompts)))
-        )
+        texts = (self.tokenizers(prompts), self.tokenizers([""] * len(prompts)))
+        condition, empty = (Condition(self.t5(t5), self.clip(clip), latents) for t5, clip in texts)
         shape = (len(prompts), 16, size.height // 8, size.width // 8)
         x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed))
         times = flow.schedule(sampling.steps, flow.token_count(*shape[-2:]), self.shift)
@@ -155,11 +138,11 @@ def evaluate(editor: Editor, edits: Sequence[str], count: int) -> tuple[dict[str
     """Means over `count` cases of every edit, and three cases of each as rows of a contact sheet."""
     table, rows = {}, []
     for edit in edits:
-        measured = [(batch, *measure(editor, batch)) for batch in cases_of(edit, count)]
-        keys = measured[0][1]
-        means = {key: torch.cat([numbers[key] for _, numbers, _ in measured]).nanmean().item() for key in keys}
+        batches = cases_of(edit, count)
+        numbers, outputs = zip(*(measure(editor, batch) for batch in batches), strict=True)
+        means = {key: torch.cat([part[key] for part in numbers]).nanmean().item() for key in numbers[0]}
         table[edit] = {key: round(mean, 3) for key, mean in means.items() if mean == mean}  # no photographs: nan
-        rows += shown([(batch, output) for batch, _, output in measured])
+        rows += shown(list(zip(batches, outputs, strict=True)))
         print(line(edit, table[edit]), flush=True)
     return table, rows
 
@@ -197,25 +180,16 @@ def line(edit: str, numbers: dict[str, float]) -> str:
     return f"{edit:14s} {percent:48s} " + " ".join(f"{key} {numbers[key]:.1f}" for key in names if key in numbers)
 
 
-def contact_sheet(rows: list, columns: int = 3, zoom: int = 2) -> Image.Image:
-    """References | output | target of every row, with the prompt above."""
-    most = max(len(batch.references) for batch, *_ in rows)
-    width, height = (most + 2) * 116 * zoom, 112 * zoom + 20
-    sheet = Image.new("RGB", (columns * width, -(-len(rows) // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (batch, output, row) in enumerate(rows):
-        left, top = i % columns * width, i // columns * height
-        pen.text((left + 4, top + 4), batch.prompts[row], fill="black")
-        pictures = [*(pictures[row] for pictures in batch.references), output[row], batch.target[row]]
-        for j, picture in enumerate(pictures):
-            sheet.paste(enlarged(picture, zoom), (left + 4 + j * 114 * zoom, top + 20))
-    return sheet
-
-
-def enlarged(picture: Tensor, zoom: int) -> Image.Image:
-    """(3, H, W) in -1..1 as an image, each pixel zoom x zoom."""
-    pixels = rearrange(((picture + 1) * 127.5).round().clamp(0, 255), "c h w -> h w c").numpy().astype(np.uint8)
-    return Image.fromarray(pixels).resize((pixels.shape[1] * zoom, pixels.shape[0] * zoom), Image.NEAREST)
+def contact_sheet(rows: list) -> Image.Image:
+    """References | output | target of every row, below the prompt."""
+    cards = []
+    for batch, output, row in rows:
+        named = [("reference", pictures) for pictures in batch.references] + [
+            ("nano", output),
+            ("target", batch.target),
+        ]
+        cards.append(card([batch.prompts[row]], [(label, to_image(pictures[row])) for label, pictures in named]))
+    return page(cards, columns=3)
 
 
 def report(folder: Path, count: int) -> None:

@@ -7,30 +7,19 @@ import io
 from dataclasses import replace
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from kontext_min.data.buckets import Size
-from kontext_min.nano.edits import SPLITS, Example, any_picture, from_image, gray, to_image
+from kontext_min.nano.edits import SPLITS, Example, any_picture, blurred, from_image, gray, to_image
 from kontext_min.nano.scenes import Picture, cover, draw, pick, random_scene
 
 SEPIA = np.array([[0.393, 0.349, 0.272], [0.769, 0.686, 0.534], [0.189, 0.168, 0.131]], np.float32)
 
 
-def invert(picture: Picture) -> Picture:
-    """The photographic negative."""
-    return 1 - picture
-
-
-def sepia(picture: Picture) -> Picture:
-    """Browned, as an old print."""
-    return np.clip(picture @ SEPIA, 0, 1)
-
-
 def sketch(picture: Picture) -> Picture:
     """Dark lines on white: luma divided by its blurred self (line width 1/40 of the short side)."""
     luma = gray(picture)
-    soft = from_image(to_image(luma).filter(ImageFilter.GaussianBlur(min(picture.shape[:2]) / 40)))
-    return np.clip((luma + 0.05) / (soft + 0.05), 0, 1) ** 3
+    return np.clip((luma + 0.05) / (blurred(luma, 40) + 0.05), 0, 1) ** 3
 
 
 def mosaic(picture: Picture) -> Picture:
@@ -66,11 +55,6 @@ def inset(picture: Picture, second: Picture) -> Picture:
     return result
 
 
-def soften(picture: Picture) -> Picture:
-    """What "deblur" starts from: a Gaussian of 1/40 of the short side."""
-    return from_image(to_image(picture).filter(ImageFilter.GaussianBlur(min(picture.shape[:2]) / 40)))
-
-
 def compress(picture: Picture) -> Picture:
     """What "jpeg clean-up" starts from: quality 12."""
     buffer = io.BytesIO()
@@ -80,14 +64,14 @@ def compress(picture: Picture) -> Picture:
 
 # name in HELD_OUT: (prompt, function); the first group makes the target of one picture, the second one its reference
 TARGETS = {
-    "invert": ("invert the colors", invert),
+    "invert": ("invert the colors", lambda picture: 1 - picture),
     "sketch": ("turn the picture into a pencil sketch", sketch),
-    "sepia": ("give the picture a sepia tone", sepia),
+    "sepia": ("give the picture a sepia tone", lambda picture: np.clip(picture @ SEPIA, 0, 1)),
     "mosaic": ("turn the picture into a mosaic", mosaic),
     "outline": ("outline everything in black", outline),
 }
 DEGRADATIONS = {
-    "deblur": ("deblur the picture", soften),
+    "deblur": ("deblur the picture", lambda picture: blurred(picture, 40)),
     "jpeg clean-up": ("clean up the jpeg artifacts", compress),
 }
 

@@ -16,25 +16,13 @@ from kontext_min.models.vae import VAE
 from kontext_min.nano.vocabulary import CLIP_TOKENS, LENGTH, T5_PIECES
 from kontext_min.presets import NANO
 
-FLUX = FluxConfig(
-    vec_in_dim=64,
-    context_in_dim=128,
-    hidden_size=192,
-    num_heads=3,
-    depth=2,
-    depth_single_blocks=4,
-    axes_dim=(8, 28, 28),
-)
+# fmt: off
+FLUX = FluxConfig(vec_in_dim=64, context_in_dim=128, hidden_size=192, num_heads=3, depth=2, depth_single_blocks=4,
+                  axes_dim=(8, 28, 28))
 T5 = T5Config(vocab_size=T5_PIECES, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, max_distance=32)
-CLIP = CLIPConfig(
-    vocab_size=CLIP_TOKENS,
-    hidden_size=64,
-    intermediate_size=256,
-    num_layers=2,
-    num_heads=2,
-    max_positions=LENGTH,
-    eos_token_id=CLIP_TOKENS - 1,
-)
+CLIP = CLIPConfig(vocab_size=CLIP_TOKENS, hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2,
+                  max_positions=LENGTH, eos_token_id=CLIP_TOKENS - 1)
+# fmt: on
 
 
 class Nano(nn.Module):
@@ -43,8 +31,8 @@ class Nano(nn.Module):
     def __init__(self):
         super().__init__()
         self.flux, self.t5, self.clip = Flux(FLUX), T5Encoder(T5), CLIPText(CLIP)
-        nn.init.zeros_(self.flux.final_layer.linear.weight)
-        nn.init.zeros_(self.flux.final_layer.linear.bias)
+        for parameter in self.flux.final_layer.linear.parameters():
+            nn.init.zeros_(parameter)
         for block in self.t5.encoder.block:
             nn.init.normal_(block.layer[0].SelfAttention.q.weight, std=(T5.d_model * T5.d_kv) ** -0.5)
         embeddings = self.clip.text_model.embeddings

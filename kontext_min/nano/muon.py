@@ -1,9 +1,10 @@
-"""Muon for matrices and convolution kernels, Adam for the rest (Jordan et al. 2024; scaled to Adam's step size).
+"""Training that resumes: Muon for matrices and kernels, Adam for the rest (Jordan et al. 2024; Adam's step size).
 
 torch.optim.Muon takes 2-D parameters only and works in bfloat16, which CPUs without bf16 instructions do slowly.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,41 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
-def optimizers(models: Iterable[nn.Module], lr: float, adam_lr: float, adam_names: tuple[str, ...] = ()) -> list:
-    """Muon for matrices, Adam for vectors and for parameters whose name contains one of `adam_names`."""
-    matrices, others = [], []
-    for model in models:
-        for name, p in model.named_parameters():
-            matrix = p.ndim >= 2 and not any(part in name for part in adam_names)
+class Training:
+    """A network and its optimizers: Muon for matrices, Adam for vectors and names in `adam`; it goes on from `file`."""
+
+    def __init__(self, file: Path, name: str, network: nn.Module, rates: tuple[float, float], adam: tuple = ()):
+        self.file, self.name, self.network, self.rates, self.step = file, name, network, rates, 0
+        matrices, others = [], []
+        for parameter_name, p in network.named_parameters():
+            matrix = p.ndim >= 2 and not any(part in parameter_name for part in adam)
             (matrices if matrix else others).append(p)
-    return [Muon(matrices, lr, weight_decay=0.01), torch.optim.Adam(others, adam_lr, betas=(0.9, 0.98), fused=True)]
+        muon = Muon(matrices, rates[0], weight_decay=0.01)
+        self.optims = [muon, torch.optim.Adam(others, rates[1], betas=(0.9, 0.98), fused=True)]
+        if file.exists():
+            state = torch.load(file, weights_only=True)
+            network.load_state_dict(state[name])
+            for optim, saved in zip(self.optims, state["optims"], strict=True):
+                optim.load_state_dict(saved)
+            self.step = state["step"]
+
+    def update(self, loss: Tensor, share: float) -> None:
+        """One step of both optimizers at `share` of their learning rates."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optim, full in zip(self.optims, self.rates, strict=True):
+            optim.param_groups[0]["lr"] = full * share
+            optim.step()
+            optim.zero_grad()
+        self.step += 1
+
+    def save(self) -> None:
+        """Replace the file."""
+        optims = [optim.state_dict() for optim in self.optims]
+        save_whole({self.name: self.network.state_dict(), "optims": optims, "step": self.step}, self.file)
+
+
+def save_whole(content, file: Path) -> None:
+    """torch.save under another name first, so that a file is never half written."""
+    torch.save(content, file.with_name(file.name + ".tmp"))
+    file.with_name(file.name + ".tmp").rename(file)

@@ -6,6 +6,7 @@ The third stage distils true classifier-free guidance into the guidance embeddin
 import copy
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -19,7 +20,7 @@ from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import Example, example
 from kontext_min.nano.model import Nano, Tokenizers
-from kontext_min.nano.muon import optimizers
+from kontext_min.nano.muon import Training, save_whole
 from kontext_min.nano.pretrain_vae import to_tensor
 
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
@@ -77,9 +78,8 @@ def encode_examples(vae: VAE, tokenizers: Tokenizers, examples: list[Example]) -
         return vae.encode(to_tensor(pictures)).half().contiguous()
 
     references = [latents(pictures) for pictures in zip(*(task.references for task in examples), strict=True)]
-    return Bucket(
-        latents([task.target for task in examples]), references, *tokenizers([task.prompt for task in examples])
-    )
+    ids = tokenizers([task.prompt for task in examples])
+    return Bucket(latents([task.target for task in examples]), references, *ids)
 
 
 @torch.no_grad()
@@ -102,27 +102,23 @@ def write_part(file: Path, part: int, vae: VAE, tokenizer_folder: Path, phase: P
     return file
 
 
-def save_whole(content, file: Path) -> None:
-    """torch.save under another name first, so that a file is never half written."""
-    torch.save(content, file.with_name(file.name + ".tmp"))
-    file.with_name(file.name + ".tmp").rename(file)
-
-
 def joined(chunks: list[Bucket]) -> Bucket:
     """Several buckets of one size as one."""
-    references = [torch.cat(latents) for latents in zip(*(chunk.references for chunk in chunks), strict=True)]
-    target, t5, clip = (torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("target", "t5", "clip"))
-    return Bucket(target, references, t5, clip)
+    whole = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("target", "t5", "clip")}
+    columns = zip(*(chunk.references for chunk in chunks), strict=True)
+    return Bucket(references=[torch.cat(column) for column in columns], **whole)
 
 
 def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> list[Bucket]:
-    """The phase's buckets from `folder`/latents-NAME.*, which every core helps to make if need be."""
-    started, columns = time.perf_counter(), (folder / f"latents-{phase.name}", vae, tokenizer_folder, phase)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        tasks = [pool.submit(write_part, columns[0], part, *columns[1:]) for part in range(PARTS)]
-        parts = [torch.load(task.result(), weights_only=True) for task in tasks]
-    minutes = (time.perf_counter() - started) / 60
-    print(f"latents {phase.name}: {phase.examples} examples, {minutes:.2f} min on {os.cpu_count()} cores", flush=True)
+    """The phase's buckets from `folder`/latents-NAME.*; every core helps to make the parts that are not there yet."""
+    file, started = folder / f"latents-{phase.name}", time.perf_counter()
+    if missing := [part for part in range(PARTS) if not file.with_suffix(f".{part}").exists()]:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            for task in [pool.submit(write_part, file, part, vae, tokenizer_folder, phase) for part in missing]:
+                task.result()
+        made, minutes = f"{len(missing)} of {PARTS} parts", (time.perf_counter() - started) / 60
+        print(f"latents {phase.name}: {made}, {minutes:.2f} min on {os.cpu_count()} cores", flush=True)
+    parts = [torch.load(file.with_suffix(f".{part}"), weights_only=True) for part in range(PARTS)]
     keys = sorted({key for part in parts for key in part})
     return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in keys]
 
@@ -165,9 +161,7 @@ def loss_of(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: t
     return ((weights * error).sum(1) / weights.sum(1)).mean()
 
 
-def distil_loss(
-    nano: Nano, teacher: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: torch.Generator
-) -> Tensor:
+def distil_loss(nano: Nano, teacher: Nano, data: Bucket, empty: tuple, generator: torch.Generator) -> Tensor:
     """Squared error against the teacher's true classifier-free guidance at random scales."""
     t, _, x_t = noisy(data.target, generator)
     low, high = GUIDANCE
@@ -187,53 +181,19 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
 
 
-def cut(data: Bucket, length: int) -> Bucket:
-    """Instructions cut to `length` tokens; captions of text-to-image are longer and stay."""
-    if not data.references:
-        return data
-    return Bucket(data.target, data.references, data.t5[:, :length], data.clip[:, :length])
-
-
-class Run:
-    """The networks, their optimizers and the step they are at; one file holds all of it."""
+class Run(Training):
+    """The training of `nano`, in `folder`/flux.pt."""
 
     def __init__(self, folder: Path):
         torch.manual_seed(2)
-        self.nano, self.step, self.file = Nano(), 0, folder / "flux.pt"
-        self.optims = optimizers([self.nano], MUON_RATE, ADAM_RATE, ADAM_NAMES)
-        if self.file.exists():
-            state = torch.load(self.file, weights_only=True)
-            self.nano.load_state_dict(state["nano"])
-            for optim, saved in zip(self.optims, state["optims"], strict=True):
-                optim.load_state_dict(saved)
-            self.step = state["step"]
-
-    def save(self) -> None:
-        """Replace the file."""
-        optims = [optim.state_dict() for optim in self.optims]
-        state = {"nano": self.nano.state_dict(), "optims": optims, "step": self.step}
-        save_whole(state, self.file)
-
-    def update(self, loss: Tensor, share: float) -> None:
-        """One step of both optimizers at `share` of their learning rates."""
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.nano.parameters(), 1.0)
-        for optim, full in zip(self.optims, (MUON_RATE, ADAM_RATE), strict=True):
-            optim.param_groups[0]["lr"] = full * share
-            optim.step()
-            optim.zero_grad()
-        self.step += 1
+        self.nano = Nano()
+        super().__init__(folder / "flux.pt", "nano", self.nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
 
 
-def pretrain_flux(
-    folder: Path, vae: VAE, tokenizer_folder: Path, phases: tuple[Phase, ...], distil: int, report
-) -> Nano:
-    """Train through all phases and distil guidance, or go on from `folder`/flux.pt.
-
-    report(nano) is called at every save.
-    """
+def pretrain_flux(folder: Path, vae: VAE, tokenizer_folder: Path, phases: Sequence[Phase], distil: int, report) -> Nano:
+    """Train through all phases and distil guidance, or go on from `folder`/flux.pt; report(nano) at every save."""
     run, empty = Run(folder), Tokenizers.read(tokenizer_folder)([""])
-    total, done, log = sum(phase.steps for phase in phases), 0, Log()
+    total, done, buckets, log = sum(phase.steps for phase in phases), 0, None, Log()
     for phase in phases:
         done += phase.steps
         if run.step >= done:
@@ -241,7 +201,9 @@ def pretrain_flux(
         buckets = cached_buckets(folder, vae, tokenizer_folder, phase)
         while run.step < done:
             generator = torch.Generator().manual_seed(run.step)
-            data = cut(choose(buckets, phase.batch, phase.sizes[0], generator), phase.text_length)
+            data, length = choose(buckets, phase.batch, phase.sizes[0], generator), phase.text_length
+            if data.references:  # captions of text-to-image are longer and stay
+                data = replace(data, t5=data.t5[:, :length], clip=data.clip[:, :length])
             nothing = tuple(ids[:, : data.t5.shape[1]] for ids in empty)
             loss = loss_of(run.nano, data, nothing, generator)
             run.update(loss, rate(run.step, total))
@@ -251,7 +213,8 @@ def pretrain_flux(
                 report(run.nano)
     if run.step < total + distil:
         last = replace(phases[-1], steps=distil, batch=phases[-1].batch // 2)
-        distil_guidance(run, folder, cached_buckets(folder, vae, tokenizer_folder, last), empty, total, last, log)
+        buckets = buckets or cached_buckets(folder, vae, tokenizer_folder, last)  # those of the last phase
+        distil_guidance(run, folder, buckets, empty, total, last, log)
         report(run.nano)
     return run.nano.eval()
 

@@ -14,7 +14,7 @@ from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE, VAEConfig
 from kontext_min.nano.edits import any_picture, example, photo_crop
 from kontext_min.nano.held_out import TARGETS
-from kontext_min.nano.muon import optimizers
+from kontext_min.nano.muon import Training
 from kontext_min.nano.scenes import Picture, pick
 
 CONFIG = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, groups=8, scaling_factor=1.0, shift_factor=0.0)
@@ -84,37 +84,19 @@ def normalised(vae: VAE, pictures: int = 512) -> VAE:
     return result.eval().requires_grad_(False)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Warm-up over 50 steps, then half a cosine down to zero."""
-    return LEARNING_RATE * min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
 def pretrain_vae(folder: Path, steps: int) -> VAE:
     """Train, or go on from `folder`/vae.pt, or read the finished one. Returns it frozen, with normalised latents."""
     torch.manual_seed(1)
-    vae, file, first = VAE(CONFIG).to(memory_format=torch.channels_last), folder / "vae.pt", 0
-    optims = optimizers([vae], LEARNING_RATE, LEARNING_RATE)
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        for optim, saved in zip(optims, state["optims"], strict=True):
-            optim.load_state_dict(saved)
-        first = state["step"]
-    started = time.process_time()
-    for step in range(first, steps):
-        for group in (group for optim in optims for group in optim.param_groups):
-            group["lr"] = learning_rate(step, steps)
+    vae, started = VAE(CONFIG).to(memory_format=torch.channels_last), time.process_time()
+    training = Training(folder / "vae.pt", "vae", vae, (LEARNING_RATE, LEARNING_RATE))
+    while training.step < steps:
+        step = training.step  # warm-up over 50 steps, then half a cosine down to zero
+        share = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         loss = loss_of(vae, batch(step), torch.Generator().manual_seed(step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad()
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        training.update(loss, share)
+        if training.step % SAVE_EVERY == 0 or training.step == steps:
             report = " ".join(f"{name} {db:.2f} dB" for name, db in quality(vae).items())
             cpu = (time.process_time() - started) / 60
-            print(f"vae step {step + 1}/{steps} loss {loss.item():.4f} {report} cpu {cpu:.2f} min", flush=True)
-            torch.save(
-                {"vae": vae.state_dict(), "optims": [optim.state_dict() for optim in optims], "step": step + 1}, file
-            )
+            print(f"vae step {training.step}/{steps} loss {loss.item():.4f} {report} cpu {cpu:.2f} min", flush=True)
+            training.save()
     return normalised(vae)

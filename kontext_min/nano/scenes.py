@@ -7,7 +7,6 @@ Pictures are float32 arrays (H, W, 3) in 0..1. Every random draw comes from the 
 from dataclasses import dataclass
 
 import numpy as np
-from einops import rearrange
 from PIL import Image, ImageDraw
 
 from kontext_min.data.buckets import Size
@@ -91,12 +90,6 @@ def circle_points(count: int, radius: float = 1.0, start: float = 0.0) -> np.nda
     return radius * np.stack([np.sin(angles), -np.cos(angles)], axis=-1)
 
 
-def star_points() -> np.ndarray:
-    """A five-pointed star. (10, 2)"""
-    outer, inner = circle_points(5, 1.12), circle_points(5, 0.5, start=np.pi / 5)
-    return rearrange([outer, inner], "ring point xy -> (point ring) xy")
-
-
 def heart_points() -> np.ndarray:
     """The usual parametric heart, scaled to the unit disc. (48, 2)"""
     s = np.linspace(0, 2 * np.pi, 48, endpoint=False)
@@ -106,23 +99,11 @@ def heart_points() -> np.ndarray:
 
 
 def cross_points() -> np.ndarray:
-    """An upright plus sign. (12, 2)"""
-    a, b = 0.34, 1.0
-    points = [
-        (a, -b),
-        (a, -a),
-        (b, -a),
-        (b, a),
-        (a, a),
-        (a, b),
-        (-a, b),
-        (-a, a),
-        (-b, a),
-        (-b, -a),
-        (-a, -a),
-        (-a, -b),
-    ]
-    return np.array(points)
+    """An upright plus sign: three corners, turned by quarters. (12, 2)"""
+    corners = [np.array([(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)])]
+    for _ in range(3):
+        corners.append(np.stack([-corners[-1][:, 1], corners[-1][:, 0]], axis=-1))
+    return np.concatenate(corners)
 
 
 # name: polygon inside (about) the unit disc, (points, 2)
@@ -130,7 +111,7 @@ SHAPES: dict[str, np.ndarray] = {
     "circle": circle_points(48, 0.95),
     "square": circle_points(4, 1.15, start=np.pi / 4),
     "triangle": circle_points(3, 1.15),
-    "star": star_points(),
+    "star": np.stack([circle_points(5, 1.12), circle_points(5, 0.5, start=np.pi / 5)], 1).reshape(10, 2),
     "heart": heart_points(),
     "cross": cross_points(),
 }
@@ -140,22 +121,15 @@ def draw_pattern(background: Background, size: Size) -> Picture:
     """The background alone. Returns (H, W, 3)."""
     x = ((np.arange(size.width, dtype=np.float32) + 0.5) / size.width * 2 - 1)[None, :]
     y = ((np.arange(size.height, dtype=np.float32) + 0.5) / size.height * 2 - 1)[:, None]
-    f = background.frequency
-    match background.pattern:
-        case "plain":
-            share = np.zeros_like(x * y)
-        case "vertical gradient":
-            share = (y + 1) / 2 + 0 * x
-        case "horizontal gradient":
-            share = (x + 1) / 2 + 0 * y
-        case "stripes":
-            wave = np.sin((x * np.cos(background.angle) + y * np.sin(background.angle)) * f)
-            share = np.clip(wave * 2 + 0.5, 0, 1)
-        case "checker":
-            share = np.clip(np.sin(x * f) * np.sin(y * f) * 6 + 0.5, 0, 1)
-        case "dots":
-            distance = np.hypot((x * f / 4) % 1 - 0.5, (y * f / 4) % 1 - 0.5)
-            share = np.clip(2.2 - 8 * distance, 0, 1)
+    a, f = background.angle, background.frequency
+    share = {
+        "plain": lambda: 0 * x * y,
+        "vertical gradient": lambda: (y + 1) / 2 + 0 * x,
+        "horizontal gradient": lambda: (x + 1) / 2 + 0 * y,
+        "stripes": lambda: np.clip(np.sin((x * np.cos(a) + y * np.sin(a)) * f) * 2 + 0.5, 0, 1),
+        "checker": lambda: np.clip(np.sin(x * f) * np.sin(y * f) * 6 + 0.5, 0, 1),
+        "dots": lambda: np.clip(2.2 - 8 * np.hypot((x * f / 4) % 1 - 0.5, (y * f / 4) % 1 - 0.5), 0, 1),
+    }[background.pattern]()
     first = np.array(background.rgb, np.float32)
     second = first * 0.62 if first.mean() > 0.25 else first + 0.22
     return first + (second - first) * share[..., None].astype(np.float32)
@@ -190,18 +164,12 @@ def place_of(cell: tuple[int, int]) -> tuple[float, float]:
     return cell[0] * CELL, cell[1] * CELL
 
 
-def random_background(r: np.random.Generator, colour: str) -> Background:
-    """A background of the named colour with any pattern."""
-    return Background(pick(r, PATTERNS), colour, jitter(r, colour), r.uniform(0, np.pi), r.uniform(7, 14))
-
-
 def random_scene(r: np.random.Generator, least: int = 1, most: int = 3) -> Scene:
     """`least` to `most` objects in different cells, no two alike, none in the background's colour."""
-    background = random_background(r, pick(r, COLOURS))
+    colour = pick(r, COLOURS)
+    background = Background(pick(r, PATTERNS), colour, jitter(r, colour), r.uniform(0, np.pi), r.uniform(7, 14))
     kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS if colour != background.colour]
-    cells = list(PLACES)
-    count = int(r.integers(least, most + 1))
-    objects = []
+    cells, count, objects = list(PLACES), int(r.integers(least, most + 1)), []
     for kind, cell in zip(r.permutation(len(kinds))[:count], r.permutation(len(cells))[:count], strict=True):
         shape, colour = kinds[kind]
         x, y = np.array(place_of(cells[cell])) + r.uniform(-0.04, 0.04, 2)

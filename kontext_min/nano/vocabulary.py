@@ -4,11 +4,11 @@ About twelve hundred pieces each instead of T5's 32,128 and CLIP's 49,408, whose
 """
 
 import io
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+from kontext_min.checkpoints.save import write_json
 from kontext_min.data.buckets import Size
 from kontext_min.nano.edits import HELD_OUT, example
 from kontext_min.nano.held_out import held_out_example
@@ -26,11 +26,6 @@ def corpus() -> list[str]:
     held_out = [held_out_example("train", i, Size(16, 16), edit).prompt for edit in HELD_OUT for i in range(3)]
     words = WORDS.read_text().split()
     return prompts + held_out + 3 * words + [word.capitalize() for word in words]
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Indented JSON that keeps every character readable."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def t5_as_json(model_file: Path):
@@ -56,19 +51,10 @@ def write_t5(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=T5_PIECES,
-        normalization_rule_name="identity",
-        required_chars="".join(map(chr, range(33, 127))),
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=T5_PIECES,
+        normalization_rule_name="identity", required_chars="".join(map(chr, range(33, 127))),
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
     (folder / "spiece.model").write_bytes(model.getvalue())
     t5_as_json(folder / "spiece.model").save(str(folder / "tokenizer.json"))
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -93,8 +79,7 @@ def clip_merges(count: int) -> list[tuple[str, str]]:
     while len(merges) < count:
         pairs = Counter()
         for word, times in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += times
+            pairs.update({pair: n * times for pair, n in Counter(pairwise(word)).items()})
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         words = Counter({merged(word, best): times for word, times in words.items()})
@@ -105,10 +90,8 @@ def merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
     """The word with every occurrence of the pair, from the left, as one symbol."""
     symbols = []
     for symbol in word:
-        if symbols and (symbols[-1], symbol) == pair:
-            symbols[-1] = symbols[-1] + symbol
-        else:
-            symbols.append(symbol)
+        joins = symbols and (symbols[-1], symbol) == pair
+        symbols.append(symbols.pop() + symbol if joins else symbol)
     return tuple(symbols)
 
 
@@ -126,6 +109,5 @@ def write_clip(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
     write_json(folder / "special_tokens_map.json", special)
-    write_json(
-        folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH} | special
-    )
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH}
+    write_json(folder / "tokenizer_config.json", config | special)

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from kontext_min.adapters.inject import muted, updates
-from kontext_min.pictures import heat_map, overlay, rows_of, write_page
 from kontext_min.study import hooks
 from kontext_min.study.experiment import Experiment, ablation, anatomy, follow, repeat
+from kontext_min.study.pictures import heat_map, overlay, rows_of, write_page
 
 Sections = list[tuple[str, str, Image.Image]]  # name, caption, picture
 

@@ -19,7 +19,7 @@ from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import apply_updates, muted, updates
 from kontext_min.adapters.layers import Adapted
 from kontext_min.checkpoints import load
-from kontext_min.data.align import shift_between
+from kontext_min.data.align import psnr, shift_between
 from kontext_min.data.buckets import Size, open_image
 from kontext_min.edit import output_size, prepare_reference
 from kontext_min.encoders import decode_image, encode_image, encode_texts, pixels_per_token
@@ -27,7 +27,6 @@ from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.tokenizers import T5Tokenizer
 from kontext_min.models.vae import VAE
-from kontext_min.pictures import psnr
 from kontext_min.sampler import Field, Sampling
 from kontext_min.study.hooks import Call, average
 

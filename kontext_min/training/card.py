@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 
 from kontext_min import presets
@@ -18,6 +19,7 @@ license: other
 license_name: flux-1-dev-non-commercial-license
 license_link: https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md""",
 }
+quoted = partial(json.dumps, ensure_ascii=False)  # as a Python string
 CARD = """\
 ---
 {licence}
@@ -86,8 +88,3 @@ def write_card(config: Config, recipe: dict, examples: Examples):
         "settings": config.model_dump_json(indent=2, exclude_unset=True, exclude=places),
     }  # fmt: skip
     folder.card.write_text(CARD.format(**recipe | values), encoding="utf-8")
-
-
-def quoted(text: str) -> str:
-    """As a Python string."""
-    return json.dumps(text, ensure_ascii=False)

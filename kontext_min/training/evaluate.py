@@ -16,10 +16,7 @@ CLEARLY = 0.99  # a loss below this share of another is clearly lower: the same 
 
 
 class Evaluator:
-    """The loss of the validation pairs, each at the same noise and times at every step; lines of eval.jsonl.
-
-    Nothing is drawn from a global generator and no gradient is kept, so training does not notice.
-    """
+    """The loss of the validation pairs, at the same noise and times at every step; training does not notice it."""
 
     def __init__(self, config: Config, flux: Flux, examples: Examples, unseen: bool):
         self.config, self.flux, self.examples, self.unseen = config, flux, examples, unseen

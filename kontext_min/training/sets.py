@@ -7,7 +7,6 @@ from kontext_min.config import Config, Dataset, Generator, ValidationItem
 from kontext_min.data import pairs
 from kontext_min.data.buckets import Geometry, extent, same_aspect
 from kontext_min.data.cache import Cache
-from kontext_min.data.captions import captions_of
 from kontext_min.data.degrade import check as check_generator
 from kontext_min.data.examples import Crop, Degradation, Example, Mix, View, draw
 from kontext_min.data.pairs import Picture, Pictures
@@ -40,9 +39,9 @@ class References:
 
 def mix_of(config: Config) -> Mix:
     """What an epoch shows."""
-    several, dropout = config.conditioning_multidataset_sampling, config.caption_dropout_probability
+    dropout = (config.caption_dropout_probability, config.reference_dropout_probability)
     masks = (config.masked_loss_probability, config.masked_loss_weight)
-    return Mix(config.seed, several, dropout, config.reference_dropout_probability, *masks)
+    return Mix(config.seed, config.conditioning_multidataset_sampling, *dropout, *masks)
 
 
 def text_cache(config: Config) -> Cache:
@@ -54,8 +53,7 @@ def text_cache(config: Config) -> Cache:
 def read_sets(config: Config, step: int) -> Sets:
     """Find, check and plan every pair; step: training sizes are multiples of it, in pixels. ValueError says all.
 
-    Validation takes the sets of dataset_type eval and what validation_split holds out; without them, the first pairs
-    that are trained on.
+    Validation takes eval sets and what validation_split holds out; without them, the first pairs that are trained on.
     """
     reader = Reader(config, config.aspect_bucket_alignment or step)
     found = {role: [e for entry in reader.of(role) for e in reader.plan(entry)] for role in ("image", "eval")}
@@ -115,7 +113,11 @@ class Reader:
         self.disabled = {entry.id for entry in listed if entry.disabled}
         entries = [entry for entry in listed if not entry.disabled]
         named = {name for entry in entries for name in entry.conditioning_data if name != entry.id}
-        self.entries = [as_references(entry) if entry.id in named else entry for entry in entries]
+        strict = {"conditioning_type": "reference_strict"}  # a set that another names as its references is one
+        self.entries = [
+            e.model_copy(update=strict) if e.id in named and e.role == "image" and not e.conditioning_data else e
+            for e in entries
+        ]
         self.by_id = {entry.id: entry for entry in self.entries}
         for name, count in Counter(entry.id for entry in entries).items():
             if count > 1:
@@ -132,8 +134,6 @@ class Reader:
     def of(self, role: str) -> list[Dataset]:
         """The entries of a role."""
         return [entry for entry in self.entries if entry.role == role]
-
-    # ------------------------------------------------------------------------------------------- finding
 
     def plan(self, entry: Dataset) -> list[Example]:
         """The examples of one target set; [] when something is wrong with it."""
@@ -162,7 +162,12 @@ class Reader:
         if (entry.instance_data_dir is None) == (entry.pairs_file is None):
             self.wrong("incomplete entries", f"{entry.id} needs instance_data_dir or pairs_file, one of them")
             return Found({}, {}, [])
-        found = self.in_file(entry) if entry.pairs_file else self.in_folder(entry)
+        if file := entry.pairs_file:
+            targets, captions, columns = pairs.from_file(file, self.problems)
+            sets = [References(f"{file.name}, reference {i}", column, {}) for i, column in enumerate(columns, 1)]
+            found = Found(targets, captions, sets)
+        else:
+            found = self.in_folder(entry)
         made = [generated_id(entry, generator) for generator in entry.conditioning]
         for name in entry.conditioning_data:
             if name not in made and (references := self.named(entry, name)):
@@ -179,7 +184,7 @@ class Reader:
     def captions(self, entry: Dataset, pictures: Pictures) -> dict[str, tuple[str, ...]]:
         """The captions of a set's pictures by its strategy."""
         how = (entry.strategy, tuple(entry.instance_prompt), self.problems)
-        return {name: captions_of(picture.path, *how) for name, picture in pictures.items()}
+        return {name: pairs.captions_of(picture.path, *how) for name, picture in pictures.items()}
 
     def in_folder(self, entry: Dataset) -> Found:
         """Targets of a folder, and the references that lie in the same folder, if the entry says so."""
@@ -194,28 +199,19 @@ class Reader:
             sets = [References(f"{entry.id} (*{entry.reference_suffix})", others, {})]
         return Found(pictures, self.captions(entry, pictures), sets)
 
-    def in_file(self, entry: Dataset) -> Found:
-        """Targets, captions and reference sets of a pairs file."""
-        file = entry.pairs_file
-        targets, captions, columns = pairs.from_file(file, self.problems)
-        sets = [References(f"{file.name}, reference {i}", column, {}) for i, column in enumerate(columns, 1)]
-        return Found(targets, captions, sets)
-
     def named(self, entry: Dataset, name: str) -> References | None:
         """A reference set by its id."""
         source = self.by_id.get(name)
         if source is None:
             hint = "; it is disabled" if name in self.disabled else near_miss(name, self.by_id)
-            self.wrong("unknown ids", f"{entry.id}: conditioning_data names {name}, which is no id in the list{hint}")
-            return None
+            what = f"conditioning_data names {name}, which is no id in the list{hint}"
+            return self.wrong("unknown ids", f"{entry.id}: {what}")
         if name == entry.id or source.conditioning_data or source.role in ("eval", "text_embeds"):
             why = "it has conditioning_data" if source.conditioning_data else f"it is a set of {source.role}"
             what = "itself" if name == entry.id else f"{name}, which is no reference set: {why}"
-            self.wrong("circular references", f"{entry.id}: conditioning_data names {what}")
-            return None
+            return self.wrong("circular references", f"{entry.id}: conditioning_data names {what}")
         if source.instance_data_dir is None:
-            self.wrong("incomplete entries", f"{name} needs an instance_data_dir")
-            return None
+            return self.wrong("incomplete entries", f"{name} needs an instance_data_dir")
         if source.instance_data_dir == entry.instance_data_dir:
             what = f"{entry.id} and {name} are the same folder, {source.instance_data_dir}"
             self.wrong("circular references", f"{what}: that would teach copying")
@@ -260,8 +256,6 @@ class Reader:
             if count > 1:
                 self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
 
-    # ------------------------------------------------------------------------------------------- planning
-
     def geometry(self, entry: Dataset) -> Geometry:
         """How a set's pictures are brought to size."""
         largest, downsampled = entry.maximum_image_size, entry.target_downsample_size
@@ -288,10 +282,13 @@ class Reader:
                 mask = self.mask(other, target)
                 continue
             own_captions.append(references.captions.get(name, ()))
-            if references.generator:
-                views.append(replace(target, degradation=self.degradation(references, seed)))
+            own_seed = (*seed, references.id)
+            if made := references.generator:
+                kept = made.instance_data_dir or self.config.cache_dir / "conditioning_data" / references.id
+                how = Degradation(made.type, made.parameters, own_seed, kept if made.when == "start" else None)
+                views.append(replace(target, degradation=how))
             elif references.geometry:
-                views.append(view(entry, other, Crop(references.geometry, other.size(), (*seed, references.id))))
+                views.append(view(entry, other, Crop(references.geometry, other.size(), own_seed)))
             else:
                 self.check_aspect(other, picture, "strict references", " or use reference_loose")
                 views.append(replace(target, picture=other, strict=True))
@@ -315,23 +312,11 @@ class Reader:
             self.wrong("masks without white", text)
         return mask
 
-    def degradation(self, references: References, seed: tuple) -> Degradation:
-        """How one target is degraded, and where the result is kept."""
-        made = references.generator
-        kept = made.instance_data_dir or self.config.cache_dir / "conditioning_data" / references.id
-        return Degradation(made.type, made.parameters, (*seed, references.id), kept if made.when == "start" else None)
-
 
 def view(entry: Dataset, picture: Picture, crop: Crop) -> View:
     """A picture by its crop, of epoch 0 or anew in every epoch."""
     fresh = entry.vae_cache_clear_each_epoch and entry.crop_style == "random"
     return View(picture, crop.at(0), crop=crop if fresh else None)
-
-
-def as_references(entry: Dataset) -> Dataset:
-    """A set that another names as its references is one, whether it says so or not."""
-    says_so = entry.role != "image" or entry.conditioning_data
-    return entry if says_so else entry.model_copy(update={"conditioning_type": "reference_strict"})
 
 
 def generated_id(entry: Dataset, generator: Generator) -> str:

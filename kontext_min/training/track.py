@@ -4,6 +4,7 @@ TensorBoard and W&B are written through their own libraries, imported only if as
 """
 
 import secrets
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,11 +20,8 @@ from kontext_min.run_folder import RunFolder, append, read_lines
 SMOOTHING = 0.98  # of the loss in the bar: a mean over about 50 steps
 
 
-class Tracker:
-    """Adds to metrics.jsonl, moves the bar and tells the reporters. Use as a context manager.
-
-    start: the steps already done.
-    """
+class Tracker(AbstractContextManager):
+    """Adds to metrics.jsonl, moves the bar, tells the reporters: a context manager. start: the steps already done."""
 
     def __init__(self, config: Config, device: torch.device, start: int = 0):
         self.folder, self.device = RunFolder(config.output_dir), device
@@ -32,9 +30,6 @@ class Tracker:
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
         self.reporters = [REPORTERS[name](config, start) for name in asked(config)]
         self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
-
-    def __enter__(self) -> "Tracker":
-        return self
 
     def __exit__(self, *_):
         self.bar.close()
@@ -46,7 +41,7 @@ class Tracker:
         values = {**values, **in_use(self.device)}
         append(self.folder.metrics, {"step": step, **values})
         for reporter in self.reporters:
-            reporter.scalars(step, {f"train/{name}": value for name, value in values.items() if value is not None})
+            reporter.log(step, {f"train/{name}": value for name, value in values.items() if value is not None}, {})
         if values["loss"] is not None:
             self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * values["loss"]
             self.weight = SMOOTHING * self.weight + 1 - SMOOTHING
@@ -58,6 +53,9 @@ class Tracker:
 
     def validated(self, step: int):
         """Pass on the numbers and pictures that validation left for a step."""
+        self.bar.unpause()  # the time that validation takes is none of the steps'
+        if not self.reporters:
+            return
         found = {}
         for file in (self.folder.psnr, self.folder.eval):
             for line in (line for line in read_lines(file) if line["step"] == step):
@@ -67,12 +65,7 @@ class Tracker:
         files |= {f"validation/{file.stem}": file for file in self.folder.validation.glob(f"{step:06d}/*.png")}
         pictures = {name: Image.open(file).convert("RGB") for name, file in files.items() if file.exists()}
         for reporter in self.reporters:
-            reporter.scalars(step, found)
-            reporter.pictures(step, pictures)
-        self.bar.unpause()  # the time that validation takes is none of the steps'
-
-
-# ------------------------------------------------------------------------------------------------ reporters
+            reporter.log(step, found, pictures)
 
 
 class TensorBoard:
@@ -82,17 +75,13 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(log_folder(config)), purge_step=start + 1)
+        self.close = self.writer.close
 
-    def scalars(self, step: int, values: dict[str, float]):
+    def log(self, step: int, values: dict[str, float], images: dict[str, Image.Image]):
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-
-    def pictures(self, step: int, images: dict[str, Image.Image]):
         for name, image in images.items():
             self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
-
-    def close(self):
-        self.writer.close()
 
 
 class WandB:
@@ -108,16 +97,11 @@ class WandB:
         settings = {"project": config.tracker_project_name, "name": run_name(config), "dir": str(folder)}
         settings |= {"id": file.read_text(encoding="utf-8"), "config": config.model_dump(mode="json")}
         self.run, self.image = wandb.init(resume="allow", **settings), wandb.Image
+        self.close = self.run.finish
 
-    def scalars(self, step: int, values: dict[str, float]):
-        if values:
-            self.run.log(values, step=step)
-
-    def pictures(self, step: int, images: dict[str, Image.Image]):
-        self.scalars(step, {name: self.image(image) for name, image in images.items()})
-
-    def close(self):
-        self.run.finish()
+    def log(self, step: int, values: dict[str, float], images: dict[str, Image.Image]):
+        if values or images:
+            self.run.log(values | {name: self.image(image) for name, image in images.items()}, step=step)
 
 
 REPORTERS = {"tensorboard": TensorBoard, "wandb": WandB}

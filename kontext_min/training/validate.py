@@ -10,13 +10,14 @@ from PIL import Image
 
 from kontext_min.adapters.inject import muted
 from kontext_min.config import Config
+from kontext_min.data.align import psnr
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.edit import Editor, Text, edit
-from kontext_min.pictures import psnr, sheet
 from kontext_min.presets import Preset
 from kontext_min.run_folder import RunFolder, append
 from kontext_min.sampler import Sampling
+from kontext_min.sheet import card, page
 from kontext_min.training.items import Item, asked_items, pair_item
 from kontext_min.training.sets import Sets, mix_of
 
@@ -99,8 +100,8 @@ class Validator:
                 scores.append({"base": psnr(base, target), "lora": psnr(lora, target)})
                 cells += [(f"base {scores[-1]['base']:.1f} dB", base), (f"LoRA {scores[-1]['lora']:.1f} dB", lora)]
                 cells.append(("target", target))
-            rows.append((item.title(), cells))
-        sheet(rows).save(self.folder.sheet(step))
+            rows.append(card([item.title()], cells))
+        page(rows).save(self.folder.sheet(step))
         if not scores:
             return f"step {step}: look at {self.folder.sheet(step)}"
         mean = {kind: sum(score[kind] for score in scores) / len(scores) for kind in ("base", "lora")}

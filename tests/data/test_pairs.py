@@ -7,8 +7,7 @@ from PIL import Image
 
 from kontext_min.data import pairs
 from kontext_min.data.buckets import same_aspect
-from kontext_min.data.captions import captions_of
-from kontext_min.data.pairs import Picture
+from kontext_min.data.pairs import Picture, captions_of
 from kontext_min.data.problems import Problems
 
 

@@ -12,7 +12,15 @@ from kontext_min.models.vae import VAE
 from kontext_min.nano.evaluate import success
 from kontext_min.nano.model import Nano, Tokenizers
 from kontext_min.nano.muon import orthogonalise
-from kontext_min.nano.pretrain_flux import PHASES, Bucket, distil_loss, pretrain_flux, token_weights
+from kontext_min.nano.pretrain_flux import (
+    PARTS,
+    PHASES,
+    Bucket,
+    cached_buckets,
+    distil_loss,
+    pretrain_flux,
+    token_weights,
+)
 from kontext_min.nano.pretrain_vae import CONFIG
 from kontext_min.nano.vocabulary import CLIP_TOKENS, LENGTH, write_clip, write_t5
 
@@ -70,6 +78,21 @@ def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tm
         with pytest.raises(KeyboardInterrupt):
             weights("parts", interrupt_at(step))
     assert torch.equal(whole, weights("parts"))
+
+
+def test_only_missing_latents_are_made(tokenizers, tmp_path, capsys, monkeypatch):
+    torch.manual_seed(0)
+    vae, phase = VAE(CONFIG).requires_grad_(False), replace(PHASES[0], examples=40)
+    first = cached_buckets(tmp_path, vae, tokenizers[0], phase)
+    assert f"{PARTS} of {PARTS} parts" in capsys.readouterr().out
+    (tmp_path / "latents-64px.1").unlink()
+    again = cached_buckets(tmp_path, vae, tokenizers[0], phase)
+    assert f"1 of {PARTS} parts" in capsys.readouterr().out
+    monkeypatch.setattr("kontext_min.nano.pretrain_flux.ProcessPoolExecutor", None)  # not needed any more
+    last = cached_buckets(tmp_path, vae, tokenizers[0], phase)
+    assert capsys.readouterr().out == ""
+    for buckets in (again, last):
+        assert all(torch.equal(a.target, b.target) for a, b in zip(first, buckets, strict=True))
 
 
 def test_distilled_guidance_is_the_teachers_true_cfg():

@@ -1,6 +1,9 @@
 """The data of nano's pretraining: reproducible, exact, and free of the edits that LoRAs are to teach."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,21 +11,23 @@ from PIL import Image
 
 from kontext_min.config import Config
 from kontext_min.data.buckets import Size
-from kontext_min.nano import demo, held_out, photos
+from kontext_min.nano import held_out
 from kontext_min.nano.edits import (
     FURTHER_EDITS,
     GLOBAL_EDITS,
     HELD_OUT,
     MIX,
     OBJECT_EDITS,
+    PHOTOS,
     TEMPLATES,
     example,
     from_image,
+    photographs,
 )
 from kontext_min.nano.pairs import write_pairs
 from kontext_min.nano.pretrain_flux import PHASES
 
-SIZE = Size(64, 48)
+SIZE, KINDS = Size(64, 48), ("", "validation_")
 
 
 def test_same_index_gives_same_example():
@@ -86,18 +91,20 @@ def test_no_pretraining_target_is_a_held_out_edit_of_its_reference():
 
 
 def test_validation_photographs_come_from_pictures_that_training_never_sees():
-    train, validation = ({source for source, _ in table.values()} for table in (photos.TRAIN, photos.VALIDATION))
-    assert not train & validation
-    assert len(photos.load_photos("train")) == len(photos.TRAIN)
-    assert len(photos.load_photos("validation")) == len(photos.VALIDATION)
+    table = re.findall(r"^\| (\*\*validation\*\* )?([\w-]+) \| (\w+\.\w+) \|", (PHOTOS / "README.md").read_text(), re.M)
+    listed = {kind: {name for held, name, _ in table if bool(held) is (kind == "validation_")} for kind in KINDS}
+    sources = {kind: {source for held, _, source in table if bool(held) is (kind == "validation_")} for kind in KINDS}
+    assert not sources[""] & sources["validation_"]
+    for kind in KINDS:
+        assert {file.stem for file in (PHOTOS / f"{kind}reference").glob("*.jpg")} == listed[kind]
+    assert (len(photographs("train")), len(photographs("validation"))) == (15, 4)
 
 
 def test_every_demo_pair_has_its_edited_target_and_caption():
-    prompt, edit = held_out.TARGETS[demo.DEMO]
-    assert demo.DEMO in HELD_OUT
-    for prefix in ("", "validation_"):
-        for file in (photos.PHOTOS / f"{prefix}reference").glob("*.jpg"):
-            target = photos.PHOTOS / f"{prefix}target" / file.name
+    prompt, edit = held_out.TARGETS["sepia"]
+    for prefix in KINDS:
+        for file in (PHOTOS / f"{prefix}reference").glob("*.jpg"):
+            target = PHOTOS / f"{prefix}target" / file.name
             assert target.with_suffix(".txt").read_text().strip() == prompt
             difference = from_image(Image.open(target)) - edit(from_image(Image.open(file)))
             assert np.abs(difference).mean() < 0.02
@@ -141,3 +148,18 @@ def test_written_pairs_are_read_as_a_data_list_with_the_replayed_share(tmp_path)
     assert "data.json" in said
     with pytest.raises(ValueError, match="not empty"):
         write_pairs("inset", tmp_path / "pairs", count=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["pairs", "sepia", "tests"], "nano: tests is not empty; name a new folder"),
+        (["evaluate", "--cases", "1", "--edits", "keep", "--lora", "gone.safetensors"], "gone.safetensors"),
+        (["evaluate", "--folder", "gone"], "nano: gone is neither a folder nor a hub id (owner/name)"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_sentence(arguments, sentence):
+    command = [sys.executable, "-m", "kontext_min.nano", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1

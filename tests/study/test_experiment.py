@@ -13,10 +13,9 @@ from tiny import random
 from kontext_min import flow
 from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import add_lora, detach_all, updates
-from kontext_min.data.align import shift_between
+from kontext_min.data.align import psnr, shift_between
 from kontext_min.encoders import encode_image
 from kontext_min.flow import Condition
-from kontext_min.pictures import psnr
 from kontext_min.study import hooks
 from kontext_min.study.__main__ import main
 from kontext_min.study.experiment import Experiment, ablation, anatomy, follow, repeat

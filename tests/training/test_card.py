@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
-from tiny import CPU
+from tiny import CPU, write_pairs
 
 import infer
 import train
@@ -21,15 +21,7 @@ PROMPT = 'it\'s "réd" 🟥 | a photo of cat'
 def run(kontext, tmp_path_factory):
     """A trained folder with its card."""
     folder = tmp_path_factory.mktemp("card")
-    for name in ("target", "reference"):
-        (folder / name).mkdir()
-        for i in range(3):
-            Image.effect_noise((64, 48), 80 + i).convert("RGB").save(folder / name / f"{i}.png")
-            (folder / "target" / f"{i}.txt").write_text(PROMPT, encoding="utf-8")
-    data = [
-        {"id": "t", "instance_data_dir": str(folder / "target"), "conditioning_data": "r", "resolution": 48},
-        {"id": "r", "instance_data_dir": str(folder / "reference"), "conditioning_type": "reference_strict"},
-    ]
+    data = write_pairs(folder, 3, (64, 48), PROMPT)
     values = {
         "pretrained_model_name_or_path": str(kontext), "data_backend_config": data, "mixed_precision": "no",
         "cache_dir": str(folder / "cache"), "max_train_steps": 3, "lora_rank": 4, "lora_alpha": 8, "num_eval_images": 1,

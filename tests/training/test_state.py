@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import train
@@ -26,15 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def config(kontext, tmp_path):
     """Twelve steps of accumulated batches with warm-up, cosine and dropout; a checkpoint every five steps."""
-    for folder in ("target", "reference"):
-        (tmp_path / folder).mkdir()
-        for i in range(3):
-            Image.effect_noise((64, 48), 80 + i).convert("RGB").save(tmp_path / folder / f"{i}.png")
-            (tmp_path / "target" / f"{i}.txt").write_text("make the sky red\nmake it night")
-    data = [
-        {"id": "t", "instance_data_dir": str(tmp_path / "target"), "conditioning_data": "r", "resolution": 48},
-        {"id": "r", "instance_data_dir": str(tmp_path / "reference"), "conditioning_type": "reference_strict"},
-    ]
+    data = tiny.write_pairs(tmp_path, 3, (64, 48), "make the sky red\nmake it night")
     values = {
         "pretrained_model_name_or_path": str(kontext), "data_backend_config": data, "mixed_precision": "no",
         "cache_dir": str(tmp_path / "cache"), "max_train_steps": 12, "gradient_accumulation_steps": 2, "lora_rank": 2,

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -20,16 +21,8 @@ from kontext_min.training.validate import items_of, sampling_of
 @pytest.fixture
 def values(kontext, tmp_path):
     """Four steps on six small pairs, shown in two sampling steps."""
-    for folder in ("target", "reference"):
-        (tmp_path / folder).mkdir()
-        for i in range(6):
-            Image.effect_noise((64, 32), 60 + i).convert("RGB").save(tmp_path / folder / f"{i}.png")
-            (tmp_path / "target" / f"{i}.txt").write_text(f"make it night {i}")
+    data = tiny.write_pairs(tmp_path, 6, (64, 32), "make it night {i}", noise=60)
     Image.effect_noise((40, 80), 50).convert("RGB").save(tmp_path / "mine.png")
-    data = [
-        {"id": "t", "instance_data_dir": str(tmp_path / "target"), "conditioning_data": "r", "resolution": 48},
-        {"id": "r", "instance_data_dir": str(tmp_path / "reference"), "conditioning_type": "reference_strict"},
-    ]
     return {
         "pretrained_model_name_or_path": str(kontext), "data_backend_config": data, "mixed_precision": "no",
         "cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / "out"), "max_train_steps": 4,

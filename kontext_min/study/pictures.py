@@ -1,52 +1,18 @@
-"""Pictures of pictures: how near two are, sheets of them with captions, heat maps, and a page without network."""
+"""Heat maps, rows of pictures, and a page of them without network."""
 
 import base64
 import html
-import math
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-MARGIN, LINE = 8, 18  # pixels of a sheet
-SHOWN = 256  # small pictures are enlarged to about this on a sheet
+from kontext_min.sheet import card, page
+
 HEAT = {"black": "#1b0c41", "mid": "#d44842", "white": "#f9f871"}  # of an overlay: from 0 to the largest
 PALE, DARK = (250, 247, 238), (226, 122, 63)  # of a table's cells
 STYLE = "body{margin:32px;font:16px/1.5 sans-serif;color:#222}p{color:#555;margin:4px 0 8px}h2{margin:40px 0 0}"
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size, in dB; 99 when they are equal, or nearly."""
-    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))
-
-
-def sheet(rows: list[tuple[str, list[tuple[str, Image.Image]]]]) -> Image.Image:
-    """A contact sheet: rows one below the other."""
-    strips = [strip(title, cells) for title, cells in rows]
-    page = Image.new("RGB", (max(row.width for row in strips), sum(row.height for row in strips) + MARGIN), "white")
-    top = MARGIN
-    for row in strips:
-        page.paste(row, (0, top))
-        top += row.height
-    return page
-
-
-def strip(title: str, cells: list[tuple[str, Image.Image]]) -> Image.Image:
-    """A row of a sheet: a title above captioned pictures, small ones enlarged without smoothing."""
-    zoom = max(1, SHOWN // max(max(image.size) for _, image in cells))
-    cells = [(label, ImageOps.scale(image, zoom, Image.Resampling.NEAREST)) for label, image in cells]
-    width, height = sum(image.width + MARGIN for _, image in cells), max(image.height for _, image in cells)
-    row = Image.new("RGB", (width + MARGIN, height + 2 * LINE + MARGIN), "white")
-    pen, font, left = ImageDraw.Draw(row), ImageFont.load_default(13), MARGIN
-    pen.text((left, 0), title, fill="black", font=font)
-    for label, image in cells:
-        pen.text((left, LINE), label, fill="gray", font=font)
-        row.paste(image, (left, 2 * LINE))
-        left += image.width + MARGIN
-    return row
 
 
 def overlay(image: Image.Image, values: Tensor) -> Image.Image:
@@ -58,13 +24,7 @@ def overlay(image: Image.Image, values: Tensor) -> Image.Image:
 
 def rows_of(pictures: dict[str, dict[str, Image.Image]]) -> Image.Image:
     """Row -> label -> picture as a sheet; large ones are shown small."""
-    shown = {row: {label: small(image) for label, image in cells.items()} for row, cells in pictures.items()}
-    return sheet([(row, list(cells.items())) for row, cells in shown.items()])
-
-
-def small(image: Image.Image) -> Image.Image:
-    """At most 192 pixels a side."""
-    return ImageOps.contain(image, [min(side, 192) for side in image.size])
+    return page([card([row], list(cells.items()), side=200, shrink=True) for row, cells in pictures.items()])
 
 
 def heat_map(values: dict[str, dict[str, float]], form: str = "{:.2f}", by_row: bool = False) -> Image.Image:
@@ -72,8 +32,8 @@ def heat_map(values: dict[str, dict[str, float]], form: str = "{:.2f}", by_row: 
     font, columns = ImageFont.load_default(13), list(dict.fromkeys(name for row in values.values() for name in row))
     left, *widths = (int(max(map(font.getlength, names))) + 14 for names in (values, *((c, "00.00") for c in columns)))
     places = dict(zip(columns, accumulate([left, *widths[:-1]]), strict=True))
-    page = Image.new("RGB", (left + sum(widths) + 8, 24 * len(values) + 32), "white")
-    pen = ImageDraw.Draw(page)
+    made = Image.new("RGB", (left + sum(widths) + 8, 24 * len(values) + 32), "white")
+    pen = ImageDraw.Draw(made)
     for name, width in zip(columns, widths, strict=True):
         pen.text((places[name] + width / 2, 14), name, "gray", font, anchor="mm")
     for i, (row, cells) in enumerate(values.items()):
@@ -85,7 +45,7 @@ def heat_map(values: dict[str, dict[str, float]], form: str = "{:.2f}", by_row: 
             colour = tuple(round(a + (b - a) * share) for a, b in zip(PALE, DARK, strict=True))
             pen.rectangle((x, y, x + width - 2, y + 22), colour)
             pen.text((x + width / 2, y + 12), form.format(value), "black", font, anchor="mm")
-    return page
+    return made
 
 
 def write_page(folder: Path, title: str, about: str, sections: list[tuple[str, str, Image.Image]]) -> Path:
