@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from kontext_min import presets
-from kontext_min.adapters.formats import AdapterFile, read_adapter
 from kontext_min.adapters.inject import apply_updates
+from kontext_min.adapters.read import AdapterFile, read_adapter
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import Editor, edit, output_size, prepare_reference

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from kontext_min import presets, report
-from kontext_min.adapters.formats import AdapterFile, read_adapter
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, start_from
+from kontext_min.adapters.read import AdapterFile, read_adapter
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary

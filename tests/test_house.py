@@ -16,9 +16,9 @@ LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of 
     4: ["training"],
     3: ["edit", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
-        "adapters.formats", "quantize", "memory", "parallel", "study"],
-    1: ["models", "flow", "adapters.layers", "checkpoints.keys", "data.align", "data.buckets", "data.captions",
-        "data.degrade", "data.problems", "training.optim", "training.ema", "run_folder"],
+        "adapters.read", "adapters.write", "quantize", "memory", "parallel", "study"],
+    1: ["models", "flow", "adapters.layers", "adapters.formats", "checkpoints.keys", "data.align",
+        "data.buckets", "data.captions", "data.degrade", "data.problems", "training.optim", "training.ema", "run_folder"],
     0: ["config", "foreign"],
 }  # fmt: skip
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 import infer
 import train
-from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import add_lora, updates
+from kontext_min.adapters.write import write_lora
 from kontext_min.checkpoints.load import load_flux
 
 PROMPT, OTHER = "make the sky red", "turn it into night, please!"

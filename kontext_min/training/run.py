@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from kontext_min import flow
-from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import updates
+from kontext_min.adapters.write import write_lora
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux

@@ -8,8 +8,9 @@ import tiny
 import torch
 from tiny import CPU, FP32, error, run_flux
 
-from kontext_min.adapters.formats import read_adapter, write_lora
 from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, updates
+from kontext_min.adapters.read import read_adapter
+from kontext_min.adapters.write import write_lora
 from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.checkpoints.load import load_flux
 from kontext_min.models.flux import FluxConfig

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
-from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import updates
+from kontext_min.adapters.read import read_adapter
 from kontext_min.training import state, trainer
 from kontext_min.training.validate import Validator
 
