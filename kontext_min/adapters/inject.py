@@ -21,7 +21,9 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _CONTEXT_FF = ("ff_context.net.0.proj", "ff_context.net.2")
 _ALL = (*_ATTENTION, *_CONTEXT)
-_ALL_FF = (*_ALL, "ff.net.0.proj", "ff.net.2", *_CONTEXT_FF, "proj_mlp", "proj_out")
+_FF = ("ff.net.0.proj", "ff.net.2", *_CONTEXT_FF)
+_ALL_FF = (*_ALL, *_FF, "proj_mlp", "proj_out")
+CLASSES = {"Attention": _ALL, "FeedForward": _FF}  # class in diffusers -> endings of its linears' names
 TARGETS = {  # `flux_lora_target` -> endings of module names, as SimpleTuner has them
     "all":              _ALL,
     "context":          _CONTEXT,
