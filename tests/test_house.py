@@ -18,7 +18,8 @@ LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of 
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.read", "adapters.write", "quantize", "memory", "parallel", "study"],
     1: ["models", "flow", "adapters.layers", "adapters.formats", "checkpoints.keys", "data.align",
-        "data.buckets", "data.captions", "data.degrade", "data.problems", "training.optim", "training.ema", "run_folder"],
+        "data.buckets", "data.captions", "data.degrade", "data.problems", "training.optim", "training.ema",
+        "run_folder"],
     0: ["config", "foreign"],
 }  # fmt: skip
 

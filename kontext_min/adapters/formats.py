@@ -29,7 +29,7 @@ PEFT, KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.
 FORMATS = {
     "diffusers":       Format("transformer.",       ".", "diffusers", *PEFT),  # also ai-toolkit, its LoKr too
     "kohya":           Format("lora_unet_",         "_", "bfl",       *KOHYA),  # also musubi, LyCORIS with kohya
-    "comfy":           Format("diffusion_model.",   ".", "bfl",       *PEFT),
+    "comfy":           Format("diffusion_model.",   ".", "bfl",       *KOHYA),  # lora_A there is nothing to diffusers
     "bfl":             Format("",                   ".", "bfl",       *PEFT),
     "lycoris":         Format("lycoris_",           "_", "diffusers", *KOHYA),  # SimpleTuner, LyCORIS by itself
     "onetrainer":      Format("lora_transformer_",  "_", "diffusers", *KOHYA),
@@ -40,13 +40,13 @@ FORMATS = {
     "kohya-diffusers": Format("lora_unet_",         "_", "diffusers", *KOHYA),
 }
 ENDINGS = {  # of a tensor's name, after the dot -> what it is of its module; read under any prefix
-    "lora_A.weight": "A", "lora_down.weight": "A", "lora_A.default.weight": "A",
-    "lora_B.weight": "B", "lora_up.weight": "B", "lora_B.default.weight": "B",
-    "lokr_w1": "w1", "lokr_w1_a": "w1_a", "lokr_w1_b": "w1_b",
-    "lokr_w2": "w2", "lokr_w2_a": "w2_a", "lokr_w2_b": "w2_b",
+    "lora_A.weight": "lora_A", "lora_down.weight": "lora_A", "lora_A.default.weight": "lora_A",
+    "lora_B.weight": "lora_B", "lora_up.weight": "lora_B", "lora_B.default.weight": "lora_B",
+    "lokr_w1": "lokr_w1", "lokr_w1_a": "lokr_w1_a", "lokr_w1_b": "lokr_w1_b",
+    "lokr_w2": "lokr_w2", "lokr_w2_a": "lokr_w2_a", "lokr_w2_b": "lokr_w2_b",
     "alpha": "alpha",
-    "dora_scale": "magnitude",  # kohya and LyCORIS: (rows, 1)
-    "lora_magnitude_vector": "magnitude",  # PEFT: (rows,)
+    "dora_scale": "dora_scale",  # kohya and LyCORIS: (rows, 1)
+    "lora_magnitude_vector": "dora_scale",  # PEFT: (rows,)
 }
 # fmt: on
 CONFIG_KEY = "lora_adapter_metadata"  # in the file's header: PEFT's LoraConfig as JSON, keys prefixed `transformer.`

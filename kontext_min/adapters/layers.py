@@ -170,6 +170,29 @@ class KroneckerProduct(torch.autograd.Function):
 Update = LoRA | LoKr
 
 
+def take_rows(update: Update, name: str, *ranges: tuple[int, int]) -> Update:
+    """The update, frozen, of these rows (first, end) of an update's own, one after the other, by another name.
+
+    ValueError where a Kronecker product would have to be taken apart within its second side.
+    """
+    unit = 1 if isinstance(update, LoRA) else len(update.w2[0])  # rows of the product for one of its first factor
+
+    def taken(factor: Tensor, unit: int) -> Tensor:
+        return torch.cat([factor[first // unit : end // unit] for first, end in ranges])
+
+    if any(edge % unit for edges in ranges for edge in edges):
+        raise ValueError(
+            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}"
+        )
+    if isinstance(update, LoRA):
+        made: Update = LoRA(name, update.A, taken(update.B, 1), update.scale)
+    else:
+        made = LoKr(name, (taken(update.w1[0], unit), *update.w1[1:]), tuple(update.w2), update.scale)
+    if update.magnitude is not None:
+        made.magnitude = nn.Parameter(taken(update.magnitude, 1))
+    return made.requires_grad_(False)
+
+
 class Adapted(nn.Module):
     """A frozen linear (or what stands for one) with any number of updates, each added to its own output rows.
 

@@ -10,14 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kontext_min.adapters.formats import CONFIG_KEY, RECIPE_KEY, SWAPPED_THEIRS
-from kontext_min.adapters.layers import LoRA, Update
-from kontext_min.checkpoints.tensors import open_safetensors
+from kontext_min.adapters.formats import CONFIG_KEY, ENDINGS, FORMATS, RECIPE_KEY, SWAPPED_THEIRS, modules
+from kontext_min.adapters.layers import LoKr, LoRA, Update, take_rows
+from kontext_min.checkpoints.tensors import FP8, open_safetensors, refuse
 
-PREFIXES = ("transformer.", "base_model.model.", "")  # diffusers, a raw PEFT save, none
-HALVES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A.default.weight": "A", ".lora_B.default.weight": "B"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *FP8)
+REFUSED = {  # a regular expression of tensors' names -> what such tensors are, and what to do
+    r"^(lora_te|text_encoder|clip_l|t5xxl).*\.(lora|lokr|hada)_":
+        "tensors change a text encoder, which is not done here (save the LoRA of the transformer alone)",
+    r"^(double|single)_blocks\..*\.lora_B\.bias$":
+        "tensors are of a Control LoRA of BFL, which makes another model: it also replaces biases, norms and img_in",
+    r"\.processor\.(qkv|proj)_lora":
+        "tensors are in XLabs' format, which is not read here (load it in diffusers and save it again)",
+    r"\.hada_": "tensors are of a LoHa, whose products of two LoRAs cannot be applied here (convert it to LoRA)",
+    r"\.(lora_mid\.weight|lokr_t2)$": "tensors are of a convolution's update, of which the transformer has none",
+    r"\.(diff|diff_b|set_weight|reshape_weight)$":
+        "tensors replace or add whole weights, which cannot be applied here (extract a LoRA from them)",
+    r"\.lora_[AB]\.bias$": "tensors are biases of a LoRA (lora_bias), which cannot be applied here",
+}  # fmt: skip
+MAKES_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq")  # init_lora_weights of PEFT that change the frozen weights
 
 
 @dataclass(frozen=True)
@@ -27,73 +40,169 @@ class AdapterFile:
     path: Path
     updates: list[Update]
     recipe: dict  # {} for files of other programs
+    format: str  # of FORMATS
+    header: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        """'kohya LoRA, 76 modules'."""
+        kinds = {type(u).__name__ + (" with DoRA" if u.magnitude is not None else "") for u in self.updates}
+        return f"{self.format} {' and '.join(sorted(kinds))}, {len(self.updates)} modules"
 
 
 def read_adapter(path: Path) -> AdapterFile:
-    """A LoRA file in diffusers or PEFT naming. ValueError names what cannot be used."""
+    """An adapter file, or a folder with one. ValueError names what cannot be used."""
     if path.is_dir():
         path = next((path / n for n in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
                      if (path / n).exists()), path / "pytorch_lora_weights.safetensors")  # fmt: skip
     handle = open_safetensors(path)
     header = handle.metadata() or {}
     names = sorted(handle.keys())
-    prefix = next(p for p in PREFIXES if all(name.startswith(p) for name in names))
-    halves: dict[str, dict[str, Tensor]] = {}
-    left_over = []
-    for name in names:
-        ending = next((ending for ending in (*HALVES, ".alpha") if name.endswith(ending)), None)
-        if ending is None:
-            left_over.append(name)
-            continue
-        module = name.removeprefix(prefix).removesuffix(ending)
-        halves.setdefault(module, {})[HALVES.get(ending, "alpha")] = handle.get_tensor(name)
-    if left_over or not halves:
-        shown = ", ".join(left_over[:5]) or "it has no tensors"
-        raise ValueError(f"{path}: {len(left_over)} tensors are not LoRA weights in diffusers or PEFT naming: {shown}")
+    for pattern, problem in REFUSED.items():
+        refuse(str(path), problem, filter(re.compile(pattern).search, names))
+    form, found = recognise(path, names)
     settings = lora_settings(header, path)
-    updates = [joined(path, module, parts, settings) for module, parts in halves.items()]
-    return AdapterFile(path, updates, json.loads(header.get(RECIPE_KEY, "{}")))
+    updates = []
+    for module, parts in found.items():
+        tensors = {what: handle.get_tensor(name) for what, name in parts.items()}
+        try:
+            updates.append(update_of(module, tensors, settings))
+        except ValueError as error:
+            raise ValueError(f"{path}: {FORMATS[form].stem(module)} {error}") from error
+    return AdapterFile(path, updates, json_object(header.get(RECIPE_KEY, "{}"), path), form, header)
+
+
+def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, str]]]:
+    """The format by which most tensors are named, and module -> {what a tensor is of it: the tensor's name}."""
+    split = {}
+    for name in names:
+        if ending := next((ending for ending in ENDINGS if name.endswith(f".{ending}")), None):
+            split[name] = name.removesuffix(f".{ending}"), ENDINGS[ending]
+    if not split:
+        raise ValueError(
+            f"{path} is no LoRA: it has {', '.join(names[:3])} … (a whole model is given as the model)"
+            if names
+            else f"{path} has no tensors"
+        )
+    stems = {form: modules(FORMATS[form]) for form in FORMATS}
+    form = max(stems, key=lambda form: sum(stem in stems[form] for stem, _ in split.values()))
+    left_over = [name for name in names if name not in split or split[name][0] not in stems[form]]
+    if len(left_over) == len(names):
+        refuse(str(path), "tensors, and none is of a module of FLUX as any known format names it", left_over)
+    refuse(str(path), f"tensors do not belong to a {form} LoRA of FLUX as the others do", left_over)
+    found: dict[str, dict[str, str]] = {}
+    for name, (stem, what) in split.items():
+        other = found.setdefault(stems[form][stem], {}).setdefault(what, name)
+        if other != name:
+            raise ValueError(f"{path}: {other} and {name} are the same half of one module")
+    return form, found
+
+
+def json_object(text: str, path: Path) -> dict:
+    """What a program wrote of its settings."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the settings that came with it are not JSON: {text[:60]}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: the settings that came with it are no JSON object: {text[:60]}")
+    return value
 
 
 def lora_settings(header: dict[str, str], path: Path) -> dict:
     """PEFT's LoraConfig, from the header or from adapter_config.json beside the file; {} where neither is there."""
+    beside = path.parent / "adapter_config.json"
     if CONFIG_KEY in header:
-        values = json.loads(header[CONFIG_KEY])
+        values = json_object(header[CONFIG_KEY], path)
         values = {key.removeprefix("transformer."): value for key, value in values.items()}
-    elif path.name == "adapter_model.safetensors" and (path.parent / "adapter_config.json").exists():
-        values = json.loads((path.parent / "adapter_config.json").read_text(encoding="utf-8"))
+    elif path.name == "adapter_model.safetensors" and beside.exists():
+        values = json_object(beside.read_text(encoding="utf-8"), beside)
     else:
         return {}
-    odd = [key for key in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
+    odd = [key for key in ("lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
+    odd += [f"peft_type {kind}" for kind in [values.get("peft_type", "LORA")] if kind != "LORA"]
+    odd += [
+        f"init_lora_weights {i}" for i in [values.get("init_lora_weights")] if str(i).startswith(MAKES_ANOTHER_BASE)
+    ]
     if odd:
         raise ValueError(f"{path} was made with {', '.join(odd)}, which cannot be applied here")
     return values
 
 
-def joined(path: Path, module: str, parts: dict[str, Tensor], settings: dict) -> LoRA:
-    """The update of one module, checked."""
-    if "A" not in parts or "B" not in parts:
-        raise ValueError(f"{path}: {module} has lora_{'A' if 'A' in parts else 'B'} but not its other half")
-    a, b = parts["A"].float(), parts["B"].float()
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise ValueError(
-            f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, which do not share a rank"
-        )
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise ValueError(f"{path}: {module} holds NaN or infinity; the training that wrote it had failed")
-    alpha = float(parts["alpha"]) if "alpha" in parts else configured_alpha(module, settings)
+def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update:
+    """The update of one module, checked. What is wrong is said as the rest of a sentence that begins with its name."""
+    values = {what: tensor.float() for what, tensor in tensors.items() if what != "alpha" and readable(what, tensor)}
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else configured_alpha(module, settings)
+    magnitude = values.pop("dora_scale", None)
+    kinds = {what.partition("_")[0] for what in values}
+    if len(kinds) != 1:
+        raise ValueError(f"has {', '.join(tensors)}; it needs the halves of a LoRA, or those of a LoKr")
+    if kinds == {"lora"}:
+        b, a = factors(values, "lora_B", "lora_A")
+        update = LoRA(module, a, b, scale_of(alpha, math.sqrt(len(a)) if settings.get("use_rslora") else len(a)))
+    else:
+        sides = [side(values, "lokr_w1"), side(values, "lokr_w2")]
+        ranks = [len(factor[1]) for factor in sides if len(factor) == 2]
+        update = LoKr(module, *sides, scale_of(alpha, ranks[-1]) if ranks else 1.0)  # two full sides: alpha is not used
+    if magnitude is not None:
+        if magnitude.shape not in ((update.shape[0],), (update.shape[0], 1)):
+            raise ValueError(
+                f"has a DoRA scale of shape {list(magnitude.shape)}; only one number for each of its {update.shape[0]} "
+                f"output rows can be applied, not one for each input"
+            )
+        update.magnitude = nn.Parameter(magnitude.flatten())
+    elif settings.get("use_dora"):
+        raise ValueError("has no lora_magnitude_vector, though the file says use_dora")
+    if module == SWAPPED_THEIRS:
+        half = update.shape[0] // 2
+        update = take_rows(update, module, (half, 2 * half), (0, half))
+    return update.requires_grad_(False)
+
+
+def readable(what: str, tensor: Tensor) -> bool:
+    """True. ValueError for what is no weight: integers, tensors without values, NaN."""
+    if tensor.dtype not in DTYPES or not tensor.numel():
+        raise ValueError(f"has {what} of shape {list(tensor.shape)} in {tensor.dtype}, which is no LoRA's weight")
+    if not torch.isfinite(tensor.float()).all():
+        raise ValueError(f"holds NaN or infinity in {what}; the training that wrote it had failed")
+    return True
+
+
+def factors(values: dict[str, Tensor], left: str, right: str) -> tuple[Tensor, Tensor]:
+    """The two halves (rows, rank) and (rank, in) of a product."""
+    there = [name for name in (left, right) if name in values]
+    if len(there) < 2:
+        raise ValueError(f"has {there[0]} but not its other half" if there else f"has no {left} and no {right}")
+    if any(values[name].ndim != 2 for name in there) or values[left].shape[1] != len(values[right]):
+        shapes = f"{right} {list(values[right].shape)} and {left} {list(values[left].shape)}"
+        raise ValueError(f"has {shapes}, which do not share a rank")
+    return values[left], values[right]
+
+
+def side(values: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """One side of a Kronecker product: a whole matrix, or its two factors."""
+    if name not in values:
+        return factors(values, f"{name}_a", f"{name}_b")
+    if values[name].ndim != 2 or {f"{name}_a", f"{name}_b"} & values.keys():
+        raise ValueError(f"has {name} {list(values[name].shape)}, which is no matrix, or stands beside its own factors")
+    return (values[name],)
+
+
+def scale_of(alpha: float | None, rank: float) -> float:
+    """alpha / rank; 1 where no alpha is known."""
     if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"{path}: the alpha of {module} is {alpha}")
-    b = torch.cat(b.chunk(2)[::-1]) if module == SWAPPED_THEIRS else b
-    rank = a.shape[0]
-    scale = 1.0 if alpha is None else alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-    return LoRA(module, a, b, scale).requires_grad_(False)
+        raise ValueError(f"has an alpha of {alpha}")
+    return 1.0 if alpha is None else alpha / rank
 
 
 def configured_alpha(module: str, settings: dict) -> float | None:
     """alpha of a module by LoraConfig: alpha_pattern (a name, or a regular expression of its end), else lora_alpha."""
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return float(alpha)
     alpha = settings.get("lora_alpha")
-    return None if alpha is None else float(alpha)
+    try:
+        for pattern, particular in (settings.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = particular
+                break
+        return None if alpha is None else float(alpha)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ValueError(f"has an alpha that cannot be understood in the file's LoraConfig: {error}") from error
