@@ -43,9 +43,9 @@ def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
 
 def bytes_of_one(config: Config) -> float:
     """What a trained parameter takes with its gradient, the optimizer's state and the average: asked of a step."""
-    probe = nn.Parameter(torch.zeros(4096))  # where 8-bit moments begin
+    probe = nn.Parameter(torch.zeros(64, 64))  # where 8-bit moments begin
     optimizer = make_optimizer(config.optimizer, [probe], 0.0, **config.optimizer_options())
     probe.grad = torch.zeros_like(probe)
     optimizer.step()
     state = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
-    return sum(map(memory.size_of, (probe, probe.grad, *state))) / len(probe) + 4 * config.use_ema
+    return sum(map(memory.size_of, (probe, probe.grad, *state))) / probe.numel() + 4 * config.use_ema
