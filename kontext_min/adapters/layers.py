@@ -182,7 +182,8 @@ def take_rows(update: Update, name: str, *ranges: tuple[int, int]) -> Update:
 
     if any(edge % unit for edges in ranges for edge in edges):
         raise ValueError(
-            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}"
+            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}; make it a "
+            f"LoRA first (python -m kontext_min.adapters convert --rank)"
         )
     if isinstance(update, LoRA):
         made: Update = LoRA(name, update.A, taken(update.B, 1), update.scale)

@@ -1,8 +1,10 @@
 """Adapters made smaller, added to each other, or into the base model's own weights, one tensor at a time."""
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +18,10 @@ from kontext_min.adapters.write import Placed, placed
 from kontext_min.checkpoints.keys import Part
 from kontext_min.checkpoints.load import Component, find_component, flux_config
 from kontext_min.checkpoints.save import stream
-from kontext_min.checkpoints.tensors import FP8, Tensors
+from kontext_min.checkpoints.tensors import Tensors
 from kontext_min.models.flux import Flux
 
-QUANTISED = (*FP8, torch.int8, torch.uint8)  # uint8: two 4-bit numbers, as bitsandbytes packs nf4
+QUANTISED = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "I8": "int8", "U8": "4 bit"}
 MEASURED = 8  # of a quantised base, the weights on which the loss is measured
 
 
@@ -28,30 +30,30 @@ MEASURED = 8  # of a quantised base, the weights on which the loss is measured
 
 def reduced(updates: Sequence[Update], rank: int) -> tuple[list[LoRA], float]:
     """The closest LoRAs of at most this rank, by SVD, and the share of the whole change (its norm) that is lost."""
-    made, lost, whole = [], 0.0, 0.0
+    made, lost = [], torch.zeros(2, dtype=torch.float64)
     for update in updates:
-        u, s, v = svd(update)
+        u, s, v = svd(update, rank)
         root = s[:rank].sqrt()
-        made.append(LoRA(update.name, root[:, None] * v[:rank], u[:, :rank] * root, 1.0, update.start))
+        made.append(LoRA(update.name, root[:, None] * v, u * root, 1.0, update.start).requires_grad_(False))
         made[-1].magnitude = update.magnitude
-        lost, whole = lost + float(s[rank:].square().sum()), whole + float(s.square().sum())
-    return made, (lost / (whole or 1.0)) ** 0.5
+        lost += torch.stack([s[rank:].square().sum(), s.square().sum()])
+    return made, share(lost)
 
 
-def svd(update: Update) -> tuple[Tensor, Tensor, Tensor]:
-    """delta-W = U diag(S) V without making it: U (rows, k), S (k,) falling, V (k, in). LoRA by QR of A and B.
+def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """delta-W = U diag(S) V without making it: all of S, falling, and the first of U (rows, rank) and V (rank, in).
 
-    The singular values of a Kronecker product are the products of its sides', the vectors too.
+    A LoRA's comes by QR of its halves. A Kronecker product's singular values and vectors are products of its sides'.
     """
     if isinstance(update, LoRA):
         (qb, rb), (qa, ra) = torch.linalg.qr(update.B.float() * update.scale), torch.linalg.qr(update.A.float().T)
-        u, s, v = torch.linalg.svd(rb @ ra.T)
-        return qb @ u, s, v @ qa.T
+        u, s, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+        return qb @ u[:, :rank], s, v[:rank] @ qa.T
     (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(side, full_matrices=False) for side in update.sides(torch.float32))
-    s, order = (s1[:, None] * s2).flatten().sort(descending=True)
-    i, j = order // len(s2), order % len(s2)
-    u = torch.einsum("ak,bk->abk", u1[:, i], u2[:, j]).flatten(0, 1)
-    return u, s * update.scale, torch.einsum("kc,kd->kcd", v1[i], v2[j]).flatten(1)
+    s, order = (abs(update.scale) * s1[:, None] * s2).flatten().sort(descending=True)
+    i, j = order[:rank] // len(s2), order[:rank] % len(s2)
+    u = torch.einsum("ak,bk->abk", u1[:, i], u2[:, j]).flatten(0, 1) * math.copysign(1, update.scale)
+    return u, s, torch.einsum("kc,kd->kcd", v1[i], v2[j]).flatten(1)
 
 
 # ------------------------------------------------------------------------------------------------ into the base
@@ -75,78 +77,83 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     -> the share of the change (its norm) that rounding to dtype loses. ValueError where base and updates do not fit,
     or where the base is quantised. Nothing appears before all is whole.
     """
-    if base.is_file():
-        component = Component((base,), {})
-    else:
+    component = Component((base,), {})
+    if not base.is_file():
         component = find_component(*((base.parent, base.name) if base.name == "transformer" else (base, "transformer")))
-    files = [Tensors([file]).rename(lambda name: name.removeprefix("model.diffusion_model.")) for file in component.files]
+    files = [
+        Tensors([file]).rename(lambda name: name.removeprefix("model.diffusion_model.")) for file in component.files
+    ]
+    single = out.suffix == ".safetensors"
+    if single and len(files) > 1:
+        raise ValueError(f"{base} has {len(files)} files; {out} should be a folder")
     weights = weights_of(updates)
     refuse_quantised(files, weights)
-    shapes = {name: tensors.shape(name) for tensors in files for name in tensors.names()}
     with torch.device("meta"):
+        shapes = {name: tensors.shape(name) for tensors in files for name in tensors.names()}
         flux = Flux(flux_config(component.config, shapes))
     apply_updates(flux, updates, 1.0, dtype)  # says what does not fit
-    if out.suffix == ".safetensors" and len(files) > 1:
-        raise ValueError(f"{base} has {len(files)} files; {out} should be a folder")
-    folder = out.parent if out.suffix == ".safetensors" else out
-    folder.mkdir(parents=True, exist_ok=True)
-    parts, sums = {}, torch.zeros(2, dtype=torch.float64)
+    lost = torch.zeros(2, dtype=torch.float64)
+
+    def merged(tensors: Tensors, name: str) -> Tensor:
+        weight = tensors.read(name)
+        if name not in weights:
+            return weight
+        whole = with_updates(weight.float(), *weights[name])
+        lost.add_(loss(weight, whole, whole.to(dtype)))
+        return whole
+
+    (out.parent if single else out).mkdir(parents=True, exist_ok=True)
+    targets = [out] if single else [out / file.name for file in component.files]
     try:
-        for file, tensors in zip(component.files, files, strict=True):
-            whole = out if out.suffix == ".safetensors" else folder / file.name
-            parts[whole.with_suffix(".tmp")] = whole
-
-            def read(name: str, tensors: Tensors = tensors) -> torch.Tensor:
-                weight = tensors.read(name)
-                if name not in weights:
-                    return weight
-                merged = with_updates(weight.float(), *weights[name])
-                sums.add_(squares(merged, merged.to(dtype), weight))
-                return merged
-
-            stream(whole.with_suffix(".tmp"), {name: tensors.shape(name) for name in sorted(tensors.names())}, dtype, read)
-        for part, whole in parts.items():
-            part.replace(whole)
+        for target, tensors in zip(targets, files, strict=True):
+            shapes = {key: tensors.shape(name) for name, (_, key) in tensors.where.items()}
+            reads = {key: partial(merged, tensors, name) for name, (_, key) in tensors.where.items()}
+            stream(target.with_suffix(".tmp"), shapes, dtype, lambda key, reads=reads: reads[key]())
+        for target in targets:
+            target.with_suffix(".tmp").replace(target)
     finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-    if folder == out:
-        for file in component.files[0].parent.glob("*.json"):
-            shutil.copy(file, out)
-    lost, changed = sums.tolist()
-    return (lost / (changed or 1.0)) ** 0.5
+        for target in targets:
+            target.with_suffix(".tmp").unlink(missing_ok=True)
+    for file in () if single else component.files[0].parent.glob("*.json"):
+        shutil.copy(file, out)
+    return share(lost)
 
 
 def weights_of(updates: Sequence[Update]) -> dict[str, tuple[Part, Placed]]:
-    """Names of weights that the updates change, in either layout -> their rows of our linear, and its updates."""
-    found = {}
-    for ours, (parts, here) in placed(updates).items():
-        for part in (Part(ours, 0, sum(part.rows for part in parts)), *parts):
-            if any(start < part.start + part.rows and part.start < start + u.shape[0] for u, start in here):
-                found[f"{part.name}.weight"] = part, here
-    return found
+    """Names of weights that the updates may change, in either layout -> their rows of our linear, and its updates."""
+    return {
+        f"{part.name}.weight": (part, here)
+        for ours, (parts, here) in placed(updates).items()
+        for part in (Part(ours, 0, sum(part.rows for part in parts)), *parts)
+    }
 
 
 def with_updates(weight: Tensor, part: Part, here: Placed) -> Tensor:
-    """A weight (rows, in) in fp32, named as a part is, -> the same with its updates, each beside the base's."""
-    swapped = part.name == SWAPPED_THEIRS
-    weight = torch.cat(weight.chunk(2)[::-1]) if swapped else weight
+    """A weight (rows, in) in fp32, in the order of its file, -> the same with its updates, each beside the base's."""
+    halves = 2 if part.name == SWAPPED_THEIRS else 1
+    weight = torch.cat(weight.chunk(halves)[::-1])
     merged = weight.clone()
     for update, start in here:
         low, high = max(start, part.start), min(start + update.shape[0], part.start + part.rows)
         if low < high:
             rows, own = slice(low - part.start, high - part.start), slice(low - start, high - start)
             delta = update.delta()[own]
-            if update.magnitude is not None:  # DoRA: the rows of the sum get the lengths that were trained
+            if update.magnitude is not None:  # DoRA: rows of the trained direction get the trained lengths
                 longer = F.normalize(weight[rows] + delta, dim=1) * update.magnitude[own, None].float()
                 delta = update.strength * (longer - weight[rows])
             merged[rows] += delta
-    return torch.cat(merged.chunk(2)[::-1]) if swapped else merged
+    return torch.cat(merged.chunk(halves)[::-1])
 
 
-def squares(merged: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
-    """(what rounding loses, what was to change), both squared norms."""
+def loss(weight: Tensor, merged: Tensor, rounded: Tensor) -> Tensor:
+    """Squared norms of what rounding loses and of what was to change."""
     return torch.stack([(rounded.float() - merged).square().sum(), (merged - weight.float()).square().sum()]).double()
+
+
+def share(squares: Tensor) -> float:
+    """(lost, whole), squared -> lost / whole."""
+    lost, whole = squares.tolist()
+    return (lost / (whole or 1.0)) ** 0.5
 
 
 # ------------------------------------------------------------------------------------------------ quantised
@@ -154,50 +161,45 @@ def squares(merged: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
 
 def refuse_quantised(files: list[Tensors], weights: dict[str, tuple[Part, Placed]]):
     """Raise ValueError if a weight to be changed is quantised, with the measured share of the change it would lose."""
-    sums, form = torch.zeros(2, dtype=torch.float64), None
-    found = [(tensors, name) for tensors in files for name in sorted(weights.keys() & tensors.names())]
-    found = [(tensors, name) for tensors, name in found if stored(tensors, name).dtype in QUANTISED]
-    for tensors, name in found[:MEASURED]:
-        weight, onto_grid = grid(tensors, name, weights[name][1][0][0].shape[1])
-        merged = with_updates(weight, *weights[name])
-        sums += squares(merged, onto_grid(merged), weight)
+    lost, found = torch.zeros(2, dtype=torch.float64), []
+    for tensors in files:
+        for name in sorted(weights.keys() & tensors.names()):
+            handle, key = tensors.where[name]
+            if handle.get_slice(key).get_dtype() not in QUANTISED:
+                continue
+            found.append(QUANTISED[handle.get_slice(key).get_dtype()])
+            if len(found) <= MEASURED:
+                weight, rounded = grid(tensors, name)
+                part, here = weights[name]
+                weight = weight.view(-1, here[0][0].shape[1])
+                merged = with_updates(weight, part, here)
+                lost += loss(weight, merged, rounded(merged))
     if found:
-        lost, changed = sums.tolist()
-        form = str(stored(*found[0]).dtype).removeprefix("torch.").replace("uint8", "nf4")
         raise ValueError(
-            f"{found[0][0].title}: {len(found)} of the weights to change are {form}, whose rounding would lose "
-            f"{(lost / (changed or 1.0)) ** 0.5:.0%} of the change; merge into the bf16 model, or use the LoRA unmerged"
+            f"{files[0].title}: {len(found)} of the weights to change are {found[0]}, whose rounding would lose "
+            f"{share(lost):.0%} of the change; merge into the bf16 model, or use the LoRA unmerged"
         )
 
 
-def stored(tensors: Tensors, name: str) -> Tensor:
-    """A tensor as the file has it."""
+def grid(tensors: Tensors, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A quantised weight in fp32, and what rounds a weight of its shape to the same levels and scales."""
     handle, key = tensors.where[name]
-    return handle.get_tensor(key)
-
-
-def grid(tensors: Tensors, name: str, inputs: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A quantised weight (rows, inputs) in fp32, and what rounds a weight to the same numbers and scales."""
-    kept = stored(tensors, name)
-    if kept.dtype == torch.uint8:
-        levels, scale = stored(tensors, f"{name}.quant_map").float(), stored(tensors, f"{name}.absmax").float()
-        numbers = torch.stack([kept >> 4, kept & 15], dim=-1).flatten().long()
-        between = (levels[1:] + levels[:-1]) / 2
-
-        def nearest(weight: Tensor) -> Tensor:
-            blocks = weight.reshape(len(scale), -1) / scale[:, None]
-            return (levels[torch.bucketize(blocks, between)] * scale[:, None]).reshape(weight.shape)
-
-        return (levels[numbers].view(len(scale), -1) * scale[:, None]).view(-1, inputs), nearest
-    scale = torch.ones(())
-    if name in tensors.scales:
-        handle, key = tensors.scales[name]
-        scale = handle.get_tensor(key).float()
-    scale = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
-    largest = 127 if kept.dtype == torch.int8 else torch.finfo(kept.dtype).max
+    kept, scale = handle.get_tensor(key), torch.ones(1)
+    if (
+        kept.dtype == torch.uint8
+    ):  # two levels of a table in a byte, with a scale for each block, as bitsandbytes has it
+        levels, scale = (handle.get_tensor(f"{key}.{what}").float() for what in ("quant_map", "absmax"))
+        numbers = levels[torch.stack([kept >> 4, kept & 15], dim=-1).long()]
+    else:
+        levels = torch.arange(256, dtype=torch.uint8).view(kept.dtype).float()
+        levels, numbers = levels[levels.isfinite()].unique(), kept.float()
+        if name in tensors.scales:
+            handle, key = tensors.scales[name]
+            scale = handle.get_tensor(key).float().flatten()
+    between = (levels[1:] + levels[:-1]) / 2
 
     def rounded(weight: Tensor) -> Tensor:
-        numbers = (weight / scale).clamp(-largest, largest)
-        return (numbers.round() if kept.dtype == torch.int8 else numbers).to(kept.dtype).float() * scale
+        blocks = weight.reshape(len(scale), -1) / scale[:, None]
+        return (levels[torch.bucketize(blocks, between)] * scale[:, None]).view(weight.shape)
 
-    return kept.float() * scale, rounded
+    return numbers.reshape(len(scale), -1) * scale[:, None], rounded

@@ -7,16 +7,15 @@ what we have fused, A is shared and B cut. Both are exact.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kontext_min.adapters.formats import CONFIG_KEY, FORMATS, KOHYA, RECIPE_KEY, SWAPPED_THEIRS
-from kontext_min.adapters.layers import LoKr, LoRA, Update
+from kontext_min.adapters.layers import LoKr, LoRA, Update, take_rows
 from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.keys import Part, flux_linears, flux_places
 from kontext_min.models.flux import FluxConfig
@@ -31,35 +30,31 @@ WRITTEN = {  # what can be written -> how its tensors are called
 }
 WITH_LOKR = ("kohya", "comfy", "lycoris", "ai-toolkit")
 MAGNITUDES = {"diffusers": "lora_magnitude_vector"} | dict.fromkeys(("kohya", "comfy", "lycoris"), "dora_scale")
-PER_ROW = ("B", "lokr_w1", "lokr_w1_a", "magnitude")  # what changes places where the weight's halves do
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # of a delta-W, for rounding A and B
-ERROR_KEY, UNKNOWN = "kontext_min_error", "unknown "  # the largest error of a delta-W as read back, in 8 characters
+ERROR_KEY = "kontext_min_error"  # in the file's header: the largest relative error of a delta-W when it was read back
 Placed = list[tuple[Update, int]]  # updates, each with its first row in our linear
 
 
+@torch.no_grad()
 def write_adapter(
     path: Path, updates: Sequence[Update], recipe: dict, dtype: torch.dtype, form: str = "diffusers"
 ) -> float:
     """Write updates in one of the formats WRITTEN, read them back and compare every linear's delta-W.
 
-    recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error of a delta-W.
+    recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error, kept there too.
     The file appears whole and verified or not at all: ValueError says what the format cannot hold, or what differs.
     """
-    arranged = arrange(updates, form)
+    arranged, temporary = arrange(updates, form), path.with_suffix(".tmp")
     tensors = {name: tensor for update in arranged for name, tensor in tensors_of(update, form, dtype).items()}
-    temporary = path.with_suffix(".tmp")
+    metadata = header(arranged, recipe, form)
     try:
-        save_file(tensors, temporary, metadata=header(arranged, recipe, form) | {ERROR_KEY: UNKNOWN})
+        save_file(tensors, temporary, metadata)
         error, where = largest_error(updates, read_adapter(temporary).updates)
         if not error <= TOLERANCE[dtype]:
             raise ValueError(
-                f"{path} is not written: read back, the change of {where} is {error:.1e} of its size away; "
-                f"fp32 may hold it"
+                f"{path} is not written: read back, the change of {where} is off by {error:.1e} of its size"
             )
-        with open(temporary, "r+b") as file:
-            text = file.read(8 + int.from_bytes(file.read(8), "little"))
-            file.seek(8 + text.index(UNKNOWN.encode()))
-            file.write(f"{error:8.1e}".encode())
+        save_file(tensors, temporary, metadata | {ERROR_KEY: f"{error:.1e}"})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -67,17 +62,14 @@ def write_adapter(
 
 
 def caveat(updates: Sequence[Update], form: str) -> str:
-    """What diffusers (0.42) leaves out of such a file, in one sentence; "" where it reads all of it."""
+    """What diffusers (0.42) does not take from such a file, in one sentence; "" where it takes all of it."""
     outside = [update.name for update in updates if "blocks" not in update.name]
-    if form == "lycoris" or any(isinstance(update, LoKr) for update in updates):
-        return "diffusers does not read this; ComfyUI does"
-    if form == "bfl":
-        return "diffusers reads these names if every linear of all blocks is there; ComfyUI does not"
+    if form in ("lycoris", "bfl") or any(isinstance(update, LoKr) for update in updates):
+        return "diffusers does not read this" + " unless all linears of all blocks are there" * (form == "bfl")
     if form in ("kohya", "comfy") and outside:
-        return f"diffusers leaves out what is not in a block, silently: {', '.join(outside)}; ComfyUI does not"
-    if form in ("kohya", "comfy") and any(update.magnitude is not None for update in updates):
-        return "diffusers leaves out dora_scale; ComfyUI does not"
-    return ""
+        return f"diffusers leaves out, silently, what is not in a block: {', '.join(outside)}"
+    dora = form in ("kohya", "comfy") and any(update.magnitude is not None for update in updates)
+    return "diffusers leaves out dora_scale" if dora else ""
 
 
 # ------------------------------------------------------------------------------------------------ arranging
@@ -91,110 +83,101 @@ def placed(updates: Sequence[Update]) -> dict[str, tuple[list[Part], Placed]]:
     fused = {ours for ours, parts in flux_linears(FluxConfig()).items() if len(parts) > 1}
     places = flux_places(FluxConfig())
     width = next((update.shape[1] for update in updates if places[update.name][0] in fused), 64)
-    config = replace(FluxConfig(), hidden_size=width, num_heads=1, axes_dim=(width,))
+    config = FluxConfig(hidden_size=width, num_heads=1, axes_dim=(width,))
     places, found = flux_places(config), {ours: (parts, []) for ours, parts in flux_linears(config).items()}
     for update in updates:
         ours, part = places[update.name]
-        if ours in fused and update.shape != (part.rows, width):
-            raise ValueError(f"{update.name} is {list(update.shape)}, beside others of {width} channels: no FLUX is so")
         if ours not in fused:
             found[ours][0][0] = found[ours][0][0]._replace(rows=update.shape[0])
+        elif update.shape != (part.rows, width):
+            raise ValueError(f"{update.name} is {list(update.shape)}, beside others of {width} channels: no FLUX is so")
         found[ours][1].append((update, part.start))
     return {ours: (parts, here) for ours, (parts, here) in found.items() if here}
 
 
 def arrange(updates: Sequence[Update], form: str) -> list[Update]:
-    """The same change as one update of strength 1 for each of the format's modules."""
+    """The same change as one update for each of the format's modules. ValueError where the format cannot hold it."""
     arranged = []
     for ours, (parts, here) in placed(updates).items():
         whole = Part(ours, 0, sum(part.rows for part in parts))
         for part in [whole] if FORMATS[WRITTEN[form]].names == "bfl" else parts:
-            end = part.start + part.rows
-            touching = [(u, start) for u, start in here if start < end and part.start < start + u.shape[0]]
-            if any(isinstance(update, LoKr) for update, _ in touching):
-                arranged.append(cut_lokr(touching, part, form))
-            elif touching:
-                arranged.append(join_loras(touching, part))
-            else:
-                continue
-            arranged[-1].magnitude = magnitude(touching, part, form)
-    return [update for update in arranged if rank(update)]  # 0: a part that a fused update leaves as it is
+            pieces = pieces_of(part, here)
+            if len(pieces) == 1 and pieces[0][0].shape[0] == part.rows:
+                arranged.append(pieces[0][0])
+            elif pieces:
+                arranged.append(joined(part, pieces))
+    if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
+        raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
+    if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
+        raise ValueError(f"{form} files cannot hold DoRA's magnitudes; {', '.join(MAGNITUDES)} do")
+    if not arranged:
+        raise ValueError("there is nothing to write: no update changes anything")
+    return arranged
 
 
-def join_loras(touching: Placed, part: Part) -> LoRA:
-    """LoRAs that touch some rows as one of these rows: each A once, B where its rows are, strength in B."""
-    a, b = [], []
-    for update, start in touching:
+def pieces_of(part: Part, here: Placed) -> Placed:
+    """What some rows of a linear get of each of its updates, and the first of these rows that it changes."""
+    pieces = []
+    for update, start in here:
         low, high = max(start, part.start), min(start + update.shape[0], part.start + part.rows)
-        A, B = update.A.detach().float(), update.B.detach().float() * update.scale
-        rows = B.new_zeros(part.rows, B.shape[1])
-        rows[low - part.start : high - part.start] = B[low - start : high - start]
-        same = next((i for i, other in enumerate(a) if torch.equal(other, A)), None)
+        if low < high:
+            piece = take_rows(update, part.name, (low - start, high - start))
+            if isinstance(piece, LoRA) and piece.shape[0] < update.shape[0] and piece.magnitude is None:
+                used = piece.B.any(dim=0)  # of a block-diagonal B, the other blocks are zero here
+                piece = LoRA(piece.name, piece.A[used], piece.B[:, used], piece.scale)
+            if rank(piece):
+                pieces.append((piece, low - part.start))
+    return sorted(pieces, key=lambda item: item[1])
+
+
+def joined(part: Part, pieces: Placed) -> LoRA:
+    """LoRAs on some rows of a module as one: each A once, B where its rows are, strength in B, magnitudes in a row."""
+    if any(isinstance(piece, LoKr) for piece, _ in pieces):
+        raise ValueError(f"a Kronecker product (LoKr) is only a part of {part.name}; --rank makes LoRAs to be joined")
+    a, b, magnitudes = [], [], [piece.magnitude for piece, _ in pieces if piece.magnitude is not None]
+    for piece, start in pieces:
+        rows = torch.zeros(part.rows, rank(piece), device=piece.B.device)
+        rows[start : start + len(piece.B)] = piece.B.float() * piece.scale
+        same = next((i for i, other in enumerate(a) if torch.equal(other, piece.A)), None)
         if same is None:
-            a, b = [*a, A], [*b, rows]
+            a, b = [*a, piece.A], [*b, rows]
         else:
             b[same] += rows
-    A, B = torch.cat(a), torch.cat(b, dim=1)
-    if touching[0][0].shape[0] > part.rows and touching[0][0].magnitude is None:  # cut: what is not of these rows goes
-        used = B.any(dim=0)
-        A, B = A[used], B[:, used]
-    return LoRA(part.name, A, B, 1.0, part.start).requires_grad_(False)
-
-
-def cut_lokr(touching: Placed, part: Part, form: str) -> LoKr:
-    """A Kronecker product on some of its rows, where it still is one: the rows of w1 that stand for them."""
-    update, start = touching[0]
-    w1, w2 = ([factor.detach().float() for factor in side] for side in (update.w1, update.w2))
-    low, step = part.start - start, w2[0].shape[0]
-    cuttable = 0 <= low <= update.shape[0] - part.rows and low % step == part.rows % step == 0
-    if form not in WITH_LOKR or len(touching) > 1 or not cuttable:
-        raise ValueError(
-            f"{update.name} is a Kronecker product (LoKr), which a {form} file cannot hold for {part.name}; "
-            f"give --rank, to make a LoRA of it, or another --to: {', '.join(WITH_LOKR)}"
-        )
-    w1[0] = w1[0][low // step : (low + part.rows) // step] * update.scale
-    return LoKr(part.name, tuple(w1), tuple(w2), 1.0, part.start).requires_grad_(False)
-
-
-def magnitude(touching: Placed, part: Part, form: str) -> Tensor | None:
-    """DoRA's magnitude (rows,) of a part; None without DoRA. ValueError unless the format and every row have one."""
-    touching = sorted(touching, key=lambda item: item[1])
-    given, first = [update.magnitude for update, _ in touching], touching[0][1]
-    if all(values is None for values in given):
-        return None
-    if form not in MAGNITUDES:
-        raise ValueError(f"{form} files have no place for DoRA's magnitudes; choose --to {', '.join(MAGNITUDES)}")
-    if any(values is None for values in given) or sum(map(len, given)) < part.rows:
-        raise ValueError(f"{part.name} has DoRA on some of its rows only; --to diffusers keeps its parts apart")
-    return torch.cat([values.detach().float() for values in given])[part.start - first :][: part.rows]
+    made = LoRA(part.name, torch.cat(a), torch.cat(b, dim=1), 1.0).requires_grad_(False)
+    if magnitudes:
+        made.magnitude = nn.Parameter(torch.cat(magnitudes), requires_grad=False)
+        if len(magnitudes) < len(pieces) or len(made.magnitude) != part.rows:
+            raise ValueError(f"{part.name} has DoRA on some of its rows only; a diffusers file keeps its parts apart")
+    return made
 
 
 # ------------------------------------------------------------------------------------------------ the file
 
 
 def tensors_of(update: Update, form: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """An arranged update's tensors by their names in the file."""
+    """An arranged update's tensors by their names in the file; its strength is in B or w1."""
     table = FORMATS[WRITTEN[form]]
-    if isinstance(update, LoRA):
-        found = {"A": update.A, "B": update.B}
-    else:
-        sides = (("lokr_w1", update.w1), ("lokr_w2", update.w2))
-        found = {n if len(side) == 1 else f"{n}_{'ab'[i]}": t for n, side in sides for i, t in enumerate(side)}
-    if update.magnitude is not None:
-        found["magnitude"] = update.magnitude if form == "diffusers" else update.magnitude[:, None]
     if update.name == SWAPPED_THEIRS:
-        found = {name: torch.cat(t.chunk(2)[::-1]) if name in PER_ROW else t for name, t in found.items()}
-    found = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in found.items()}
+        half = update.shape[0] // 2
+        update = take_rows(update, update.name, (half, 2 * half), (0, half))
+    if isinstance(update, LoRA):
+        found = {table.a: update.A, table.b: update.B.float() * update.scale}
+    else:
+        first = {"lokr_w1": [update.w1[0].float() * update.scale, *update.w1[1:]], "lokr_w2": update.w2}
+        found = {n if len(side) == 1 else f"{n}_{'ab'[i]}": t for n, side in first.items() for i, t in enumerate(side)}
+    found = {ending: tensor.detach().to("cpu", dtype).contiguous() for ending, tensor in found.items()}
+    if update.magnitude is not None:  # of the size of the weight itself, not of its change, so never rounded
+        magnitude = update.magnitude.detach().float().cpu()
+        found[MAGNITUDES[form]] = magnitude if form == "diffusers" else magnitude[:, None]
     if (table.a, table.b) == KOHYA or isinstance(update, LoKr):
         found["alpha"] = torch.tensor(float(rank(update)))
-    endings = {"A": table.a, "B": table.b, "magnitude": MAGNITUDES.get(form)}
-    return {f"{table.stem(update.name)}.{endings.get(name, name)}": tensor for name, tensor in found.items()}
+    return {f"{table.stem(update.name)}.{ending}": tensor for ending, tensor in found.items()}
 
 
 def rank(update: Update) -> int:
     """Of a LoRA, or of the factored side of a LoKr (w2's before w1's); 1 for a LoKr of two full sides."""
     sides = [(update.B, update.A)] if isinstance(update, LoRA) else [update.w2, update.w1]
-    return next((side[1].shape[0] for side in sides if len(side) == 2), 1)
+    return next((len(side[1]) for side in sides if len(side) == 2), 1)
 
 
 def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
@@ -204,14 +187,16 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     kind = "LoKr" if any(isinstance(update, LoKr) for update in updates) else "LoRA"
     own = {}
     if form == "diffusers":
-        settings = {f"transformer.{key}": value for key, value in peft_settings(updates, ranks, usual).items()}
+        dora = [update.magnitude is not None for update in updates]
+        settings = {f"transformer.{key}": value for key, value in peft_settings(ranks, usual, any(dora)).items()}
         own = {CONFIG_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+        if any(dora) and not all(dora):
+            raise ValueError("some modules have DoRA and some do not, which a diffusers file cannot say; kohya's can")
     elif form == "kohya":
         own = {
             "ss_network_module": "networks.lora_flux" if kind == "LoRA" else "lycoris.kohya",
             "ss_network_dim": str(usual),
             "ss_network_alpha": str(usual),
-            "ss_network_args": json.dumps({} if kind == "LoRA" else {"algo": "lokr"}),
             "ss_base_model_version": "flux_kontext",
         }
     elif form == "lycoris":
@@ -223,18 +208,15 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "flux-kontext/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": str(recipe.get("title", "kontext_min LoRA")),
+        "modelspec.title": str(recipe.get("title", f"kontext_min {kind}")),
         "modelspec.resolution": recipe.get("size", "1024x1024"),
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.description": f"{kind} of {recipe.get('model', 'FLUX.1 Kontext')}, rank {usual}, alpha baked in",
     }
 
 
-def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> dict:
-    """PEFT's LoraConfig; alpha equals rank. ValueError where DoRA is on some modules only, which it cannot say."""
-    dora = {update.magnitude is not None for update in updates}
-    if len(dora) > 1:
-        raise ValueError("some modules have DoRA and some do not, which diffusers cannot be told; choose --to kohya")
+def peft_settings(ranks: dict[str, int], usual: int, dora: bool) -> dict:
+    """PEFT's LoraConfig; alpha equals rank."""
     pattern = {f"^{name}": r for name, r in ranks.items() if r != usual}  # ^: not every name that ends so
     return {
         "peft_type": "LORA",
@@ -245,7 +227,7 @@ def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> d
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
-        "use_dora": dora == {True},
+        "use_dora": dora,
         "use_rslora": False,
         "init_lora_weights": True,
     }
@@ -256,28 +238,21 @@ def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> d
 
 def largest_error(given: Sequence[Update], read: Sequence[Update]) -> tuple[float, str]:
     """Both changes on our linears, one at a time: the largest relative error of delta-W or magnitude, and where."""
-    ours, theirs = placed(given), placed(read)
-    errors = [
-        (apart(dense(ours.get(name), value), dense(theirs.get(name), value)), name)
-        for name in ours | theirs
-        for value in (lambda update: update.delta(), lambda update: update.magnitude)
-    ]
+    ours, theirs, errors = placed(given), placed(read), []
+    for name in ours | theirs:
+        for value in (lambda update: update.delta(), lambda update: update.magnitude):
+            a, b = (dense(*side[name], value) if name in side else torch.zeros(()) for side in (ours, theirs))
+            error = (a - b.to(a.device)).norm() / (a.norm() or 1.0)
+            errors.append((float(error.nan_to_num(nan=float("inf"))), name))
     return max(errors)
 
 
-def dense(side: tuple[list[Part], Placed] | None, value: Callable[[Update], Tensor | None]) -> Tensor:
+def dense(parts: list[Part], here: Placed, value: Callable[[Update], Tensor | None]) -> Tensor:
     """What the updates of a linear are together, rows first, in fp32; 0 for none."""
     total = torch.zeros(())
-    for update, start in side[1] if side else ():
-        values = value(update)
-        if values is not None:
-            values = values.detach().float().cpu()
+    for update, start in here:
+        if (values := value(update)) is not None:
             if not total.ndim:
-                total = torch.zeros(sum(part.rows for part in side[0]), *values.shape[1:])
+                total = values.new_zeros(sum(part.rows for part in parts), *values.shape[1:], dtype=torch.float32)
             total[start : start + len(values)] += values
     return total
-
-
-def apart(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |ours|, or |theirs| where ours is zero; infinity for NaN."""
-    return float(((ours - theirs).norm() / (ours.norm() or 1.0)).nan_to_num(nan=float("inf")))
