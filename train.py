@@ -120,6 +120,7 @@ def adapt(config: Config, flux: Flux, trained: AdapterFile | None) -> list[nn.Pa
     parameters = add_lora(flux, names, rank, config.lora_alpha or rank, config.lora_dropout)
     if trained:
         start_from(flux, trained.updates)
+        print(f"init_lora {trained.path}: {trained.title}")
     return parameters
 
 

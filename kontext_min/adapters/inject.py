@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from kontext_min.adapters.layers import Adapted, LoRA, Update
+from kontext_min.adapters.layers import Adapted, LoRA, Update, take_rows
 from kontext_min.checkpoints.keys import flux_linears, flux_places
 from kontext_min.models.flux import Flux, FluxConfig
 
@@ -79,8 +79,8 @@ def attach(flux: Flux, ours: str, update: Update) -> list[nn.Parameter]:
     return list(update.parameters())
 
 
-def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
-    """Attach a trained adapter's updates, copied. Raises ValueError on unknown names or wrong shapes."""
+def placed(flux: Flux, given: Sequence[Update]) -> list[tuple[Update, str, int]]:
+    """Each update with our linear that it belongs to and its first row there. ValueError if it is for another model."""
     places = flux_places(flux.config)
     unknown = sorted({update.name for update in given} - set(places))
     if unknown:
@@ -95,14 +95,29 @@ def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: t
                 f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}; "
                 f"it was made for another model"
             )
+    return [(update, places[update.name][0], places[update.name][1].start) for update in given]
+
+
+def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
+    """Attach a trained adapter's updates, copied. `detach_all` takes them off again, for others or other strengths."""
+    for update, ours, start in placed(flux, given):
         update = deepcopy(update).to(dtype)
-        update.start, update.scale = part.start, update.scale * strength
+        update.start, update.scale = start, update.scale * strength
         attach(flux, ours, update)
 
 
 def start_from(flux: Flux, given: Sequence[Update]):
-    """Give the fresh updates a trained adapter's values. ValueError unless both have the same modules and rank."""
-    fresh = {update.name: update for update in updates(flux)}
+    """Give the fresh updates a trained adapter's values, those of a fused module to its parts.
+
+    ValueError unless both have the same modules and ranks.
+    """
+    parts, fresh = flux_linears(flux.config), {update.name: update for update in updates(flux)}
+    given = [
+        update if update.name == part.name else take_rows(update, part.name, (part.start, part.start + part.rows))
+        for update, ours, _ in placed(flux, given)
+        for part in parts[ours]
+        if update.name in (ours, part.name)
+    ]
     if odd := sorted(fresh.keys() ^ {update.name for update in given}):
         raise ValueError(f"init_lora: {len(odd)} modules are not in both, {', '.join(odd[:3])}; set flux_lora_target")
     for update in given:
