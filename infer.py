@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from kontext_min import presets
-from kontext_min.adapters.inject import apply_updates
+from kontext_min.adapters.inject import apply_updates, placed
 from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
@@ -148,16 +148,18 @@ def choose_device(name: str) -> torch.device:
 def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Editor, dict]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec)."""
     checkpoint = load.find(presets.locate(settings["model"]))
+    for lora, strength in settings["adapters"]:
+        try:
+            placed(load.empty_flux(checkpoint)[0], lora.updates)  # said now, not after minutes of loading
+        except ValueError as error:
+            raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
+        print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}")
     texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
     encoded = encode_texts(checkpoint, texts, device, dtype)
     vae = load.load_vae(checkpoint, device, torch.float32)
     flux = load.load_flux(checkpoint, device, dtype)
     for lora, strength in settings["adapters"]:
-        try:
-            apply_updates(flux, lora.updates, strength, dtype)
-        except ValueError as error:
-            raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
-        print(f"LoRA {lora.path}: {len(lora.updates)} modules at strength {strength:g}")
+        apply_updates(flux, lora.updates, strength, dtype)
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
 
 

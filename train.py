@@ -142,6 +142,7 @@ def main(argv: list[str]):
     parameters = add_adapter(config, flux)
     if trained:
         start_from(flux, trained.updates)
+        print(f"init_lora {trained.path}: {trained.title}")
     if config.gradient_checkpointing:
         apply_checkpointing(flux, config.gradient_checkpointing_interval or 1)
 

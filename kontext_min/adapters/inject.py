@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from kontext_min.adapters.layers import Adapted, Kronecker, LoKr, LoRA, Update
+from kontext_min.adapters.layers import Adapted, Kronecker, LoKr, LoRA, Update, take_rows
 from kontext_min.checkpoints.keys import flux_linears, flux_places
 from kontext_min.models.flux import Flux, FluxConfig
 
@@ -97,8 +97,8 @@ def attach(flux: Flux, ours: str, update: Update):
     linear.updates.append(update.to(linear.base.weight.device))
 
 
-def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
-    """Attach a trained adapter's updates, copied. Raises ValueError on unknown names or wrong shapes."""
+def placed(flux: Flux, given: Sequence[Update]) -> list[tuple[Update, str, int]]:
+    """Each update with our linear that it belongs to and its first row there. ValueError if it is for another model."""
     places = flux_places(flux.config)
     unknown = sorted({update.name for update in given} - set(places))
     if unknown:
@@ -113,20 +113,41 @@ def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: t
                 f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}; "
                 f"it was made for another model"
             )
-        update = deepcopy(update)
+    return [(update, places[update.name][0], places[update.name][1].start) for update in given]
+
+
+def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
+    """Attach a trained adapter's updates, copied. `detach_all` takes them off again, for others or other strengths."""
+    for update, ours, start in placed(flux, given):
+        update = at_strength(update, strength)
         for matrix in (parameter for parameter in update.parameters() if parameter.ndim > 1):
             matrix.data = matrix.data.to(dtype)
-        update.start = part.start
-        if update.magnitude is None:
-            update.scale *= strength
-        else:
-            update.strength = strength
+        update.start = start
         attach(flux, ours, update)
 
 
+def at_strength(update: Update, strength: float) -> Update:
+    """A copy whose change is so many times as large."""
+    update = deepcopy(update)
+    if update.magnitude is None:
+        update.scale *= strength
+    else:
+        update.strength = strength
+    return update
+
+
 def start_from(flux: Flux, given: Sequence[Update]):
-    """Give the fresh updates a trained adapter's values. ValueError unless both have the same modules and rank."""
-    fresh = {update.name: update for update in updates(flux)}
+    """Give the fresh updates a trained adapter's values, those of a fused module to its parts.
+
+    ValueError unless both have the same modules and ranks.
+    """
+    parts, fresh = flux_linears(flux.config), {update.name: update for update in updates(flux)}
+    given = [
+        update if update.name == part.name else take_rows(update, part.name, (part.start, part.start + part.rows))
+        for update, ours, _ in placed(flux, given)
+        for part in parts[ours]
+        if update.name in (ours, part.name)
+    ]
     if odd := sorted(fresh.keys() ^ {update.name for update in given}):
         raise ValueError(f"init_lora: {len(odd)} modules are not in both, {', '.join(odd[:3])}; set flux_lora_target")
     for update in given:

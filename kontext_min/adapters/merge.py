@@ -3,7 +3,6 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kontext_min.adapters.formats import SWAPPED_THEIRS
-from kontext_min.adapters.inject import apply_updates
+from kontext_min.adapters.inject import placed
 from kontext_min.adapters.layers import LoRA, Update
-from kontext_min.adapters.write import Placed, placed
+from kontext_min.adapters.write import Placed, by_linear
 from kontext_min.checkpoints.keys import Part
 from kontext_min.checkpoints.load import Component, find_component, flux_config
 from kontext_min.checkpoints.save import stream
@@ -59,17 +58,6 @@ def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------ into the base
 
 
-def at_strength(updates: Sequence[Update], strength: float) -> list[Update]:
-    """Copies whose change is so many times as large."""
-    copies = deepcopy(list(updates))
-    for update in copies:
-        if update.magnitude is None:
-            update.scale *= strength
-        else:
-            update.strength = strength
-    return copies
-
-
 def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dtype) -> float:
     """Write the base's transformer with the updates in its weights; files, names and layout are the base's.
 
@@ -91,7 +79,7 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     with torch.device("meta"):
         shapes = {name: tensors.shape(name) for tensors in files for name in tensors.names()}
         flux = Flux(flux_config(component.config, shapes))
-    apply_updates(flux, updates, 1.0, dtype)  # says what does not fit
+    placed(flux, updates)  # says what does not fit
     lost = torch.zeros(2, dtype=torch.float64)
 
     def merged(tensors: Tensors, name: str) -> Tensor:
@@ -123,7 +111,7 @@ def weights_of(updates: Sequence[Update]) -> dict[str, tuple[Part, Placed]]:
     """Names of weights that the updates may change, in either layout -> their rows of our linear, and its updates."""
     return {
         f"{part.name}.weight": (part, here)
-        for ours, (parts, here) in placed(updates).items()
+        for ours, (parts, here) in by_linear(updates).items()
         for part in (Part(ours, 0, sum(part.rows for part in parts)), *parts)
     }
 

@@ -75,7 +75,7 @@ def caveat(updates: Sequence[Update], form: str) -> str:
 # ------------------------------------------------------------------------------------------------ arranging
 
 
-def placed(updates: Sequence[Update]) -> dict[str, tuple[list[Part], Placed]]:
+def by_linear(updates: Sequence[Update]) -> dict[str, tuple[list[Part], Placed]]:
     """Our linears that are touched -> their parts and their updates.
 
     No model need be at hand: the width is what a fused linear takes, and in a FLUX all else follows from it.
@@ -98,7 +98,7 @@ def placed(updates: Sequence[Update]) -> dict[str, tuple[list[Part], Placed]]:
 def arrange(updates: Sequence[Update], form: str) -> list[Update]:
     """The same change as one update for each of the format's modules. ValueError where the format cannot hold it."""
     arranged = []
-    for ours, (parts, here) in placed(updates).items():
+    for ours, (parts, here) in by_linear(updates).items():
         whole = Part(ours, 0, sum(part.rows for part in parts))
         for part in [whole] if FORMATS[WRITTEN[form]].names == "bfl" else parts:
             pieces = pieces_of(part, here)
@@ -165,7 +165,7 @@ def tensors_of(update: Update, form: str, dtype: torch.dtype) -> dict[str, Tenso
     else:
         first = {"lokr_w1": [update.w1[0].float() * update.scale, *update.w1[1:]], "lokr_w2": update.w2}
         found = {n if len(side) == 1 else f"{n}_{'ab'[i]}": t for n, side in first.items() for i, t in enumerate(side)}
-    found = {ending: tensor.detach().to("cpu", dtype).contiguous() for ending, tensor in found.items()}
+    found = {ending: tensor.detach().to("cpu", dtype, copy=True).contiguous() for ending, tensor in found.items()}
     if update.magnitude is not None:  # of the size of the weight itself, not of its change, so never rounded
         magnitude = update.magnitude.detach().float().cpu()
         found[MAGNITUDES[form]] = magnitude if form == "diffusers" else magnitude[:, None]
@@ -238,7 +238,7 @@ def peft_settings(ranks: dict[str, int], usual: int, dora: bool) -> dict:
 
 def largest_error(given: Sequence[Update], read: Sequence[Update]) -> tuple[float, str]:
     """Both changes on our linears, one at a time: the largest relative error of delta-W or magnitude, and where."""
-    ours, theirs, errors = placed(given), placed(read), []
+    ours, theirs, errors = by_linear(given), by_linear(read), []
     for name in ours | theirs:
         for value in (lambda update: update.delta(), lambda update: update.magnitude):
             a, b = (dense(*side[name], value) if name in side else torch.zeros(()) for side in (ours, theirs))
