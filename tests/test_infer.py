@@ -110,11 +110,12 @@ def test_picture_equals_that_of_diffusers(case, kontext, pipeline, tmp_path):  #
 
 @pytest.fixture(scope="module")
 def lora(pipeline, tmp_path_factory):
-    """A LoRA of peft on every linear of the transformer, alpha half of the rank, as the pipeline saves it."""
+    """A LoRA of peft on every linear of the transformer, of mixed ranks and alphas, as the pipeline saves it."""
     peft = pytest.importorskip("peft")
     transformer = pipeline.transformer
     linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=linears)
+    ranks, alphas = {"attn.to_q": 2, r"transformer_blocks\.1\.ff\..*": 3}, {"proj_mlp": 1, "attn.to_q": 5}
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=linears, rank_pattern=ranks, alpha_pattern=alphas)
     transformer.add_adapter(config, adapter_name="made")
     for seed, (name, parameter) in enumerate(transformer.named_parameters()):
         if "lora_" in name:

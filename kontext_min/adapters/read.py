@@ -88,11 +88,8 @@ def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, st
         if ending := next((ending for ending in ENDINGS if name.endswith(f".{ending}")), None):
             split[name] = name.removesuffix(f".{ending}"), ENDINGS[ending]
     if not split:
-        raise ValueError(
-            f"{path} is no LoRA: it has {', '.join(names[:3])} … (a whole model is given as the model)"
-            if names
-            else f"{path} has no tensors"
-        )
+        held = ", ".join(names[:3]) or "no tensors"
+        raise ValueError(f"{path} is no LoRA: it has {held} (a whole model is given as the model)")
     stems = {form: modules(FORMATS[form]) for form in FORMATS}
     form = max(stems, key=lambda form: sum(stem in stems[form] for stem, _ in split.values()))
     left_over = [name for name in names if name not in split or split[name][0] not in stems[form]]
@@ -140,7 +137,9 @@ def lora_settings(header: dict[str, str], path: Path) -> dict:
 
 def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update:
     """The update of one module, checked. What is wrong is said as the rest of a sentence that begins with its name."""
-    values = {what: tensor.float() for what, tensor in tensors.items() if what != "alpha" and readable(what, tensor)}
+    values = {what: checked(what, tensor) for what, tensor in tensors.items() if what != "alpha"}
+    if "alpha" in tensors and tensors["alpha"].numel() != 1:
+        raise ValueError(f"has an alpha of {tensors['alpha'].numel()} numbers")
     alpha = float(tensors["alpha"]) if "alpha" in tensors else configured_alpha(module, settings)
     magnitude = values.pop("dora_scale", None)
     kinds = {what.partition("_")[0] for what in values}
@@ -155,10 +154,8 @@ def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update
         update = LoKr(module, *sides, scale_of(alpha, ranks[-1]) if ranks else 1.0)  # two full sides: alpha is not used
     if magnitude is not None:
         if magnitude.shape not in ((update.shape[0],), (update.shape[0], 1)):
-            raise ValueError(
-                f"has a DoRA scale of shape {list(magnitude.shape)}; only one number for each of its {update.shape[0]} "
-                f"output rows can be applied, not one for each input"
-            )
+            shape = list(magnitude.shape)
+            raise ValueError(f"has a DoRA scale of shape {shape}; only one for each output row, not input, is applied")
         update.magnitude = nn.Parameter(magnitude.flatten())
     elif settings.get("use_dora"):
         raise ValueError("has no lora_magnitude_vector, though the file says use_dora")
@@ -168,13 +165,13 @@ def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update
     return update.requires_grad_(False)
 
 
-def readable(what: str, tensor: Tensor) -> bool:
-    """True. ValueError for what is no weight: integers, tensors without values, NaN."""
+def checked(what: str, tensor: Tensor) -> Tensor:
+    """The tensor in fp32, unless it is no weight: integers, without values, NaN."""
     if tensor.dtype not in DTYPES or not tensor.numel():
         raise ValueError(f"has {what} of shape {list(tensor.shape)} in {tensor.dtype}, which is no LoRA's weight")
     if not torch.isfinite(tensor.float()).all():
         raise ValueError(f"holds NaN or infinity in {what}; the training that wrote it had failed")
-    return True
+    return tensor.float()
 
 
 def factors(values: dict[str, Tensor], left: str, right: str) -> tuple[Tensor, Tensor]:
