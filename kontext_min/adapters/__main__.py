@@ -43,9 +43,8 @@ def merge(args: argparse.Namespace):
     if args.base:
         if args.rank or args.to:
             raise ValueError("--rank and --to are of adapters; with --base the weights themselves are written")
-        dtype = DTYPES[args.dtype or "bf16"]
-        lost = merge_into(args.base, updates, args.out, dtype)
-        print(f"{args.out}: {args.base} with the change in its weights; rounding to {dtype} lost {lost:.2%} of it")
+        lost = merge_into(args.base, updates, args.out, DTYPES[args.dtype])
+        print(f"{args.out}: {args.base} with the change in its weights; rounding to {args.dtype} lost {lost:.2%} of it")
         return
     if len(sources) > 1 and any(update.magnitude is not None for update in updates):
         raise ValueError("adapters with DoRA do not add up to one; give them to infer.py side by side, or use --base")
@@ -65,7 +64,7 @@ def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
     """The file in the format and precision asked for, verified."""
     form = args.to or "diffusers"
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    error = write_adapter(args.out, updates, recipe, DTYPES[args.dtype or "bf16"], form)
+    error = write_adapter(args.out, updates, recipe, DTYPES[args.dtype], form)
     print(f"{args.out}: {form}; read back, every change of a weight is the same to {error:.1e} of its size")
     if said := caveat(updates, form):
         print(f"note: {said}")
@@ -122,7 +121,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         if command is not looked_at:
             command.add_argument("out", type=Path, metavar="OUT")
             command.add_argument("--to", choices=WRITTEN, required=command is converted)
-            command.add_argument("--dtype", choices=DTYPES, help="of what is written; default bf16")
+            command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of what is written; default bf16")
             command.add_argument("--rank", type=int, metavar="R", help="make LoRAs of at most this rank, by SVD")
             command.add_argument("--force", action="store_true", help="replace OUT if it is there")
     args = parser.parse_args(argv)

@@ -3,7 +3,6 @@
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from kontext_min.adapters.inject import placed
 from kontext_min.adapters.layers import LoRA, Update
 from kontext_min.adapters.write import Placed, by_linear
 from kontext_min.checkpoints.keys import Part
-from kontext_min.checkpoints.load import Component, find_component, flux_config
+from kontext_min.checkpoints.load import Component, find_component, flux_config, on_meta
 from kontext_min.checkpoints.save import stream
 from kontext_min.checkpoints.tensors import Tensors
 from kontext_min.models.flux import Flux
@@ -68,21 +67,16 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     component = Component((base,), {})
     if not base.is_file():
         component = find_component(*((base.parent, base.name) if base.name == "transformer" else (base, "transformer")))
-    files = [
-        Tensors([file]).rename(lambda name: name.removeprefix("model.diffusion_model.")) for file in component.files
-    ]
     single = out.suffix == ".safetensors"
-    if single and len(files) > 1:
-        raise ValueError(f"{base} has {len(files)} files; {out} should be a folder")
+    if single and len(component.files) > 1:
+        raise ValueError(f"{base} has {len(component.files)} files; {out} should be a folder")
+    tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))
     weights = weights_of(updates)
-    refuse_quantised(files, weights)
-    with torch.device("meta"):
-        shapes = {name: tensors.shape(name) for tensors in files for name in tensors.names()}
-        flux = Flux(flux_config(component.config, shapes))
-    placed(flux, updates)  # says what does not fit
+    refuse_quantised(tensors, weights)
+    placed(on_meta(Flux, flux_config, component, tensors), updates)  # says what does not fit
     lost = torch.zeros(2, dtype=torch.float64)
 
-    def merged(tensors: Tensors, name: str) -> Tensor:
+    def merged(name: str) -> Tensor:
         weight = tensors.read(name)
         if name not in weights:
             return weight
@@ -93,10 +87,10 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     (out.parent if single else out).mkdir(parents=True, exist_ok=True)
     targets = [out] if single else [out / file.name for file in component.files]
     try:
-        for target, tensors in zip(targets, files, strict=True):
-            shapes = {key: tensors.shape(name) for name, (_, key) in tensors.where.items()}
-            reads = {key: partial(merged, tensors, name) for name, (_, key) in tensors.where.items()}
-            stream(target.with_suffix(".tmp"), shapes, dtype, lambda key, reads=reads: reads[key]())
+        for target, opened in zip(targets, dict.fromkeys(handle for handle, _ in tensors.where.values()), strict=True):
+            names = {key: name for name, (handle, key) in tensors.where.items() if handle is opened}
+            shapes = {key: tensors.shape(name) for key, name in names.items()}
+            stream(target.with_suffix(".tmp"), shapes, dtype, lambda key, names=names: merged(names[key]))
         for target in targets:
             target.with_suffix(".tmp").replace(target)
     finally:
@@ -118,8 +112,8 @@ def weights_of(updates: Sequence[Update]) -> dict[str, tuple[Part, Placed]]:
 
 def with_updates(weight: Tensor, part: Part, here: Placed) -> Tensor:
     """A weight (rows, in) in fp32, in the order of its file, -> the same with its updates, each beside the base's."""
-    halves = 2 if part.name == SWAPPED_THEIRS else 1
-    weight = torch.cat(weight.chunk(halves)[::-1])
+    swapped = part.name == SWAPPED_THEIRS
+    weight = torch.cat(weight.chunk(2)[::-1]) if swapped else weight
     merged = weight.clone()
     for update, start in here:
         low, high = max(start, part.start), min(start + update.shape[0], part.start + part.rows)
@@ -130,12 +124,12 @@ def with_updates(weight: Tensor, part: Part, here: Placed) -> Tensor:
                 longer = F.normalize(weight[rows] + delta, dim=1) * update.magnitude[own, None].float()
                 delta = update.strength * (longer - weight[rows])
             merged[rows] += delta
-    return torch.cat(merged.chunk(halves)[::-1])
+    return torch.cat(merged.chunk(2)[::-1]) if swapped else merged
 
 
 def loss(weight: Tensor, merged: Tensor, rounded: Tensor) -> Tensor:
     """Squared norms of what rounding loses and of what was to change."""
-    return torch.stack([(rounded.float() - merged).square().sum(), (merged - weight.float()).square().sum()]).double()
+    return torch.stack([(rounded - merged).norm(), (merged - weight).norm()]).double().square()
 
 
 def share(squares: Tensor) -> float:
@@ -147,24 +141,22 @@ def share(squares: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------ quantised
 
 
-def refuse_quantised(files: list[Tensors], weights: dict[str, tuple[Part, Placed]]):
+def refuse_quantised(tensors: Tensors, weights: dict[str, tuple[Part, Placed]]):
     """Raise ValueError if a weight to be changed is quantised, with the measured share of the change it would lose."""
     lost, found = torch.zeros(2, dtype=torch.float64), []
-    for tensors in files:
-        for name in sorted(weights.keys() & tensors.names()):
-            handle, key = tensors.where[name]
-            if handle.get_slice(key).get_dtype() not in QUANTISED:
-                continue
-            found.append(QUANTISED[handle.get_slice(key).get_dtype()])
-            if len(found) <= MEASURED:
-                weight, rounded = grid(tensors, name)
-                part, here = weights[name]
-                weight = weight.view(-1, here[0][0].shape[1])
-                merged = with_updates(weight, part, here)
-                lost += loss(weight, merged, rounded(merged))
+    for name in sorted(weights.keys() & tensors.names()):
+        handle, key = tensors.where[name]
+        form = QUANTISED.get(handle.get_slice(key).get_dtype())
+        if form and len(found) < MEASURED:
+            weight, rounded = grid(tensors, name)
+            part, here = weights[name]
+            weight = weight.view(-1, here[0][0].shape[1])
+            merged = with_updates(weight, part, here)
+            lost += loss(weight, merged, rounded(merged))
+        found += [form] if form else []
     if found:
         raise ValueError(
-            f"{files[0].title}: {len(found)} of the weights to change are {found[0]}, whose rounding would lose "
+            f"{tensors.title}: {len(found)} of the weights to change are {found[0]}, whose rounding would lose "
             f"{share(lost):.0%} of the change; merge into the bf16 model, or use the LoRA unmerged"
         )
 
