@@ -224,6 +224,7 @@ class Config(Strict):
     lora_dropout: float = knob(0.0, "share of each adapter's inputs left out in a step", ge=0, lt=1)
     init_lora: Path | None = knob(None, "a LoRA or LoKr file to start from, of the same modules and sizes")
     flux_lora_target: str | list[str] = knob("all", "a set's name, or patterns of diffusers' module names")
+    lora_format: Literal["diffusers", "comfyui", "kohya"] = knob("diffusers", "of a LoRA's file; LoKr's is LyCORIS'")
 
     # the step
     flow_schedule_shift: Literal["auto"] | Annotated[float, Field(gt=0)] = knob(
@@ -338,6 +339,8 @@ class Config(Strict):
             raise ValueError(
                 f"{', '.join(idle)} is not for lora_type lycoris, whose lycoris_config says size and modules"
             )
+        if self.use_dora and self.lora_format != "diffusers":
+            raise ValueError(f"use_dora: a {self.lora_format} file cannot hold a part of a fused layer; use diffusers'")
         if self.flow_use_uniform_schedule and self.flow_use_beta_schedule:
             raise ValueError("flow_use_uniform_schedule and flow_use_beta_schedule exclude each other")
         if self.flux_guidance_min > self.flux_guidance_max:

@@ -90,7 +90,6 @@ CONFIG_REFUSED = by_key({
     "leave it out: A is drawn as by PEFT, B is zero": "lora_init_type peft_lora_mode singlora_ramp_up_steps",
     "leave it out: w1 is drawn as by LyCORIS, w2 is zero": "init_lokr_norm",
     "pictures show what is trained; infer.py --lora FILE:0.5 weakens it": "validation_lycoris_strength",
-    "files are in diffusers' format, which ComfyUI reads": "lora_format",
     "use init_lora, which starts at step 0": "init_lora_step init_lora_ema",
     "only weights are quantised, by base_model_precision": "quantize_activations quantization_config",
     "only the transformer is trained": "train_text_encoder text_encoder_lr control",

@@ -15,7 +15,7 @@ from PIL import Image
 
 import infer
 import train
-from kontext_min.adapters.inject import add_lora, updates
+from kontext_min.adapters.inject import add_lora, matching_modules, updates
 from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.load import load_flux
 
@@ -145,10 +145,34 @@ def test_picture_with_a_lora_of_peft_equals_that_of_diffusers(scale, lora, konte
     assert abs(pixels(ours) - pixels(without)).mean() > 2
 
 
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "comfy"])
+def test_an_export_loads_in_diffusers_and_gives_infer_pys_picture(form, kontext, pipeline, tmp_path):  # trap 13
+    """All linears of a block but `linear1`, whose size diffusers assumes to be FLUX.1's in these formats; alpha r/2."""
+    flux = load_flux(tiny.part(kontext, "transformer"), tiny.CPU, tiny.FP32)
+    inside = ["transformer_blocks.*", "single_transformer_blocks.*.proj_out", "single_transformer_blocks.*.norm.linear"]
+    names = [name for name in matching_modules(flux.config, inside) if "_k_proj" not in name]  # one part is missing
+    for seed, parameter in enumerate(add_lora(flux, names, 4, 2)):
+        parameter.data = 0.2 * tiny.random(*parameter.shape, seed=seed)
+    file, image = tmp_path / f"{form}.safetensors", picture(tmp_path / "photo.png", 75, 50)
+    write_adapter(file, list(updates(flux)), {}, torch.float32, form)
+    base = ["--model", kontext, "--prompt", PROMPT, "--steps", 3, "--precision", "fp32", "--device", "cpu"]
+    base += ["--reference-size", "keep", "--image", image, "--out"]
+    (ours,) = run("--lora", file, *base, tmp_path / "ours.png")
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    try:
+        theirs = of_diffusers(pipeline, 64, 48, image)
+    finally:
+        pipeline.unload_lora_weights()
+    assert_same_picture(ours, theirs)
+    (without,) = run(*base, tmp_path / "without.png")
+    assert abs(pixels(ours) - pixels(without)).mean() > 2
+
+
 # ------------------------------------------------------------------------------------------------ flags
 
 
-def test_a_lora_of_train_py_loads_in_diffusers_and_gives_infer_pys_picture(kontext, pipeline, tmp_path):
+@pytest.mark.parametrize("form, target", [("diffusers", "ai-toolkit"), ("kohya", "mmdit")])
+def test_a_lora_of_train_py_loads_in_diffusers_and_gives_infer_pys_picture(form, target, kontext, pipeline, tmp_path):
     for i in range(2):
         for folder in ("t", "r"):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -163,7 +187,8 @@ def test_a_lora_of_train_py_loads_in_diffusers_and_gives_infer_pys_picture(konte
     overrides = [
         "max_train_steps=3",
         "learning_rate=0.05",
-        "flux_lora_target=ai-toolkit",
+        f"flux_lora_target={target}",
+        f"lora_format={form}",
         "lora_alpha=5",
         "lora_rank=4",
     ]

@@ -110,15 +110,15 @@ class Run:
         self.tracker.validated(step)
 
     def write(self, step: int):
-        """The LoRA as it is after a step, in the dtype of the computation, and its average if there is one."""
+        """The adapter as it is after a step, in the dtype of the computation, and its average if there is one."""
         recipe = {**self.recipe, "trained_steps": step}
-        write_adapter(self.folder.lora, list(updates(self.flux)), recipe, self.examples.dtype)
+        form = "lycoris" if self.config.lora_type == "lycoris" else self.config.lora_format.replace("comfyui", "comfy")
+        write_adapter(self.folder.lora, list(updates(self.flux)), recipe, self.examples.dtype, form)
         if self.ema:
             self.folder.average.parent.mkdir(exist_ok=True)
+            recipe["ema"] = True
             with self.ema.applied():
-                write_adapter(
-                    self.folder.average, list(updates(self.flux)), {**recipe, "ema": True}, self.examples.dtype
-                )
+                write_adapter(self.folder.average, list(updates(self.flux)), recipe, self.examples.dtype, form)
 
     def stop_when_told(self):
         """Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once."""

@@ -61,7 +61,7 @@ REFUSED = {  # a value that asks for something, and one that asks for nothing, w
     "0.0"),
     "input_perturbation_steps": (10, 0), "offset_noise": (True, False), "t5_padding": ("zero", "unmodified"),
     "flux_attention_masked_training": (True, "false"), "peft_lora_target_modules": (["to_q"], None),
-    "lora_init_type": ("pissa", "default"), "lora_format": ("comfyui", "diffusers"),
+    "lora_init_type": ("pissa", "default"),
     "init_lora_step": (5, 0), "quantize_activations": (True, False), "train_text_encoder": (True, False),
     "text_encoder_lr": (1e-6, None), "lr_scale": (True, False), "lr_scale_sqrt": (True, False),
     "ema_warmup_steps": (10, 0), "checkpointing_rolling_steps": (10, 0), "deepspeed_config": ("ds.json", "none"),
