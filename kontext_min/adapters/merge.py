@@ -60,16 +60,15 @@ def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dtype) -> float:
     """Write the base's transformer with the updates in its weights; files, names and layout are the base's.
 
-    base: a single file, or a model's folder; out: a .safetensors file or a folder. Streamed: the memory of one tensor.
-    -> the share of the change (its norm) that rounding to dtype loses. ValueError where base and updates do not fit,
-    or where the base is quantised. Nothing appears before all is whole.
+    base and out: both a single file, or both a folder. Streamed: the memory of one tensor. -> the share of the change
+    (its norm) that rounding to dtype loses. ValueError where base and updates do not fit, or where the base is
+    quantised. Nothing appears before all is whole.
     """
-    component = Component((base,), {})
-    if not base.is_file():
+    if base.is_file():
+        component, targets = Component((base,), {}), [out]
+    else:
         component = find_component(*((base.parent, base.name) if base.name == "transformer" else (base, "transformer")))
-    single = out.suffix == ".safetensors"
-    if single and len(component.files) > 1:
-        raise ValueError(f"{base} has {len(component.files)} files; {out} should be a folder")
+        targets = [out / file.name for file in component.files]
     tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))
     weights = weights_of(updates)
     refuse_quantised(tensors, weights)
@@ -78,14 +77,12 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
 
     def merged(name: str) -> Tensor:
         weight = tensors.read(name)
-        if name not in weights:
-            return weight
-        whole = with_updates(weight.float(), *weights[name])
-        lost.add_(loss(weight, whole, whole.to(dtype)))
-        return whole
+        if name in weights:
+            before, weight = weight, with_updates(weight.float(), *weights[name])
+            lost.add_(loss(before, weight, weight.to(dtype)))
+        return weight
 
-    (out.parent if single else out).mkdir(parents=True, exist_ok=True)
-    targets = [out] if single else [out / file.name for file in component.files]
+    targets[0].parent.mkdir(parents=True, exist_ok=True)
     try:
         for target, opened in zip(targets, dict.fromkeys(handle for handle, _ in tensors.where.values()), strict=True):
             names = {key: name for name, (handle, key) in tensors.where.items() if handle is opened}
@@ -96,7 +93,7 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     finally:
         for target in targets:
             target.with_suffix(".tmp").unlink(missing_ok=True)
-    for file in () if single else component.files[0].parent.glob("*.json"):
+    for file in () if base.is_file() else component.files[0].parent.glob("*.json"):
         shutil.copy(file, out)
     return share(lost)
 

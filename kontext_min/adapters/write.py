@@ -63,13 +63,13 @@ def write_adapter(
 
 def caveat(updates: Sequence[Update], form: str) -> str:
     """What diffusers (0.42) does not take from such a file, in one sentence; "" where it takes all of it."""
-    outside = [update.name for update in updates if "blocks" not in update.name]
     if form in ("lycoris", "bfl") or any(isinstance(update, LoKr) for update in updates):
         return "diffusers does not read this" + " unless all linears of all blocks are there" * (form == "bfl")
-    if form in ("kohya", "comfy") and outside:
-        return f"diffusers leaves out, silently, what is not in a block: {', '.join(outside)}"
-    dora = form in ("kohya", "comfy") and any(update.magnitude is not None for update in updates)
-    return "diffusers leaves out dora_scale" if dora else ""
+    if form in ("kohya", "comfy"):
+        left_out = [update.name for update in updates if "blocks" not in update.name]
+        left_out += ["DoRA's magnitudes"] * any(update.magnitude is not None for update in updates)
+        return f"diffusers silently leaves out {', '.join(left_out)}" if left_out else ""
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------ arranging
@@ -187,18 +187,11 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     kind = "LoKr" if any(isinstance(update, LoKr) for update in updates) else "LoRA"
     own = {}
     if form == "diffusers":
-        dora = [update.magnitude is not None for update in updates]
-        settings = {f"transformer.{key}": value for key, value in peft_settings(ranks, usual, any(dora)).items()}
-        own = {CONFIG_KEY: json.dumps(settings, indent=2, sort_keys=True)}
-        if any(dora) and not all(dora):
-            raise ValueError("some modules have DoRA and some do not, which a diffusers file cannot say; kohya's can")
+        own = {CONFIG_KEY: peft_settings(updates, ranks, usual)}
     elif form == "kohya":
-        own = {
-            "ss_network_module": "networks.lora_flux" if kind == "LoRA" else "lycoris.kohya",
-            "ss_network_dim": str(usual),
-            "ss_network_alpha": str(usual),
-            "ss_base_model_version": "flux_kontext",
-        }
+        network = "networks.lora_flux" if kind == "LoRA" else "lycoris.kohya"
+        own = {"ss_network_module": network, "ss_network_dim": str(usual), "ss_network_alpha": str(usual)}
+        own["ss_base_model_version"] = "flux_kontext"
     elif form == "lycoris":
         config = {"algo": kind.lower(), "multiplier": 1.0, "linear_dim": usual, "linear_alpha": usual}
         own = {"lycoris_config": json.dumps(config)}
@@ -215,22 +208,18 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     }
 
 
-def peft_settings(ranks: dict[str, int], usual: int, dora: bool) -> dict:
-    """PEFT's LoraConfig; alpha equals rank."""
+def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> str:
+    """PEFT's LoraConfig as JSON; alpha equals rank. ValueError where it cannot say which modules have DoRA."""
+    dora = {update.magnitude is not None for update in updates}
+    if len(dora) > 1:
+        raise ValueError("some modules have DoRA and some do not, which a diffusers file cannot say; kohya's can")
     pattern = {f"^{name}": r for name, r in ranks.items() if r != usual}  # ^: not every name that ends so
-    return {
-        "peft_type": "LORA",
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": sorted(ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_dora": dora,
-        "use_rslora": False,
-        "init_lora_weights": True,
-    }
+    config = {
+        "peft_type": "LORA", "r": usual, "lora_alpha": usual, "rank_pattern": pattern, "alpha_pattern": pattern,
+        "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none", "use_dora": dora == {True},
+        "use_rslora": False, "init_lora_weights": True,
+    }  # fmt: skip
+    return json.dumps({f"transformer.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
 
 
 # ------------------------------------------------------------------------------------------------ comparing
