@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kontext_min import presets
 from kontext_min.adapters.inject import apply_updates, placed
-from kontext_min.adapters.read import AdapterFile, read_adapter
+from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import Editor, edit, output_size, prepare_reference
@@ -61,15 +61,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------------ settings
-
-
-def split_lora(text: str) -> tuple[Path, float]:
-    """'FILE:0.5' -> (FILE, 0.5); without a number the strength is 1."""
-    file, _, scale = text.rpartition(":")
-    try:
-        return (Path(file), float(scale)) if file else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0  # the colon belongs to the path
 
 
 def fingerprint(path: Path) -> str:

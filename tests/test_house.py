@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[1]
 ORACLES = {"diffusers", "transformers", "peft", "accelerate"}
 OPTIONAL = {"torchao", "tensorboard", "wandb"}  # imported where they are used, and nowhere else
 LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of its modules
-    5: ["train", "infer", "report"],
+    5: ["train", "infer", "report", "adapters.__main__"],
     4: ["training"],
     3: ["edit", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
-        "adapters.read", "adapters.write", "quantize", "memory", "parallel", "study"],
+        "adapters.read", "adapters.write", "adapters.merge", "quantize", "memory", "parallel", "study"],
     1: ["models", "flow", "adapters.layers", "adapters.formats", "checkpoints.keys", "data.align",
         "data.buckets", "data.captions", "data.degrade", "data.problems", "training.optim", "training.ema",
         "run_folder"],

@@ -16,7 +16,7 @@ from PIL import Image
 import infer
 import train
 from kontext_min.adapters.inject import add_lora, updates
-from kontext_min.adapters.write import write_lora
+from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.load import load_flux
 
 PROMPT, OTHER = "make the sky red", "turn it into night, please!"
@@ -334,7 +334,7 @@ def test_a_lora_file_alone_says_everything_else(small, tmp_path):
     for parameter in add_lora(flux, ["transformer_blocks.0.attn.to_q", "proj_out"], 4, 4):
         parameter.data = 0.2 * tiny.random(*parameter.shape)
     recipe = {"model": str(small), "prompt": [PROMPT], "image": [str(image)], "steps": 2, "guidance": 3.0, "title": "x"}
-    write_lora(file, list(updates(flux)), recipe, torch.float32)
+    write_adapter(file, list(updates(flux)), recipe, torch.float32)
     (alone,) = run("--lora", file, "--out", tmp_path / "alone.png")
     full = ["--model", small, "--prompt", PROMPT, "--image", image, "--steps", 2, "--guidance", 3, "--lora", file]
     (spelled,) = run(*full, "--out", tmp_path / "spelled.png")

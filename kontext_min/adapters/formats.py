@@ -29,7 +29,7 @@ PEFT, KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.
 FORMATS = {
     "diffusers":       Format("transformer.",       ".", "diffusers", *PEFT),  # also ai-toolkit, its LoKr too
     "kohya":           Format("lora_unet_",         "_", "bfl",       *KOHYA),  # also musubi, LyCORIS with kohya
-    "comfy":           Format("diffusion_model.",   ".", "bfl",       *PEFT),
+    "comfy":           Format("diffusion_model.",   ".", "bfl",       *KOHYA),  # lora_A there is nothing to diffusers
     "bfl":             Format("",                   ".", "bfl",       *PEFT),
     "lycoris":         Format("lycoris_",           "_", "diffusers", *KOHYA),  # SimpleTuner, LyCORIS by itself
     "onetrainer":      Format("lora_transformer_",  "_", "diffusers", *KOHYA),

@@ -21,7 +21,9 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _CONTEXT_FF = ("ff_context.net.0.proj", "ff_context.net.2")
 _ALL = (*_ATTENTION, *_CONTEXT)
-_ALL_FF = (*_ALL, "ff.net.0.proj", "ff.net.2", *_CONTEXT_FF, "proj_mlp", "proj_out")
+_FF = ("ff.net.0.proj", "ff.net.2", *_CONTEXT_FF)
+_ALL_FF = (*_ALL, *_FF, "proj_mlp", "proj_out")
+CLASSES = {"Attention": _ALL, "FeedForward": _FF}  # class in diffusers -> endings of its linears' names
 TARGETS = {  # `flux_lora_target` -> endings of module names, as SimpleTuner has them
     "all":              _ALL,
     "context":          _CONTEXT,
@@ -117,15 +119,21 @@ def placed(flux: Flux, given: Sequence[Update]) -> list[tuple[Update, str, int]]
 def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
     """Attach a trained adapter's updates, copied. `detach_all` takes them off again, for others or other strengths."""
     for update, ours, start in placed(flux, given):
-        update = deepcopy(update)
+        update = at_strength(update, strength)
         for matrix in (parameter for parameter in update.parameters() if parameter.ndim > 1):
             matrix.data = matrix.data.to(dtype)
         update.start = start
-        if update.magnitude is None:
-            update.scale *= strength
-        else:
-            update.strength = strength
         attach(flux, ours, update)
+
+
+def at_strength(update: Update, strength: float) -> Update:
+    """A copy whose change is so many times as large."""
+    update = deepcopy(update)
+    if update.magnitude is None:
+        update.scale *= strength
+    else:
+        update.strength = strength
+    return update
 
 
 def start_from(flux: Flux, given: Sequence[Update]):

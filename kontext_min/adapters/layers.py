@@ -64,10 +64,10 @@ class Kronecker(NamedTuple):
     """The size of a LoKr, in LyCORIS's terms."""
 
     factor: int = -1  # wanted size of w1's sides; -1: as near to w2's as can be
-    full: bool = False  # w2 is one matrix, whatever dim says
-    dim: int = 1  # rank of w2's two factors, where it is below half of w2's larger side
-    alpha: float = 1.0  # strength is alpha / dim; with w1 and w2 both full it is 1
-    both: bool = False  # w1 in two factors too, where dim is below half of its larger side
+    full_matrix: bool = False  # w1 and w2 are one matrix each, whatever dim says
+    dim: int | None = None  # rank of w2 in two factors, where it is below half of w2's larger side
+    alpha: float = 1.0  # strength is alpha / dim; 1 where neither side has two factors
+    decompose_both: bool = False  # w1 in two factors too, where dim is below half of w1's larger side
 
 
 class LoKr(nn.Module):
@@ -86,8 +86,8 @@ class LoKr(nn.Module):
     def fresh(cls, name: str, shape: tuple[int, int], size: Kronecker, start: int = 0) -> "LoKr":
         """A new update of a weight (rows, in) as LyCORIS draws it: w2's last factor zero, others Kaiming; fp32."""
         (a, b), (c, d) = (factors(side, size.factor) for side in shape)
-        full_1 = size.full or not size.both or size.dim >= max(a, c) / 2
-        full_2 = size.full or size.dim >= max(b, d) / 2
+        full_1 = size.full_matrix or not size.decompose_both or size.dim >= max(a, c) / 2
+        full_2 = size.full_matrix or size.dim >= max(b, d) / 2
         w2 = (torch.empty(b, d),) if full_2 else (torch.empty(b, size.dim), torch.empty(size.dim, d))
         w1 = (torch.empty(a, c),) if full_1 else (torch.empty(a, size.dim), torch.empty(size.dim, c))
         for factor in (*w2[:-1], *w1):
@@ -182,7 +182,8 @@ def take_rows(update: Update, name: str, *ranges: tuple[int, int]) -> Update:
 
     if any(edge % unit for edges in ranges for edge in edges):
         raise ValueError(
-            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}"
+            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}; make it a "
+            f"LoRA first (python -m kontext_min.adapters convert --rank)"
         )
     if isinstance(update, LoRA):
         made: Update = LoRA(name, update.A, taken(update.B, 1), update.scale)

@@ -53,6 +53,15 @@ class AdapterFile:
         return f"{self.format} {' and '.join(sorted(kinds))}, {len(self.updates)} modules"
 
 
+def split_lora(text: str) -> tuple[Path, float]:
+    """'FILE:0.5' -> (FILE, 0.5); without a number the strength is 1."""
+    file, _, scale = text.rpartition(":")
+    try:
+        return (Path(file), float(scale)) if file else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0  # the colon belongs to the path
+
+
 def read_adapter(path: Path) -> AdapterFile:
     """An adapter file, or a folder with one. ValueError names what cannot be used."""
     if path.is_dir():

@@ -24,8 +24,8 @@ def open_safetensors(path: Path):
     if not path.is_file():
         raise ValueError(f"{path} is a folder, where a safetensors file is needed")
     with open(path, "rb") as file:
-        start = file.read(4)
-    if path.suffix in PICKLES or start.startswith(PICKLES_BEGIN):
+        start = file.read(8)  # of safetensors, its header's length, whose upper half is always zero
+    if path.suffix in PICKLES or start.startswith(PICKLES_BEGIN) and any(start[4:]):
         raise ValueError(f"{path} is a pickle, which can run code when opened; convert it to .safetensors first")
     try:
         return safe_open(path, framework="pt", device="cpu")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from kontext_min import flow
 from kontext_min.adapters.inject import updates
-from kontext_min.adapters.write import write_lora
+from kontext_min.adapters.write import write_adapter
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
@@ -112,11 +112,13 @@ class Run:
     def write(self, step: int):
         """The LoRA as it is after a step, in the dtype of the computation, and its average if there is one."""
         recipe = {**self.recipe, "trained_steps": step}
-        write_lora(self.folder.lora, list(updates(self.flux)), recipe, self.examples.dtype)
+        write_adapter(self.folder.lora, list(updates(self.flux)), recipe, self.examples.dtype)
         if self.ema:
             self.folder.average.parent.mkdir(exist_ok=True)
             with self.ema.applied():
-                write_lora(self.folder.average, list(updates(self.flux)), {**recipe, "ema": True}, self.examples.dtype)
+                write_adapter(
+                    self.folder.average, list(updates(self.flux)), {**recipe, "ema": True}, self.examples.dtype
+                )
 
     def stop_when_told(self):
         """Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once."""

@@ -30,7 +30,10 @@ FREE = (  # keys that begin so may change between a checkpoint and the run that 
     "data_backend_config", "resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "caption_strategy",
 )  # fmt: skip
-FIXED = ("lora_rank", "flux_lora_target", "lora_type", "optimizer", "use_ema", "weights")  # nothing goes on without
+FIXED = (  # nothing goes on without them
+    "lora_type", "lora_rank", "lora_rank_pattern", "use_dora", "lycoris_config", "flux_lora_target", "optimizer",
+    "use_ema", "weights",
+)  # fmt: skip
 
 
 def identity(config: Config, examples: Examples) -> dict:

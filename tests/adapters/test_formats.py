@@ -10,7 +10,7 @@ from tiny import CPU, FP32, error, run_flux
 
 from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, updates
 from kontext_min.adapters.read import read_adapter
-from kontext_min.adapters.write import write_lora
+from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.checkpoints.load import load_flux
 from kontext_min.models.flux import FluxConfig
@@ -168,7 +168,7 @@ def trained(flux, names: list[str], rank: int = 4, alpha: float = 4):
 @torch.no_grad()
 def test_diffusers_reads_what_we_write(alpha, flux, oracle, tmp_path):  # trap 13
     trained(flux, LINEARS, alpha=alpha)
-    write_lora(tmp_path / "pytorch_lora_weights.safetensors", list(updates(flux)), {}, FP32)
+    write_adapter(tmp_path / "pytorch_lora_weights.safetensors", list(updates(flux)), {}, FP32)
     oracle.load_lora_adapter(tmp_path, prefix="transformer", weight_name="pytorch_lora_weights.safetensors")
     given = tiny.flux_inputs(flux.config)
     assert error(flux(**given), run_flux(oracle, **given)) < 1e-5
@@ -180,7 +180,7 @@ def test_diffusers_reads_mixed_ranks_even_where_one_name_ends_another(flux, orac
     trained(flux, ["proj_out"], rank=2)
     trained(flux, [name for name in LINEARS if name.endswith("s.0.proj_out")], rank=6)
     trained(flux, ["transformer_blocks.0.attn.to_q", "norm_out.linear", "x_embedder"], rank=6)
-    write_lora(tmp_path / "pytorch_lora_weights.safetensors", list(updates(flux)), {}, FP32)
+    write_adapter(tmp_path / "pytorch_lora_weights.safetensors", list(updates(flux)), {}, FP32)
     oracle.load_lora_adapter(tmp_path, prefix="transformer", weight_name="pytorch_lora_weights.safetensors")
     given = tiny.flux_inputs(flux.config)
     assert error(flux(**given), run_flux(oracle, **given)) < 1e-5
@@ -190,7 +190,7 @@ def test_diffusers_reads_mixed_ranks_even_where_one_name_ends_another(flux, orac
 def test_reader_that_is_blind_to_the_header_sees_the_same_strength(flux, oracle, tmp_path):  # trap 13
     """As ComfyUI does it: no alpha in the tensors, so W + B A."""
     trained(flux, LINEARS, alpha=3)
-    write_lora(tmp_path / "lora.safetensors", list(updates(flux)), {}, FP32)
+    write_adapter(tmp_path / "lora.safetensors", list(updates(flux)), {}, FP32)
     tensors = tiny.load_file(tmp_path / "lora.safetensors")
     assert len(tensors) == 2 * len(LINEARS)
     for name in LINEARS:
@@ -205,7 +205,7 @@ def test_we_read_what_we_write_with_its_recipe(flux, tmp_path):
     trained(flux, LINEARS, alpha=2)
     given = tiny.flux_inputs(flux.config)
     expected = flux(**given)
-    write_lora(tmp_path / "lora.safetensors", list(updates(flux)), {"prompt": ["turn it into night"]}, FP32)
+    write_adapter(tmp_path / "lora.safetensors", list(updates(flux)), {"prompt": ["turn it into night"]}, FP32)
     detach_all(flux)
     file = read_adapter(tmp_path / "lora.safetensors")
     apply_updates(flux, file.updates, 1.0, FP32)

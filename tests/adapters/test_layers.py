@@ -11,15 +11,15 @@ from kontext_min.adapters.layers import Adapted, Kronecker, LoKr, LoRA, factors,
 from kontext_min.quantize import Int8Linear, dequantise
 
 KINDS = {  # Kronecker sizes for a weight of (48, 40), with what LyCORIS calls them
-    "full": (Kronecker(4, full=True), {"factor": 4, "full_matrix": True, "lora_dim": 3, "alpha": 1}),
+    "full": (Kronecker(4, full_matrix=True), {"factor": 4, "full_matrix": True, "lora_dim": 3, "alpha": 1}),
     "large dim": (Kronecker(4, dim=100, alpha=7), {"factor": 4, "lora_dim": 100, "alpha": 7}),
     "low rank": (Kronecker(4, dim=3, alpha=2), {"factor": 4, "lora_dim": 3, "alpha": 2}),
     "both": (
-        Kronecker(-1, dim=2, alpha=1, both=True),
+        Kronecker(-1, dim=2, alpha=1, decompose_both=True),
         {"factor": -1, "lora_dim": 2, "alpha": 1, "decompose_both": True},
     ),
     "w1 low": (
-        Kronecker(8, dim=3, alpha=5, both=True),
+        Kronecker(8, dim=3, alpha=5, decompose_both=True),
         {"factor": 8, "lora_dim": 3, "alpha": 5, "decompose_both": True},
     ),
 }
@@ -128,7 +128,7 @@ def test_for_the_real_model_two_small_products_are_always_cheaper_than_the_full_
 
 def test_lokr_keeps_nothing_but_its_input_for_backward():
     kept = []
-    lokr, x = spoilt(LoKr.fresh("x", (48, 40), Kronecker(4, full=True))), tiny.random(100, 40).requires_grad_()
+    lokr, x = spoilt(LoKr.fresh("x", (48, 40), Kronecker(4, full_matrix=True))), tiny.random(100, 40).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lokr(x)
     assert {t.data_ptr() for t in kept if t.numel() >= 100} == {x.data_ptr(), lokr.w2[0].data_ptr()}
