@@ -159,12 +159,12 @@ class KroneckerProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        x, w1, w2 = ctx.saved_tensors
+        given, w1, w2 = ctx.saved_tensors
         (a, c), (b, d) = w1.shape, w2.shape
-        x, dy = x.reshape(-1, c, d), dy.reshape(-1, a, b)
+        x, dy = given.reshape(-1, c, d), dy.reshape(-1, a, b)
         by_w1, by_w2 = torch.einsum("nab,ac->ncb", dy, w1), torch.einsum("nab,bd->nad", dy, w2)
-        dw1, dw2 = torch.einsum("nad,ncd->ac", by_w2, x), torch.einsum("ncb,ncd->bd", by_w1, x)
-        return torch.einsum("nad,ac->ncd", by_w2, w1).reshape(ctx.saved_tensors[0].shape), dw1, dw2
+        dx = torch.einsum("nad,ac->ncd", by_w2, w1).reshape(given.shape)
+        return dx, torch.einsum("nad,ncd->ac", by_w2, x), torch.einsum("ncb,ncd->bd", by_w1, x)
 
 
 Update = LoRA | LoKr
