@@ -85,9 +85,20 @@ def recall(path: Path, replaced: dict) -> dict:
     return settings
 
 
+def valid(key: str, value) -> bool:
+    """Whether a file may say this of a setting."""
+    default, _, more = OPTIONS[key]
+    if isinstance(default, list):
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    kinds = (float, int) if isinstance(default, float) else type(default)
+    return isinstance(value, kinds) and value in more.get("choices", [value])
+
+
 def sample_of(lora: AdapterFile, given: dict) -> dict:
     """What a LoRA file says of how to show it; its sample picture and sizes count only where nothing else is asked."""
     recipe = {key: value for key, value in lora.recipe.items() if key in DEFAULTS}
+    if odd := [f"{key} {value!r}" for key, value in recipe.items() if not valid(key, value)]:
+        raise ValueError(f"{lora.path}: its header asks to be shown with {', '.join(odd)}, which is no such setting")
     if "image" in given or "prompt" in given:
         return {key: value for key, value in recipe.items() if key not in OF_THE_SAMPLE}
     images = []
@@ -148,9 +159,10 @@ def choose_device(name: str) -> torch.device:
 def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Editor, dict]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec)."""
     checkpoint = load.find(presets.locate(settings["model"]))
+    empty, *_ = load.empty_flux(checkpoint)
     for lora, strength in settings["adapters"]:
         try:
-            placed(load.empty_flux(checkpoint)[0], lora.updates)  # said now, not after minutes of loading
+            placed(empty, lora.updates)  # what does not fit is said before anything is loaded
         except ValueError as error:
             raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
         print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}")

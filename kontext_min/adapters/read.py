@@ -30,7 +30,10 @@ REFUSED = {  # a regular expression of tensors' names -> what such tensors are, 
         "tensors replace or add whole weights, which cannot be applied here (extract a LoRA from them)",
     r"\.lora_[AB]\.bias$": "tensors are biases of a LoRA (lora_bias), which cannot be applied here",
 }  # fmt: skip
-MAKES_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq")  # init_lora_weights of PEFT that change the frozen weights
+USABLE = {  # in PEFT's settings; some initialisations change the frozen weights
+    "peft_type": lambda value: value in (None, "LORA"),
+    "init_lora_weights": lambda value: not str(value).startswith(("pissa", "olora", "corda", "loftq")),
+}
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,9 @@ def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, st
     stems = {form: modules(FORMATS[form]) for form in FORMATS}
     form = max(stems, key=lambda form: sum(stem in stems[form] for stem, _ in split.values()))
     left_over = [name for name in names if name not in split or split[name][0] not in stems[form]]
-    if len(left_over) == len(names):
-        refuse(str(path), "tensors, and none is of a module of FLUX as any known format names it", left_over)
-    refuse(str(path), f"tensors do not belong to a {form} LoRA of FLUX as the others do", left_over)
+    belong = f"tensors do not belong to a {form} LoRA of FLUX as the others do"
+    none = "tensors, and none is of a module of FLUX as any known format names it"
+    refuse(str(path), none if len(left_over) == len(names) else belong, left_over)
     found: dict[str, dict[str, str]] = {}
     for name, (stem, what) in split.items():
         other = found.setdefault(stems[form][stem], {}).setdefault(what, name)
@@ -126,10 +129,7 @@ def lora_settings(header: dict[str, str], path: Path) -> dict:
     else:
         return {}
     odd = [key for key in ("lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
-    odd += [f"peft_type {kind}" for kind in [values.get("peft_type", "LORA")] if kind != "LORA"]
-    odd += [
-        f"init_lora_weights {i}" for i in [values.get("init_lora_weights")] if str(i).startswith(MAKES_ANOTHER_BASE)
-    ]
+    odd += [f"{key} {values[key]}" for key, usable in USABLE.items() if not usable(values.get(key))]
     if odd:
         raise ValueError(f"{path} was made with {', '.join(odd)}, which cannot be applied here")
     return values
@@ -138,9 +138,7 @@ def lora_settings(header: dict[str, str], path: Path) -> dict:
 def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update:
     """The update of one module, checked. What is wrong is said as the rest of a sentence that begins with its name."""
     values = {what: checked(what, tensor) for what, tensor in tensors.items() if what != "alpha"}
-    if "alpha" in tensors and tensors["alpha"].numel() != 1:
-        raise ValueError(f"has an alpha of {tensors['alpha'].numel()} numbers")
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else configured_alpha(module, settings)
+    alpha = number(tensors["alpha"]) if "alpha" in tensors else configured_alpha(module, settings)
     magnitude = values.pop("dora_scale", None)
     kinds = {what.partition("_")[0] for what in values}
     if len(kinds) != 1:
@@ -172,6 +170,13 @@ def checked(what: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor.float()).all():
         raise ValueError(f"holds NaN or infinity in {what}; the training that wrote it had failed")
     return tensor.float()
+
+
+def number(tensor: Tensor) -> float:
+    """The only value of a tensor of any shape; whole numbers count."""
+    if tensor.numel() != 1 or tensor.dtype not in (*DTYPES, torch.int64, torch.int32):
+        raise ValueError(f"has an alpha of {tensor.numel()} numbers in {tensor.dtype}")
+    return float(tensor)
 
 
 def factors(values: dict[str, Tensor], left: str, right: str) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from kontext_min.sampler import Sampling
 BFL = ("img_in", "double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.proj", "double_blocks.1.img_mod.lin",
        "double_blocks.1.txt_mlp.0", "single_blocks.0.linear1", "single_blocks.1.linear2",
        "final_layer.adaLN_modulation.1", "final_layer.linear")  # fmt: skip
-PLACES = {  # diffusers' module -> BFL's, and which of its rows, for a hidden size of 64: from the published files' table
+PLACES = {  # diffusers' module -> BFL's, and which of its rows: the table of the published files
     row["diffusers_name"].removesuffix(".weight"): (row["bfl_name"].removesuffix(".weight"), row["op"])
     for row in tiny.table("transformer_map")
 }
@@ -117,7 +117,7 @@ def noise(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor
 def lora_halves(shape, rank: int, parts: int, dtype, seed: int) -> dict[str, torch.Tensor]:
     """A and B; with several parts (sd-scripts' `split_qkv`) their As are stacked and B is block-diagonal."""
     edges = [shape[0] * i // parts for i in range(parts + 1)]
-    blocks = [noise((end - start, rank), FP32, seed + i) for i, (start, end) in enumerate(zip(edges, edges[1:]))]  # noqa: B905
+    blocks = [noise((edges[i + 1] - edges[i], rank), FP32, seed + i) for i in range(parts)]
     return {"A": noise((rank * parts, shape[1]), dtype, seed + 9), "B": torch.block_diag(*blocks).to(dtype)}
 
 
@@ -237,7 +237,8 @@ ALGORITHMS = {
     "lora": {"network_module": "lora"},
     "dora": {"network_module": "lora", "weight_decompose": True},
     "lokr": {"network_module": "lokr"},
-    "lokr, both in factors": {"network_module": "lokr", "lora_dim": 1, "alpha": 40, "factor": 8, "decompose_both": True},
+    "lokr, both in factors": {"network_module": "lokr", "lora_dim": 1, "alpha": 40, "factor": 8,
+                              "decompose_both": True},
     "lokr, whole": {"network_module": "lokr", "factor": 4, "full_matrix": True, "alpha": 9},
     "lokr, rslora": {"network_module": "lokr", "rs_lora": True, "lora_dim": 3},
     "lokr with dora": {"network_module": "lokr", "weight_decompose": True},
@@ -344,7 +345,11 @@ def test_infer_adds_up_adapters_of_several_formats(kontext, tmp_path, monkeypatc
     ours, theirs = (np.asarray(infer.Image.open(tmp_path / f"{n}.png"), dtype=float) for n in ("ours", "merged"))
     assert abs(ours - theirs).max() <= 2
     said = capsys.readouterr().out
-    for title in ("kohya LoRA, 9 modules", f"lycoris LoKr, {len(DIFFUSERS)} modules", "kohya LoRA with DoRA, 1 modules"):
+    for title in (
+        "kohya LoRA, 9 modules",
+        f"lycoris LoKr, {len(DIFFUSERS)} modules",
+        "kohya LoRA with DoRA, 1 modules",
+    ):
         assert f"{title} at strength" in said
 
 
@@ -378,7 +383,15 @@ HUGE = json.dumps({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets"
 GOOD = pair(K)
 TE = pair("lora_te1_text_model_encoder_layers_0_self_attn_q_proj")
 LOKR = {f"{K}.lokr_w1": torch.ones(2, 2), f"{K}.lokr_w2_a": torch.ones(32, 4), f"{K}.lokr_w2_b": torch.ones(4, 32)}
-PISSA = {"lora_adapter_metadata": json.dumps({"transformer.init_lora_weights": "pissa_niter_4"})}
+TO_Q, TO_K = pair("transformer.transformer_blocks.0.attn.to_q"), pair("lora_unet_transformer_blocks_0_attn_to_k")
+ENDS = {
+    "proj.lora_A.weight": (4, 64),
+    "proj.lora_B.weight": (64, 4),
+    "proj.lora_B.bias": (64,),
+    "norm.key_norm.scale": (8,),
+}
+CONTROL = {f"double_blocks.{i}.img_attn.{end}": torch.ones(shape) for i in range(3) for end, shape in ENDS.items()}
+PISSA = json.dumps({"transformer.init_lora_weights": "pissa_niter_4"})
 BROKEN = {  # what is in the file: tensors, tensors with a header, or bytes -> what is said
     "truncated": (struct.pack("<Q", 900) + b'{"a":', "not a complete safetensors file"),
     "nothing in it": (b"", "not a complete safetensors file"),
@@ -390,20 +403,20 @@ BROKEN = {  # what is in the file: tensors, tensors with a header, or bytes -> w
     "nested header": (header_of(b'{"a":' + b"[" * 99999), "not a complete safetensors file"),
     "no tensors": ({}, "is no LoRA: it has no tensors"),
     "not a LoRA": ({"model.layers.0.weight": torch.ones(2)}, "is no LoRA: it has model.layers.0.weight"),
-    "a whole model": ({"img_in.weight": torch.ones(2, 2), "final_layer.linear.bias": torch.ones(2)}, "is no LoRA.*whole model"),
-    "LoRA of SDXL": (pair("lora_unet_down_blocks_1_attentions_0_proj_in"), "2 tensors, and none is of a module of FLUX.*_proj_in"),
-    "wrong prefix": (pair("unet.transformer_blocks.0.attn.to_q", endings=PEFT), "none is of a module of FLUX.*unet.transformer_bl"),
-    "mixed formats": (GOOD | pair("transformer.transformer_blocks.0.attn.to_q", endings=PEFT), "2 tensors do not belong to a .*lora_unet"),
-    "fused and its part": (GOOD | pair(Q, rows=192) | pair("lora_unet_transformer_blocks_0_attn_to_k"), "2 tensors do not belong.*attn_to_k.lora_d"),
+    "a whole model": ({"img_in.weight": torch.ones(2, 2), "img_in.bias": torch.ones(2)}, "is no LoRA.*whole model"),
+    "LoRA of SDXL": (pair("lora_unet_down_blocks_1_attentions_0_proj_in"), "none is of a module of FLUX.*_proj_in"),
+    "wrong prefix": (pair("unet.transformer_blocks.0.attn.to_q"), "none is of a module of FLUX.*unet.transformer_bl"),
+    "mixed formats": (GOOD | TO_Q, "2 tensors do not belong to a .*lora_unet"),
+    "fused and its part": (GOOD | pair(Q, rows=192) | TO_K, "2 tensors do not belong.*attn_to_k.lora_down"),
     "two spellings": (GOOD | pair(K, endings=PEFT), f"{K}.lora_A.weight and {K}.lora_down.weight are the same"),
-    "left-over key": (GOOD | {f"{Q}.lora_down.scale_weight": torch.ones(1)}, f"1 tensors do not belong.*{Q}.lora_down.scale_weight"),
+    "left-over key": (GOOD | {f"{Q}.lora_down.scale_weight": torch.ones(1)}, "1 tensors do not belong.*scale_weight"),
     "missing half": (GOOD | {f"{Q}.lora_up.weight": torch.ones(192, 4)}, f"{Q} has lora_B but not its other half"),
     "rank mismatch": (GOOD | {f"{K}.lora_up.weight": torch.ones(64, 5)}, f"{K} has lora_A .*do not share a rank"),
     "NaN": ({**GOOD, f"{K}.lora_up.weight": torch.full((64, 4), float("nan"))}, f"{K} holds NaN or infinity in lora_B"),
     "infinite alpha": (GOOD | {f"{K}.alpha": torch.tensor(9999999999.0).half()}, f"{K} has an alpha of inf"),
     "alphas": (GOOD | {f"{K}.alpha": torch.ones(4)}, f"{K} has an alpha of 4 numbers"),
     "rank 0": (pair(K, rank=0), f"{K} has lora_A of shape"),
-    "integers": (GOOD | {f"{K}.lora_up.weight": torch.ones(64, 4, dtype=torch.int8)}, f"{K} has lora_B of shape .*int8"),
+    "integers": (GOOD | {f"{K}.lora_up.weight": torch.ones(64, 4).char()}, f"{K} has lora_B of shape .*int8"),
     "convolution": (GOOD | {f"{K}.lora_up.weight": torch.ones(64, 4, 1, 1)}, "do not share a rank"),
     "LoRA and LoKr": (GOOD | LOKR, f"{K} has .*lokr_w2_b, .*; it needs"),
     "LoKr without w1": ({n: t for n, t in LOKR.items() if "w2" in n}, f"{K} has no lokr_w1_a and no lokr_w1_b"),
@@ -414,15 +427,18 @@ BROKEN = {  # what is in the file: tensors, tensors with a header, or bytes -> w
     "LoHa": ({f"{K}.hada_w1_a": torch.ones(64, 4)}, "1 tensors are of a LoHa"),
     "difference": (GOOD | {f"{K}.diff_b": torch.ones(64)}, "1 tensors replace or add whole weights.*diff_b"),
     "LoCon": (GOOD | {f"{K}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "of a convolution's update"),
-    "Control LoRA": (pair(f"{K}"[10:].replace("_blocks_0_", "_blocks.0."), endings=PEFT) | {"double_blocks.0.img_attn.proj.lora_B.bias": torch.ones(64)}, "Control LoRA of BFL"),
+    "Control LoRA": (CONTROL, "3 tensors are of a Control LoRA of BFL, which makes another model"),
     "XLabs": ({"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(4, 64)}, "in XLabs' format"),
-    "PiSSA": ((pair("transformer.transformer_blocks.0.attn.to_q", endings=PEFT), PISSA), "init_lora_weights pissa_niter_4, which cannot"),
+    "PiSSA": ((TO_Q, {"lora_adapter_metadata": PISSA}), "init_lora_weights pissa_niter_4, which cannot"),
     "settings": ((GOOD, {"lora_adapter_metadata": "[1"}), "the settings that came with it are not JSON"),
     "recipe": ((GOOD, {"kontext_min": "3"}), "the settings that came with it are no JSON object"),
-    "alpha in words": ((GOOD, {"lora_adapter_metadata": '{"lora_alpha": "many"}'}), f"{K} has an alpha that cannot be understood"),
-    "DoRA without scales": ((GOOD, {"lora_adapter_metadata": '{"use_dora": true}'}), f"{K} has no lora_magnitude_vector"),
-    "wrong model size": (pair(K, inputs=3072, rows=3072), "does not fit .*img_attn.proj maps 3072 to 3072 channels, the model's 64 to 64"),
-    "deeper model": (pair("lora_unet_single_blocks_37_linear2"), "does not fit .*1 modules that this model does not: single_blocks.37.linear2"),
+    "wrong recipe": ((GOOD, {"kontext_min": '{"steps": "many", "prompt": 5}'}), "steps 'many', prompt 5, which"),
+    "no such device": ((GOOD, {"kontext_min": '{"device": "tpu"}'}), "shown with device 'tpu'"),
+    "another method": ((TO_Q, {"lora_adapter_metadata": '{"transformer.peft_type": "LOHA"}'}), "with peft_type LOHA"),
+    "alpha in words": ((GOOD, {"lora_adapter_metadata": '{"lora_alpha": "many"}'}), "an alpha that cannot be under"),
+    "DoRA without scales": ((GOOD, {"lora_adapter_metadata": '{"use_dora": true}'}), "has no lora_magnitude_vector"),
+    "wrong model size": (pair(K, inputs=3072, rows=3072), "does not fit .*proj maps 3072 to 3072 channels, the model"),
+    "deeper model": (pair("lora_unet_single_blocks_37_linear2"), "does not fit .*modules that this model.*single_blo"),
 }  # fmt: skip
 
 
