@@ -30,7 +30,7 @@ def convert(args: argparse.Namespace):
     """One file in another format."""
     source = read_adapter(args.input)
     print(f"{source.path}: {source.title}")
-    write(args, at_rank(source.updates, args.rank), source.recipe)
+    write(args, source.updates, source.recipe)
 
 
 def merge(args: argparse.Namespace):
@@ -40,29 +40,23 @@ def merge(args: argparse.Namespace):
     updates = [at_strength(update, strength) for source, strength in sources for update in source.updates]
     for source, strength in sources:
         print(f"{source.path}: {source.title}, at strength {strength:g}")
+    if args.base and (args.rank or args.to):
+        raise ValueError("--rank and --to are of adapters; with --base the weights themselves are written")
     if args.base:
-        if args.rank or args.to:
-            raise ValueError("--rank and --to are of adapters; with --base the weights themselves are written")
         lost = merge_into(args.base, updates, args.out, DTYPES[args.dtype])
         print(f"{args.out}: {args.base} with the change in its weights; rounding to {args.dtype} lost {lost:.2%} of it")
-        return
-    if len(sources) > 1 and any(update.magnitude is not None for update in updates):
-        raise ValueError("adapters with DoRA do not add up to one; give them to infer.py side by side, or use --base")
-    write(args, at_rank(arrange(updates, "lycoris"), args.rank), {})
-
-
-def at_rank(updates: list[Update], wanted: int | None) -> list[Update]:
-    """The updates, or LoRAs of at most this rank; says what that loses."""
-    if wanted is None:
-        return updates
-    made, lost = reduced(updates, wanted)
-    print(f"rank {wanted} at most, by SVD: {lost:.3%} of the change is lost")
-    return made
+    elif any(update.magnitude is not None for update in updates):
+        raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with several")
+    else:
+        write(args, arrange(updates, "lycoris"), {})
 
 
 def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
-    """The file in the format and precision asked for, verified."""
+    """The file in the format, rank and precision asked for, verified."""
     form = args.to or "diffusers"
+    if args.rank:
+        updates, lost = reduced(updates, args.rank)
+        print(f"rank {args.rank} at most, by SVD: {lost:.3%} of the change is lost")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     error = write_adapter(args.out, updates, recipe, DTYPES[args.dtype], form)
     print(f"{args.out}: {form}; read back, every change of a weight is the same to {error:.1e} of its size")
@@ -110,24 +104,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     form = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="python -m kontext_min.adapters", **form)
     commands = parser.add_subparsers(required=True, metavar="inspect | convert | merge")
-    looked_at = commands.add_parser("inspect")
-    looked_at.add_argument("file", type=Path)
-    converted, merged = commands.add_parser("convert"), commands.add_parser("merge")
+    shown, converted, merged = (commands.add_parser(name) for name in ("inspect", "convert", "merge"))
+    shown.add_argument("file", type=Path)
+    shown.set_defaults(work=inspect, out=None, rank=None)
     converted.add_argument("input", type=Path, metavar="IN")
     merged.add_argument("loras", nargs="+", metavar="LORA[:STRENGTH]")
     merged.add_argument("--base", type=Path, help="a model folder or a single file: write its transformer, changed")
-    for command, work in ((looked_at, inspect), (converted, convert), (merged, merge)):
+    for command, work in ((converted, convert), (merged, merge)):
         command.set_defaults(work=work)
-        if command is not looked_at:
-            command.add_argument("out", type=Path, metavar="OUT")
-            command.add_argument("--to", choices=WRITTEN, required=command is converted)
-            command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of what is written; default bf16")
-            command.add_argument("--rank", type=int, metavar="R", help="make LoRAs of at most this rank, by SVD")
-            command.add_argument("--force", action="store_true", help="replace OUT if it is there")
+        command.add_argument("out", type=Path, metavar="OUT")
+        command.add_argument("--to", choices=WRITTEN, required=command is converted, help="the format")
+        command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of what is written; default bf16")
+        command.add_argument("--rank", type=int, metavar="R", help="make LoRAs of at most this rank, by SVD")
+        command.add_argument("--force", action="store_true", help="replace OUT if it is there")
     args = parser.parse_args(argv)
-    if hasattr(args, "out") and args.out.exists() and not args.force:
+    if args.out and args.out.exists() and not args.force:
         raise ValueError(f"{args.out} is there already; give another name, or --force to replace it")
-    if getattr(args, "rank", None) is not None and args.rank < 1:
+    if args.rank is not None and args.rank < 1:
         raise ValueError(f"--rank {args.rank}: a rank is at least 1")
     return args
 

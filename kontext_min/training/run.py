@@ -118,9 +118,7 @@ class Run:
             self.folder.average.parent.mkdir(exist_ok=True)
             recipe["ema"] = True
             with self.ema.applied():
-        recipe, dtype, adapter = {**self.recipe, "trained_steps": step}, self.examples.dtype, list(updates(self.flux))
-        form = "lycoris" if self.config.lycoris_config else self.config.lora_format.replace("comfyui", "comfy")
-        write_adapter(self.folder.lora, adapter, recipe, dtype, form)
+                write_adapter(self.folder.average, adapter, recipe, dtype, form)
 
     def stop_when_told(self):
         """Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once."""

@@ -64,7 +64,7 @@ def test_convert_says_what_it_did_and_keeps_the_recipe(tmp_path, capsys):
     run("convert", source, tmp_path / "out.safetensors", "--to", "kohya", "--dtype", "fp32")
     said = capsys.readouterr().out
     assert re.search(r"in.safetensors: diffusers LoRA, 3 modules\n.*out.safetensors: kohya; .* same to 0.0e", said)
-    assert "note: diffusers leaves out, silently, what is not in a block: norm_out.linear" in said
+    assert "note: diffusers silently leaves out norm_out.linear" in said
     tensors = load_file(tmp_path / "out.safetensors")
     up, down = (tensors[f"lora_unet_double_blocks_0_img_attn_qkv.lora_{half}.weight"] for half in ("up", "down"))
     expected = torch.cat([change(source, Q), torch.zeros(64, 64), change(source, V)])
@@ -336,7 +336,8 @@ REFUSED = {
     "another model's": (["merge", "--base", "base", "wide", "new"], "made for another model"),
     "no base": (["merge", "--base", "gone", "a", "new"], "gone.safetensors"),
     "not a base": (["merge", "--base", "a", "a", "new"], "img_in"),
-    "two doras": (["merge", "dora", "a", "new"], "adapters with DoRA do not add up"),
+    "two doras": (["merge", "dora", "a", "new"], "DoRA cannot be added"),
+    "weaker dora": (["merge", "dora:0.5", "new"], "DoRA cannot be added to others or weakened"),
     "lokr and lora": (["merge", "lokr", "a", "new", "--rank", "4"], "Kronecker product.*--rank"),
 }  # fmt: skip
 
@@ -354,6 +355,7 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_code_1(case, single_files,
     words, sentence = REFUSED[case]
     names = {"a", "new", "gone", "base", "wide", "lokr", "dora"}
     words = [f"{tmp_path / word}.safetensors" if word in names else word for word in words]
+    words = [word.replace("dora:", f"{tmp_path / 'dora'}.safetensors:") for word in words]
     monkeypatch.setattr(sys, "argv", ["adapters", *words])
     monkeypatch.delitem(sys.modules, "kontext_min.adapters.__main__")
     with pytest.raises(SystemExit) as ended:

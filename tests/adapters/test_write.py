@@ -310,5 +310,5 @@ def test_what_diffusers_leaves_out_is_said():
     assert caveat(SETS["split"], "diffusers") == ""
     assert "norm_out.linear, proj_out" in caveat(SETS["split"], "kohya")
     assert caveat(SETS["fused"], "comfy") == ""
-    assert "dora_scale" in caveat([with_magnitude(lora(SPLIT[0]))], "kohya")
+    assert "DoRA's magnitudes" in caveat([with_magnitude(lora(SPLIT[0]))], "kohya")
     assert "does not read" in caveat([LOKRS["full"]], "lycoris") and "all blocks" in caveat(SETS["fused"], "bfl")
