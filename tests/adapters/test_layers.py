@@ -222,3 +222,17 @@ def test_lengths_in_bf16_are_within_its_rounding():
     rounded = lora.lengths(weight.bfloat16())
     assert rounded.dtype == torch.float32
     assert tiny.error(rounded, lora.lengths(weight)) < 2**-8 / math.sqrt(2)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: LoRA.fresh("x", (24, 40), 4, 6), lambda: LoKr.fresh("x", (24, 40), Kronecker(4, dim=3))]
+)
+def test_compiled_forward_and_backward_are_the_same_without_a_break(make, dora):
+    layer, update, x = Adapted(Int8Linear(base_of(48, 40))), spoilt(make()), tiny.random(5, 40).requires_grad_()
+    update.start, update.magnitude = 12, torch.nn.Parameter(tiny.random(24).abs()) if dora else None
+    layer.updates.append(update)
+    outputs = [layer(x), torch.compile(layer, backend="aot_eager", fullgraph=True)(x)]
+    torch.testing.assert_close(*outputs)
+    for a, b in zip(*(gradients(output, x, *update.parameters()) for output in outputs), strict=True):
+        torch.testing.assert_close(a, b)

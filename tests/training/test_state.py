@@ -75,24 +75,21 @@ VARIANTS = [
     [
         "optimizer=adamw_bf16",
         "use_dora=true",
-        "use_ema=true",
         "lora_dropout=0.2",
         'lora_rank_pattern={"add_q_proj": 3}',
         "base_model_precision=int8-quanto",
-        "mixed_precision=bf16",
+        "validation_steps=0",
     ],
     [
         "lora_type=lycoris",
         'lycoris_config={"algo": "lokr", "factor": 4, "linear_dim": 3, "decompose_both": true}',
-        "flux_lora_target=all+ffs",
         "lora_dropout=0.2",
         "use_ema=true",
-        "gradient_checkpointing=true",
         "base_model_precision=int8-quanto",
-        "mixed_precision=bf16",
+        "validation_steps=0",
     ],
 ]
-IDS = ["adamw", "lion, dropout, EMA", "bf16, EMA, int8", "DoRA, ranks, int8", "LoKr, int8, checkpointing"]
+IDS = ["adamw", "lion, dropout, EMA", "bf16, EMA, int8", "DoRA, ranks, int8", "LoKr, EMA, int8"]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=IDS)
@@ -155,7 +152,7 @@ def test_the_config_json_of_a_lokr_run_is_a_config_file_again(config, tmp_path, 
         "A LoKr for" in (out / "README.md").read_text() and "load_lora_weights" not in (out / "README.md").read_text()
     )
     assert "LoKr on all" in (out / "report.html").read_text()
-    with pytest.raises(ValueError, match="lycoris_config: .*settings|lycoris_config: "):
+    with pytest.raises(ValueError, match="other settings.*\n.*lycoris_config: "):
         run(config, out, *LOKR[:1], LOKR[1].replace(": 4,", ": 8,"), "max_train_steps=3", "allow_changed_resume=true")
 
 
