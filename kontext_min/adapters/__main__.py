@@ -70,20 +70,24 @@ def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
 def inspect(args: argparse.Namespace):
     """A page about a file, 80 columns wide."""
     file = read_adapter(args.file)
-    ranks, scales = ({of(update) for update in file.updates} for of in (rank, lambda u: f"{u.scale:.4g}"))
+    said = {"rank": rank, "alpha": lambda u: u.scale * rank(u), "alpha / rank": lambda u: u.scale}
     print(f"{file.path}\n{file.title}, {file.path.stat().st_size / 1e6:.1f} MB")
-    print(f"rank {', '.join(map(str, sorted(ranks)))}; strength (alpha / rank) {', '.join(sorted(scales))}\n")
+    for what, of in said.items():
+        print(f"{what}: {', '.join(f'{value:.4g}' for value in sorted({of(update) for update in file.updates}))}")
     norms: dict[str, float] = {}
     for ours, (_, here) in by_linear(file.updates).items():
         block = ".".join(ours.split(".")[:2]) if "blocks" in ours else "outside"
         norms[block] = norms.get(block, 0.0) + sum(squared_norm(update) for update, _ in here)
     largest = max(norms.values()) ** 0.5 or 1.0
-    print("size of the change, |delta W|, by block")
+    print("\nsize of the change, |delta W|, by block")
     for block, square in norms.items():
         print(f"  {block:18}{square**0.5:10.4f} {'#' * round(48 * square**0.5 / largest)}".rstrip())
     print("\nheader")
     for key, value in sorted(file.header.items()):
-        inner = json.loads(value) if value.startswith("{") else None
+        try:
+            inner = dict(json.loads(value))
+        except (ValueError, TypeError):
+            inner = {}
         lines = [f"  {key}:", *(f"    {k}: {v}" for k, v in inner.items())] if inner else [f"  {key}: {value}"]
         print("\n".join(line if len(line) <= WIDTH else line[: WIDTH - 2] + " …" for line in lines))
 

@@ -86,7 +86,7 @@ def test_inspect_shows_a_page_of_80_columns(tmp_path, capsys):
         ),
     )
     said = capsys.readouterr().out
-    assert "lycoris LoKr and LoRA, 4 modules" in said and "rank 3, 4, 6; strength (alpha / rank) 1\n" in said
+    assert "lycoris LoKr and LoRA, 4 modules" in said and "rank: 3, 4, 6\nalpha: 3, 4, 6\nalpha / rank: 1\n" in said
     norms = dict(re.findall(r"^  (\S+) +([\d.]+) #+$", said, flags=re.M))
     q, v = (update.delta() for update in (lora(Q), lora(V, rank=6, seed=3, size=0.2)))
     assert float(norms["double_blocks.0"]) == pytest.approx(float(torch.cat([q, v]).norm()), abs=1e-4)
