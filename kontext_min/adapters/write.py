@@ -227,21 +227,22 @@ def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> s
 
 def largest_error(given: Sequence[Update], read: Sequence[Update]) -> tuple[float, str]:
     """Both changes on our linears, one at a time: the largest relative error of delta-W or magnitude, and where."""
-    ours, theirs, errors = by_linear(given), by_linear(read), []
+    device = next(given[0].parameters()).device
+    ours, theirs, errors = by_linear(given), by_linear([update.to(device) for update in read]), []
     for name in ours | theirs:
         for value in (lambda update: update.delta(), lambda update: update.magnitude):
-            a, b = (dense(*side[name], value) if name in side else torch.zeros(()) for side in (ours, theirs))
-            error = (a - b.to(a.device)).norm() / (a.norm() or 1.0)
+            a, b = (dense(side.get(name, ([], [])), value, device) for side in (ours, theirs))
+            error = (a - b).norm() / (a.norm() or 1.0)
             errors.append((float(error.nan_to_num(nan=float("inf"))), name))
     return max(errors)
 
 
-def dense(parts: list[Part], here: Placed, value: Callable[[Update], Tensor | None]) -> Tensor:
+def dense(side: tuple[list[Part], Placed], value: Callable, device: torch.device) -> Tensor:
     """What the updates of a linear are together, rows first, in fp32; 0 for none."""
-    total = torch.zeros(())
-    for update, start in here:
+    total = torch.zeros((), device=device)
+    for update, start in side[1]:
         if (values := value(update)) is not None:
             if not total.ndim:
-                total = values.new_zeros(sum(part.rows for part in parts), *values.shape[1:], dtype=torch.float32)
+                total = values.new_zeros(sum(part.rows for part in side[0]), *values.shape[1:], dtype=torch.float32)
             total[start : start + len(values)] += values
     return total

@@ -1,19 +1,22 @@
 """What is written, read by its format's definition and the published files' table of names, not by our reader."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import FP32, error
+from tiny import CPU, FP32, error, run_flux
 from torch import Tensor
 
 from kontext_min.adapters import write
+from kontext_min.adapters.inject import apply_updates
 from kontext_min.adapters.layers import LoKr, LoRA
 from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.write import WRITTEN, caveat, write_adapter
+from kontext_min.checkpoints.load import load_flux
 
 HIDDEN = 64
 ROWS = {"proj_mlp": 256, "ff.net.0.proj": 256, "norm.linear": 192, "norm1.linear": 384, "norm_out.linear": 128}
@@ -230,6 +233,26 @@ def test_lokr_is_refused_where_there_is_none_with_the_remedy(form, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("merged", [True, False])
+@torch.no_grad()
+def test_lycoris_does_with_our_file_what_we_do(merged, kontext, tmp_path):
+    library, diffusers = pytest.importorskip("lycoris"), pytest.importorskip("diffusers")
+    given = deepcopy([LOKRS["plain"], LOKRS["factored"], lora("proj_out", alpha=2), LOKRS["swapped"], SETS["fused"][1]])
+    for update in given:
+        update.scale *= 0.05
+    write_adapter(tmp_path / "lora.safetensors", given, {}, FP32, "lycoris")
+    theirs = diffusers.FluxTransformer2DModel.from_pretrained(kontext / "transformer", dtype=FP32)
+    network, _ = library.create_lycoris_from_weights(1.0, str(tmp_path / "lora.safetensors"), theirs)
+    (network.merge_to if merged else network.apply_to)()
+    flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32)
+    inputs = tiny.flux_inputs(flux.config)
+    base = flux(**inputs)
+    apply_updates(flux, given, 1.0, FP32)
+    assert error(flux(**inputs), run_flux(theirs, **inputs)) < 1e-5
+    assert error(flux(**inputs), base) > 0.05
+
+
 # ------------------------------------------------------------------------------------------------ DoRA
 
 
@@ -254,6 +277,22 @@ def test_magnitudes_are_joined_cut_and_swapped_like_rows(tmp_path):
     assert torch.equal(tensors["transformer.norm_out.linear.lora_magnitude_vector"], torch.cat(m[3].chunk(2)[::-1]))
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["transformer.use_dora"] is True
+
+
+@torch.no_grad()
+def test_dora_does_in_diffusers_what_it_does_here(kontext, tmp_path):
+    """Of parts of a fused linear, of a whole one, and of the one whose halves change places."""
+    diffusers = pytest.importorskip("diffusers")
+    given = [with_magnitude(lora(SPLIT[i], alpha=2, seed=i), seed=i) for i in (0, 2, 9, 13)]
+    write_adapter(tmp_path / "pytorch_lora_weights.safetensors", given, {}, FP32)
+    theirs = diffusers.FluxTransformer2DModel.from_pretrained(kontext / "transformer", dtype=FP32)
+    theirs.load_lora_adapter(tmp_path, prefix="transformer", weight_name="pytorch_lora_weights.safetensors")
+    flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32)
+    inputs = tiny.flux_inputs(flux.config)
+    base = flux(**inputs)
+    apply_updates(flux, given, 1.0, FP32)
+    assert error(flux(**inputs), run_flux(theirs, **inputs)) < 1e-5
+    assert error(flux(**inputs), base) > 0.05
 
 
 def test_dora_is_refused_where_it_cannot_be_said(tmp_path):
