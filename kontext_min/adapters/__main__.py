@@ -44,7 +44,9 @@ def merge(args: argparse.Namespace):
         raise ValueError("--rank and --to are of adapters; with --base the weights themselves are written")
     if args.base:
         lost = merge_into(args.base, updates, args.out, DTYPES[args.dtype])
-        print(f"{args.out}: {args.base} with the change in its weights; rounding to {args.dtype} lost {lost:.2%} of it")
+        print(
+            f"{args.out}: {args.base} with the change in its weights, rounded to {args.dtype}: {lost:.2%} of it is lost"
+        )
     elif any(update.magnitude is not None for update in updates):
         raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with several")
     else:

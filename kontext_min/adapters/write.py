@@ -185,7 +185,7 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     ranks = {update.name: rank(update) for update in updates}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     kind = "LoKr" if any(isinstance(update, LoKr) for update in updates) else "LoRA"
-    own = {}
+    own, bfl = {}, FORMATS[WRITTEN[form]].names == "bfl"
     if form == "diffusers":
         own = {CONFIG_KEY: peft_settings(updates, ranks, usual)}
     elif form == "kohya":
@@ -200,7 +200,7 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
         RECIPE_KEY: json.dumps(recipe),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "flux-kontext/lora",
-        "modelspec.implementation": "diffusers",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux" if bfl else "diffusers",
         "modelspec.title": str(recipe.get("title", f"kontext_min {kind}")),
         "modelspec.resolution": recipe.get("size", "1024x1024"),
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -211,7 +211,7 @@ def test_merge_leaves_all_else_to_the_last_bit_and_says_what_rounding_lost(konte
     assert [name for name in before if not torch.equal(before[name], after[name])] == [f"{Q}.weight"]
     w, merged = before[f"{Q}.weight"].float(), before[f"{Q}.weight"].float() + lora(Q).delta()
     lost = float((merged.bfloat16().float() - merged).norm() / (merged - w).norm())
-    assert f"rounding to bf16 lost {lost:.2%} of it" in capsys.readouterr().out
+    assert f"rounded to bf16: {lost:.2%} of it is lost" in capsys.readouterr().out
     assert not list(out.glob("*.tmp"))
 
 

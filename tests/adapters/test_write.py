@@ -194,6 +194,8 @@ def test_header_tells_other_programs_what_they_look_for(tmp_path):
         assert json.loads(heads[form]["kontext_min"])["prompt"] == ["x"]
         assert heads[form]["modelspec.sai_model_spec"] == "1.0.0" and heads[form]["modelspec.title"] == "mine"
     assert {form for form, head in heads.items() if "lora_adapter_metadata" in head} == {"diffusers"}
+    ours = {form for form, head in heads.items() if "black-forest-labs/flux" in head["modelspec.implementation"]}
+    assert ours == {"kohya", "comfy", "bfl"}
     assert heads["kohya"]["ss_network_module"] == "networks.lora_flux"
     assert heads["kohya"]["ss_network_dim"] == heads["kohya"]["ss_network_alpha"] == "8"
     assert json.loads(heads["lycoris"]["lycoris_config"])["linear_dim"] == 8
