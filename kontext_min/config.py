@@ -336,11 +336,11 @@ class Config(Strict):
                 'lora_type lycoris needs lycoris_config: {"algo": "lokr", "full_matrix": true, "factor": 16}'
             )
         if idle := sorted(key for key in self.idle & self.model_fields_set if getattr(self, key)):
+            raise ValueError(f"lora_type lycoris is described by lycoris_config; take out {', '.join(idle)}")
+        if (self.use_dora or self.lycoris_config) and self.lora_format != "diffusers":
             raise ValueError(
-                f"{', '.join(idle)} is not for lora_type lycoris, whose lycoris_config says size and modules"
+                f"lora_format: a {self.lora_format} file cannot hold LoKr or DoRA on a part of a fused layer"
             )
-        if self.use_dora and self.lora_format != "diffusers":
-            raise ValueError(f"use_dora: a {self.lora_format} file cannot hold a part of a fused layer; use diffusers'")
         if self.flow_use_uniform_schedule and self.flow_use_beta_schedule:
             raise ValueError("flow_use_uniform_schedule and flow_use_beta_schedule exclude each other")
         if self.flux_guidance_min > self.flux_guidance_max:

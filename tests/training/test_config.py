@@ -96,6 +96,6 @@ def test_values_that_would_train_garbage_are_refused_with_the_key(tmp_path, over
 
 def test_a_format_that_cannot_hold_the_adapter_is_refused_before_training(tmp_path):
     path = write(tmp_path, '{"data_backend_config": [], "use_dora": true, "lora_format": "comfyui"}')
-    with pytest.raises(ValueError, match="use_dora: a comfyui file cannot hold"):
+    with pytest.raises(ValueError, match="lora_format: a comfyui file cannot hold"):
         read_config(path, [])
     assert read_config(path, ["lora_format=diffusers"]).use_dora
