@@ -15,9 +15,9 @@ from PIL import Image, ImageStat
 from torch import Tensor
 
 from kontext_min import flow, presets, sampler
-from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import apply_updates, muted, updates
 from kontext_min.adapters.layers import Adapted
+from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints import load
 from kontext_min.data.align import psnr, shift_between
 from kontext_min.data.buckets import Size, open_image
