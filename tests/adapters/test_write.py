@@ -245,6 +245,7 @@ def test_lycoris_does_with_our_file_what_we_do(merged, kontext, tmp_path):
         update.scale *= 0.05
     write_adapter(tmp_path / "lora.safetensors", given, {}, FP32, "lycoris")
     theirs = diffusers.FluxTransformer2DModel.from_pretrained(kontext / "transformer", dtype=FP32)
+    library.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})  # of the class: other tests change it
     network, _ = library.create_lycoris_from_weights(1.0, str(tmp_path / "lora.safetensors"), theirs)
     (network.merge_to if merged else network.apply_to)()
     flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32)
