@@ -11,7 +11,7 @@ from PIL import Image
 
 from kontext_min.data.buckets import Size
 from kontext_min.nano.edits import SPLITS, Example, any_picture, blurred, from_image, gray, to_image
-from kontext_min.nano.scenes import Picture, cover, draw, pick, random_scene
+from kontext_min.nano.scenes import Picture, cover, draw, exchange, pick, random_scene
 
 SEPIA = np.array([[0.393, 0.349, 0.272], [0.769, 0.686, 0.534], [0.189, 0.168, 0.131]], np.float32)
 
@@ -41,10 +41,9 @@ def hollow(r: np.random.Generator, size: Size) -> tuple[str, Picture, Picture]:
     """One object of a scene becomes a ring through which one sees what is behind. -> prompt, reference, target"""
     scene = random_scene(r)
     thing = pick(r, scene.objects)
-    behind = replace(scene, objects=tuple(other for other in scene.objects if other is not thing))
     hole = cover(replace(thing, radius=0.62 * thing.radius), size)
-    reference = draw(scene, size)
-    return f"hollow out the {thing.name}", reference, reference * (1 - hole) + draw(behind, size) * hole
+    reference, behind = draw(scene, size), draw(exchange(scene, thing), size)
+    return f"hollow out the {thing.name}", reference, reference * (1 - hole) + behind * hole
 
 
 def inset(picture: Picture, second: Picture) -> Picture:

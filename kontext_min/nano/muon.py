@@ -3,8 +3,10 @@
 torch.optim.Muon takes 2-D parameters only and works in bfloat16, which CPUs without bf16 instructions do slowly.
 """
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,13 @@ MOMENTUM = 0.95
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: a quintic Newton-Schulz iteration on (rows, columns)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if tall else matrix
-    x = x / (x.norm() + 1e-7)
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.mT, steps).mT
+    x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+    return x
 
 
 class Muon(torch.optim.Optimizer):
@@ -34,8 +36,6 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - MOMENTUM)
                 update = orthogonalise(p.grad.lerp(momentum, MOMENTUM).flatten(1))
@@ -80,5 +80,20 @@ class Training:
 
 def save_whole(content, file: Path) -> None:
     """torch.save under another name first, so that a file is never half written."""
-    torch.save(content, file.with_name(file.name + ".tmp"))
-    file.with_name(file.name + ".tmp").rename(file)
+    temporary = file.with_name(file.name + ".tmp")
+    torch.save(content, temporary)
+    temporary.rename(file)
+
+
+class Log:
+    """Prints the mean loss of every 50 steps."""
+
+    def __init__(self):
+        self.started, self.losses = time.perf_counter(), []
+
+    def __call__(self, name: str, step: int, total: int, loss: Tensor) -> None:
+        self.losses.append(loss.item())
+        if step % 50 == 0 or step == total:
+            minutes = (time.perf_counter() - self.started) / 60
+            print(f"{name} step {step}/{total} loss {mean(self.losses):.4f} {minutes:.2f} min", flush=True)
+            self.losses.clear()

@@ -1,7 +1,6 @@
 """Stage one: the autoencoder, on drawn scenes, their edits and photographs, at 64 px."""
 
 import math
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +11,15 @@ from torch import Tensor
 
 from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE, VAEConfig
-from kontext_min.nano.edits import any_picture, example, photo_crop
+from kontext_min.nano.edits import any_picture, example
 from kontext_min.nano.held_out import TARGETS
-from kontext_min.nano.muon import Training
+from kontext_min.nano.muon import Log, Training
 from kontext_min.nano.scenes import Picture, pick
 
 CONFIG = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, groups=8, scaling_factor=1.0, shift_factor=0.0)
 SIZE = Size(64, 64)
 BATCH = 8
+VAE_STEPS = 3600
 LEARNING_RATE = 2e-3
 KL_WEIGHT = 2e-2  # so much that the decoder bears small errors of the latents
 SAVE_EVERY = 200
@@ -64,17 +64,6 @@ def psnr(output: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quality(vae: VAE, size: Size = SIZE) -> dict[str, float]:
-    """PSNR in dB of pictures it never saw: scenes and photographs of the validation split."""
-    r = np.random.default_rng(7)
-    sets = {
-        "scenes": to_tensor([example("validation", i, size, "recolour").target for i in range(24)]),
-        "photographs": to_tensor([photo_crop(r, "validation", size) for _ in range(24)]),
-    }
-    return {name: psnr(vae.decode(vae.encode(x)), x).mean().item() for name, x in sets.items()}
-
-
-@torch.no_grad()
 def normalised(vae: VAE, pictures: int = 512) -> VAE:
     """The same weights with the shift and scale that make latents of training pictures N(0, 1)."""
     z = torch.cat([vae.moments(batch(10**6 + i))[0] for i in range(pictures // BATCH)])
@@ -87,16 +76,14 @@ def normalised(vae: VAE, pictures: int = 512) -> VAE:
 def pretrain_vae(folder: Path, steps: int) -> VAE:
     """Train, or go on from `folder`/vae.pt, or read the finished one. Returns it frozen, with normalised latents."""
     torch.manual_seed(1)
-    vae, started = VAE(CONFIG).to(memory_format=torch.channels_last), time.process_time()
+    vae, log = VAE(CONFIG).to(memory_format=torch.channels_last), Log()
     training = Training(folder / "vae.pt", "vae", vae, (LEARNING_RATE, LEARNING_RATE))
     while training.step < steps:
         step = training.step  # warm-up over 50 steps, then half a cosine down to zero
         share = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         loss = loss_of(vae, batch(step), torch.Generator().manual_seed(step))
         training.update(loss, share)
+        log("vae", training.step, steps, loss)
         if training.step % SAVE_EVERY == 0 or training.step == steps:
-            report = " ".join(f"{name} {db:.2f} dB" for name, db in quality(vae).items())
-            cpu = (time.process_time() - started) / 60
-            print(f"vae step {training.step}/{steps} loss {loss.item():.4f} {report} cpu {cpu:.2f} min", flush=True)
             training.save()
     return normalised(vae)

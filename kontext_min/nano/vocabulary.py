@@ -4,6 +4,7 @@ About twelve hundred pieces each instead of T5's 32,128 and CLIP's 49,408, whose
 """
 
 import io
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -63,14 +64,13 @@ def write_t5(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config | special)
 
 
-def clip_words() -> Counter[tuple[str, ...]]:
-    """Every word of the lower-cased corpus as its byte symbols, the last one with </w>, and how often it occurs."""
+def clip_words() -> Counter[str]:
+    """Every word of the lower-cased corpus as byte symbols with spaces between, the last with </w>, and its count."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
     words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    counts = Counter(word for text in corpus() for word, _ in words.pre_tokenize_str(text.lower()))
-    return Counter({(*word[:-1], word[-1] + "</w>"): count for word, count in counts.items()})
+    return Counter(" ".join(word) + "</w>" for text in corpus() for word, _ in words.pre_tokenize_str(text.lower()))
 
 
 def clip_merges(count: int) -> list[tuple[str, str]]:
@@ -79,20 +79,12 @@ def clip_merges(count: int) -> list[tuple[str, str]]:
     while len(merges) < count:
         pairs = Counter()
         for word, times in words.items():
-            pairs.update({pair: n * times for pair, n in Counter(pairwise(word)).items()})
+            pairs.update({pair: n * times for pair, n in Counter(pairwise(word.split())).items()})
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        words = Counter({merged(word, best): times for word, times in words.items()})
+        whole = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
+        words = Counter({whole.sub(lambda match: match[0].replace(" ", ""), word): n for word, n in words.items()})
     return merges
-
-
-def merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """The word with every occurrence of the pair, from the left, as one symbol."""
-    symbols = []
-    for symbol in word:
-        joins = symbols and (symbols[-1], symbol) == pair
-        symbols.append(symbols.pop() + symbol if joins else symbol)
-    return tuple(symbols)
 
 
 def write_clip(folder: Path) -> None:
@@ -103,7 +95,6 @@ def write_clip(folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = clip_merges(CLIP_TOKENS - 2 * len(alphabet) - 2)
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges), BEGIN, END]
-    assert len(set(tokens)) == len(tokens)
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
