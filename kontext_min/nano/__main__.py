@@ -1,10 +1,8 @@
 """nano: make weights/nano again, measure it, or write pairs for a LoRA.
 
-python -m kontext_min.nano [pretrain] all stages, each going on from its own file in --work: tokenizers, autoencoder,
-                                      transformer with text encoders, guidance; the model folder is written at every
-                                      checkpoint; everything is seeded and counted in steps, not minutes
-python -m kontext_min.nano evaluate   a table of all edits, metrics.json and sheet.jpg; of a LoRA with --lora FILE
-python -m kontext_min.nano pairs EDIT a folder of training pairs of one edit, held out or not, for train.py
+python -m kontext_min.nano [pretrain]        all stages, each going on from its own file in --work; all is seeded
+python -m kontext_min.nano evaluate          a table of all edits, metrics.json and sheet.jpg; of a LoRA with --lora FILE
+python -m kontext_min.nano pairs EDIT FOLDER training pairs of one edit, held out or not, for train.py
 """
 
 import argparse
@@ -16,7 +14,7 @@ import torch
 
 from kontext_min.nano.edits import HELD_OUT, MIX
 from kontext_min.nano.evaluate import report, report_lora
-from kontext_min.nano.pairs import write_pairs
+from kontext_min.nano.held_out import write_pairs
 from kontext_min.nano.pretrain_flux import DISTIL_STEPS, PHASES, pretrain_flux
 from kontext_min.nano.pretrain_vae import VAE_STEPS, pretrain_vae
 from kontext_min.nano.vocabulary import write_clip, write_t5

@@ -7,19 +7,18 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from kontext_min import flow, sampler
 from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import apply_updates
-from kontext_min.checkpoints.load import find, load_clip, load_flux, load_t5, load_vae
+from kontext_min.checkpoints.load import find, load_flux, load_vae
 from kontext_min.checkpoints.save import write_json
 from kontext_min.data.buckets import Size
-from kontext_min.encoders import to_image
+from kontext_min.encoders import TextEncoder, to_image
 from kontext_min.flow import Condition
 from kontext_min.nano.edits import HELD_OUT, MIX, example
 from kontext_min.nano.held_out import held_out_example
-from kontext_min.nano.model import Tokenizers
 from kontext_min.nano.pretrain_vae import psnr, to_tensor
 from kontext_min.sampler import Sampling
 from kontext_min.sheet import card, page
@@ -38,25 +37,26 @@ GUIDANCES |= {f"true CFG {scale:g}": replace(SAMPLING, cfg_scale=scale) for scal
 class Editor:
     """A model folder, loaded in fp32, at times with a LoRA."""
 
-    def __init__(self, networks: list[nn.Module], tokenizers: Tokenizers, shift: flow.Shift):
-        self.flux, self.vae, self.t5, self.clip = networks
-        self.tokenizers, self.shift = tokenizers, shift
-
     @classmethod
     def read(cls, folder: Path, lora: Path | None = None) -> "Editor":
         """All networks of a model folder."""
-        checkpoint, place = find(folder), (torch.device("cpu"), torch.float32)
-        networks = [load(checkpoint, *place) for load in (load_flux, load_vae, load_t5, load_clip)]
+        editor, checkpoint, place = cls(), find(folder), (torch.device("cpu"), torch.float32)
+        editor.flux, editor.vae = load_flux(checkpoint, *place), load_vae(checkpoint, *place)
+        editor.text, editor.shift = TextEncoder(checkpoint, *place), checkpoint.shift
         if lora is not None:
-            apply_updates(networks[0], read_adapter(lora).updates, 1.0, torch.float32)
-        return cls(networks, Tokenizers(folder), checkpoint.shift)
+            apply_updates(editor.flux, read_adapter(lora).updates, 1.0, torch.float32)
+        return editor
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], references: list[Tensor], size: Size, sampling=SAMPLING) -> Tensor:
         """Edited pictures (B, 3, H, W) in -1..1; references alike, none for text-to-image."""
         latents = [self.vae.encode(pictures) for pictures in references]
-        texts = (self.tokenizers(prompts), self.tokenizers([""] * len(prompts)))
-        condition, empty = (Condition(self.t5(t5), self.clip(clip), latents) for t5, clip in texts)
+        condition, empty = (
+            Condition(
+                self.text.t5(self.text.tokenize_t5(texts)), self.text.clip(self.text.tokenize_clip(texts)), latents
+            )
+            for texts in (prompts, [""] * len(prompts))
+        )
         shape = (len(prompts), 16, size.height // 8, size.width // 8)
         x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed))
         times = flow.schedule(sampling.steps, flow.token_count(*shape[-2:]), self.shift)
@@ -103,17 +103,15 @@ def changed_pixels(reference: Tensor, target: Tensor) -> Tensor:
 
 def outside_psnr(output: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     """PSNR in dB on the pixels that should stay, per picture; nan where all change. (B,)"""
-    mask = 1 - changed_pixels(reference, target)
-    squared = (((output - target) / 2).square() * mask).flatten(1).sum(1)
-    return -10 * torch.log10((squared / (3 * mask.flatten(1).sum(1))).clamp(min=1e-8))
+    return psnr(output, target, 1 - changed_pixels(reference, target))
 
 
+@torch.inference_mode()
 def measure(editor: Editor, batch: Cases, sampling: Sampling) -> tuple[dict[str, Tensor], Image.Image]:
     """Per-picture numbers of one batch, each (B,), and a card of one case, a photograph if there is one."""
     prompts, references, target, size, photograph = batch
     output = editor(prompts, references, size, sampling)
-    with torch.inference_mode():
-        ceiling = editor.vae.decode(editor.vae.encode(target)).clamp(-1, 1)
+    ceiling = editor.vae.decode(editor.vae.encode(target)).clamp(-1, 1)
     numbers = {"psnr": psnr(output, target), "ceiling": psnr(ceiling, target)}
     if references:
         shuffled = editor(prompts, [pictures.roll(1, dims=0) for pictures in references], size, sampling)
@@ -142,9 +140,7 @@ def line(edit: str, numbers: dict[str, float]) -> str:
     return f"{edit:14s} " + " ".join(f"{key} {number:5.2f}" for key, number in numbers.items())
 
 
-def evaluate(
-    editor: Editor, edits: Iterable[str], count: int, sampling=SAMPLING
-) -> tuple[dict[str, dict], Image.Image]:
+def evaluate(editor: Editor, edits: Iterable[str], count: int, sampling=SAMPLING) -> tuple[dict, Image.Image]:
     """Means over `count` cases of every edit, printed as they come, and a sheet with three cases of each."""
     table, cards = {}, []
     for edit in edits:

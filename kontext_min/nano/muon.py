@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
+LOG_EVERY, SAVE_EVERY = 50, 250  # steps
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -48,8 +49,8 @@ class Training:
     """A network and its optimizers: Muon for matrices, Adam for vectors and names in `adam`; it goes on from `file`."""
 
     def __init__(self, file: Path, name: str, network: nn.Module, rates: tuple[float, float], adam: tuple = ()):
-        self.file, self.name, self.network, self.rates, self.step = file, name, network, rates, 0
-        matrices, others = [], []
+        self.file, self.name, self.network, self.rates = file, name, network, rates
+        self.step, self.losses, matrices, others = 0, [], [], []
         for parameter_name, p in network.named_parameters():
             matrix = p.ndim >= 2 and not any(part in parameter_name for part in adam)
             (matrices if matrix else others).append(p)
@@ -63,7 +64,7 @@ class Training:
             self.step = state["step"]
 
     def update(self, loss: Tensor, share: float) -> None:
-        """One step of both optimizers at `share` of their learning rates."""
+        """One step of both optimizers at `share` of their learning rates; at times a line, or a save."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         for optim, full in zip(self.optims, self.rates, strict=True):
@@ -71,6 +72,12 @@ class Training:
             optim.step()
             optim.zero_grad()
         self.step += 1
+        self.losses.append(loss.item())
+        if self.step % LOG_EVERY == 0:
+            recent, minutes = mean(self.losses[-LOG_EVERY:]), time.process_time() / 60
+            print(f"{self.name} step {self.step} loss {recent:.4f} cpu {minutes:.2f} min", flush=True)
+        if self.step % SAVE_EVERY == 0:
+            self.save()
 
     def save(self) -> None:
         """Replace the file."""
@@ -83,17 +90,3 @@ def save_whole(content, file: Path) -> None:
     temporary = file.with_name(file.name + ".tmp")
     torch.save(content, temporary)
     temporary.rename(file)
-
-
-class Log:
-    """Prints the mean loss of every 50 steps."""
-
-    def __init__(self):
-        self.started, self.losses = time.perf_counter(), []
-
-    def __call__(self, name: str, step: int, total: int, loss: Tensor) -> None:
-        self.losses.append(loss.item())
-        if step % 50 == 0 or step == total:
-            minutes = (time.perf_counter() - self.started) / 60
-            print(f"{name} step {step}/{total} loss {mean(self.losses):.4f} {minutes:.2f} min", flush=True)
-            self.losses.clear()

@@ -19,7 +19,7 @@ from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import Example, example
 from kontext_min.nano.model import Nano, Tokenizers, export
-from kontext_min.nano.muon import Log, Training, save_whole
+from kontext_min.nano.muon import Training, save_whole
 from kontext_min.nano.pretrain_vae import to_tensor
 
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
@@ -30,7 +30,6 @@ GUIDANCE = (1.0, 4.0)  # what the embedding learns to stand for
 DISTIL_SHARE = 0.15  # of the learning rates
 CHANGED = 0.15  # mean squared difference of target and reference above which a token counts as changed
 CHANGED_WEIGHT = 5.0
-SAVE_EVERY = 250
 ENCODE_BATCH, PARTS = 32, 12
 
 
@@ -182,41 +181,39 @@ class Run(Training):
 
 
 def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: Sequence[Phase], distil: int) -> None:
-    """Train through all phases and distil guidance, or go on from `work`/flux.pt; each save is exported to `folder`."""
+    """Train through all phases and distil guidance, or go on from `work`/flux.pt; each is exported to `folder`."""
     run, empty = Run(work), Tokenizers(folder)([""])
-    total, done, log = sum(phase.steps for phase in phases), 0, Log()
+    total, done = sum(phase.steps for phase in phases), 0
     for phase in phases:
         done += phase.steps
-        buckets = cached_buckets(work, vae, folder, phase) if run.step < done else []
+        if run.step >= done:
+            continue
+        buckets = cached_buckets(work, vae, folder, phase)
         while run.step < done:
             generator = torch.Generator().manual_seed(run.step)
             data, length = choose(buckets, phase.batch, phase.sizes[0], generator), phase.text_length
             if data.references:  # captions of text-to-image are longer and stay
                 data = replace(data, t5=data.t5[:, :length], clip=data.clip[:, :length])
             nothing = tuple(ids[:, : data.t5.shape[1]] for ids in empty)
-            loss = loss_of(run.nano, data, nothing, generator)
-            run.update(loss, rate(run.step, total))
-            log(phase.name, run.step, total, loss)
-            if run.step % SAVE_EVERY == 0 or run.step == done:
-                run.save()
-                export(folder, run.nano, vae)
+            run.update(loss_of(run.nano, data, nothing, generator), rate(run.step, total))
+        run.save()
+        export(folder, run.nano, vae)
     if run.step < total + distil:
         last = replace(phases[-1], steps=distil, batch=phases[-1].batch // 2)
-        distil_guidance(run, work, cached_buckets(work, vae, folder, last), empty, total, last, log)
+        distil_guidance(run, work, cached_buckets(work, vae, folder, last), empty, total, last)
     export(folder, run.nano, vae)
 
 
-def distil_guidance(run: Run, folder: Path, buckets: list[Bucket], empty, first: int, phase: Phase, log: Log) -> None:
-    """The last steps; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
-    file = folder / "teacher.pt"
+def distil_guidance(run: Run, folder: Path, buckets: list[Bucket], empty: tuple, first: int, phase: Phase) -> None:
+    """The phase's steps after `first`; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
+    file, last = folder / "teacher.pt", first + phase.steps
     if run.step == first:
         save_whole(run.nano.state_dict(), file)
     teacher = copy.deepcopy(run.nano).requires_grad_(False)
     teacher.load_state_dict(torch.load(file, weights_only=True))
-    while run.step < first + phase.steps:
+    while run.step < last:
         generator = torch.Generator().manual_seed(run.step)
         data = choose(buckets, phase.batch, phase.sizes[0], generator)
         loss = distil_loss(run.nano, teacher, data, empty, generator)
-        run.update(loss, DISTIL_SHARE * (first + phase.steps - run.step) / phase.steps)
-        log("guidance", run.step, first + phase.steps, loss)
+        run.update(loss, DISTIL_SHARE * (last - run.step) / phase.steps)
     run.save()

@@ -13,7 +13,7 @@ from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE, VAEConfig
 from kontext_min.nano.edits import any_picture, example
 from kontext_min.nano.held_out import TARGETS
-from kontext_min.nano.muon import Log, Training
+from kontext_min.nano.muon import Training
 from kontext_min.nano.scenes import Picture, pick
 
 CONFIG = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, groups=8, scaling_factor=1.0, shift_factor=0.0)
@@ -22,7 +22,6 @@ BATCH = 8
 VAE_STEPS = 3600
 LEARNING_RATE = 2e-3
 KL_WEIGHT = 2e-2  # so much that the decoder bears small errors of the latents
-SAVE_EVERY = 200
 FIRST_INDEX = 10**8  # the transformer's examples count from 0
 
 
@@ -57,10 +56,11 @@ def loss_of(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
     return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges + KL_WEIGHT * kl
 
 
-def psnr(output: Tensor, target: Tensor) -> Tensor:
-    """Per picture, dB, of (B, 3, H, W) in -1..1. Returns (B,)."""
-    error = ((output.clamp(-1, 1) - target) / 2).square().flatten(1).mean(1)
-    return -10 * torch.log10(error.clamp(min=1e-8))
+def psnr(output: Tensor, target: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+    """dB (B,) of pictures (B, 3, H, W) in -1..1 where the mask (B, 1, H, W) is 1; nan where it never is."""
+    mask = torch.ones_like(target) * mask
+    squared = ((output.clamp(-1, 1) - target) / 2).square() * mask
+    return -10 * torch.log10((squared.flatten(1).sum(1) / mask.flatten(1).sum(1)).clamp(min=1e-8))
 
 
 @torch.no_grad()
@@ -76,14 +76,12 @@ def normalised(vae: VAE, pictures: int = 512) -> VAE:
 def pretrain_vae(folder: Path, steps: int) -> VAE:
     """Train, or go on from `folder`/vae.pt, or read the finished one. Returns it frozen, with normalised latents."""
     torch.manual_seed(1)
-    vae, log = VAE(CONFIG).to(memory_format=torch.channels_last), Log()
+    vae = VAE(CONFIG).to(memory_format=torch.channels_last)
     training = Training(folder / "vae.pt", "vae", vae, (LEARNING_RATE, LEARNING_RATE))
     while training.step < steps:
         step = training.step  # warm-up over 50 steps, then half a cosine down to zero
         share = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         loss = loss_of(vae, batch(step), torch.Generator().manual_seed(step))
         training.update(loss, share)
-        log("vae", training.step, steps, loss)
-        if training.step % SAVE_EVERY == 0 or training.step == steps:
-            training.save()
+    training.save()
     return normalised(vae)

@@ -23,9 +23,8 @@ COLOURS: dict[str, Rgb] = {
 }
 # cell (column, row): its name
 PLACES = {
-    (-1, -1): "top left corner",    (1, -1): "top right corner",
-                        (0, 0): "center",
-    (-1,  1): "bottom left corner", (1,  1): "bottom right corner",
+    (-1, -1): "top left corner", (1, -1): "top right corner", (0, 0): "center",
+    (-1, 1): "bottom left corner", (1, 1): "bottom right corner",
 }
 # fmt: on
 CELL = 0.55  # distance of the corner cells' centres from the middle
@@ -155,8 +154,6 @@ def random_scene(r: np.random.Generator, least: int = 1, most: int = 3) -> Scene
     return Scene(tuple(objects), pattern, ground, rgb, angle, frequency)
 
 
-# ------------------------------------------------------------------------------------------------ edits
-
 Task = tuple[dict[str, str], list[Scene]]  # the words of an instruction; the references, and last the target
 
 
@@ -171,7 +168,8 @@ def exchange(scene: Scene, old: Object, *new: Object) -> Scene:
     return replace(scene, objects=tuple(it for thing in scene.objects for it in (new if thing is old else [thing])))
 
 
-CHANGES = {  # of one object: every way to do it, as words of the instruction and new values of the object's fields
+CHANGES = {  # of one object: every way, as words of the instruction and new values of its fields, None to remove it
+    "remove": lambda thing, scene: [({}, None)],
     "recolour": lambda thing, scene: [
         ({"colour": name}, {"colour": name, "rgb": rgb})
         for name, rgb in COLOURS.items() if name not in (thing.colour, scene.colour)
@@ -190,13 +188,8 @@ def change(r: np.random.Generator, scene: Scene, edit: str) -> Task:
     """One of CHANGES, done to one object."""
     thing = pick(r, scene.objects)
     words, fields = pick(r, CHANGES[edit](thing, scene))
-    return {"thing": call(r, thing, scene), **words}, [scene, exchange(scene, thing, replace(thing, **fields))]
-
-
-def remove(r: np.random.Generator, scene: Scene) -> Task:
-    """One object less."""
-    thing = pick(r, scene.objects)
-    return {"thing": call(r, thing, scene)}, [scene, exchange(scene, thing)]
+    new = [] if fields is None else [replace(thing, **fields)]
+    return {"thing": call(r, thing, scene), **words}, [scene, exchange(scene, thing, *new)]
 
 
 def add(r: np.random.Generator, scene: Scene) -> Task:
@@ -238,10 +231,8 @@ def text_to_image(r: np.random.Generator, scene: Scene) -> Task:
     return {"things": things, "colour": scene.colour}, [Scene(objects, "plain", scene.colour, COLOURS[scene.colour])]
 
 
-EDITS = {edit.__name__.replace("_", " "): edit for edit in (remove, add, background, swap, insert, text_to_image)}
+EDITS = {edit.__name__.replace("_", " "): edit for edit in (add, background, swap, insert, text_to_image)}
 EDITS |= {name: partial(change, edit=name) for name in CHANGES}
-
-# ------------------------------------------------------------------------------------------------ leaves
 
 
 def heap_of_leaves(r: np.random.Generator, size: Size) -> Picture:
@@ -259,14 +250,11 @@ def heap_of_leaves(r: np.random.Generator, size: Size) -> Picture:
         corners = (r.uniform(-1, 1, 2) + 1) / 2 * fine + corners * radius * min(fine) / 2
         pen.polygon(corners.flatten().tolist(), fill=rgb8(pick(r, palette) + r.normal(0, 0.05, 3)))
     picture = np.asarray(image.reduce(2), np.float32) / 255
-    light = sum(noise(r, size, cells) * r.uniform(0, 0.25) / cells**0.5 for cells in (2, 4, 9, 20))
+    light = 0
+    for cells in (2, 4, 9, 20):  # smooth random values with cells x cells bumps
+        bumps = Image.fromarray(r.normal(0, 1, (cells, cells)).astype(np.float32)).resize(size, Image.BICUBIC)
+        light = light + np.asarray(bumps)[..., None] * r.uniform(0, 0.25) / cells**0.5
     return np.clip(picture * (1 + light) + light / 4, 0, 1).astype(np.float32)
-
-
-def noise(r: np.random.Generator, size: Size, cells: int) -> Picture:
-    """Smooth random values, about -2 to 2, with `cells` x `cells` bumps. (H, W, 1)"""
-    bumps = Image.fromarray(r.normal(0, 1, (cells, cells)).astype(np.float32))
-    return np.asarray(bumps.resize(size, Image.BICUBIC))[..., None]
 
 
 def rgb8(colour: np.ndarray) -> tuple[int, ...]:

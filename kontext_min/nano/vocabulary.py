@@ -64,18 +64,17 @@ def write_t5(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config | special)
 
 
-def clip_words() -> Counter[str]:
-    """Every word of the lower-cased corpus as byte symbols with spaces between, the last with </w>, and its count."""
+def clip_merges(count: int) -> list[tuple[str, str]]:
+    """The first `count` byte-pair merges: always the most frequent pair, the alphabet's first among equals.
+
+    A word of the lower-cased corpus is its byte symbols with spaces between, the last one with </w>.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
-    words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    return Counter(" ".join(word) + "</w>" for text in corpus() for word, _ in words.pre_tokenize_str(text.lower()))
-
-
-def clip_merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` byte-pair merges: always the most frequent pair, the alphabet's first among equals."""
-    words, merges = clip_words(), []
+    cut = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = Counter(" ".join(word) + "</w>" for text in corpus() for word, _ in cut.pre_tokenize_str(text.lower()))
+    merges = []
     while len(merges) < count:
         pairs = Counter()
         for word, times in words.items():

@@ -13,7 +13,7 @@ from kontext_min.config import Config
 from kontext_min.data.buckets import Size
 from kontext_min.nano import held_out
 from kontext_min.nano.edits import HELD_OUT, MIX, PHOTOS, PICTURE_EDITS, TEMPLATES, example, from_image, photographs
-from kontext_min.nano.pairs import write_pairs
+from kontext_min.nano.held_out import write_pairs
 from kontext_min.nano.pretrain_flux import PHASES
 from kontext_min.nano.scenes import EDITS
 
