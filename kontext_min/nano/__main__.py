@@ -1,7 +1,7 @@
 """nano: make weights/nano again, measure it, or write pairs for a LoRA.
 
 python -m kontext_min.nano [pretrain]        all stages, each going on from its own file in --work; all is seeded
-python -m kontext_min.nano evaluate          a table of all edits, metrics.json and sheet.jpg; of a LoRA with --lora FILE
+python -m kontext_min.nano evaluate          a table of all edits, metrics.json, sheet.jpg; of a LoRA with --lora FILE
 python -m kontext_min.nano pairs EDIT FOLDER training pairs of one edit, held out or not, for train.py
 """
 
@@ -21,15 +21,6 @@ from kontext_min.nano.vocabulary import write_clip, write_t5
 from kontext_min.presets import WEIGHTS
 
 EDITS = (*HELD_OUT, *MIX)
-
-
-def pretrain(folder: Path, work: Path, smoke: bool) -> None:
-    """All stages; `smoke` takes a handful of steps of each."""
-    work.mkdir(parents=True, exist_ok=True)
-    write_t5(folder / "tokenizer_2")
-    write_clip(folder / "tokenizer")
-    phases = [replace(phase, examples=64, steps=3, batch=4) for phase in PHASES] if smoke else PHASES
-    pretrain_flux(work, pretrain_vae(work, 4 if smoke else VAE_STEPS), folder, phases, 3 if smoke else DISTIL_STEPS)
 
 
 def arguments() -> argparse.Namespace:
@@ -64,7 +55,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     if args.command == "pretrain":
-        pretrain(args.folder, args.work, args.smoke)
+        args.work.mkdir(parents=True, exist_ok=True)
+        write_t5(args.folder / "tokenizer_2")
+        write_clip(args.folder / "tokenizer")
+        phases = [replace(phase, examples=64, steps=3, batch=4) for phase in PHASES] if args.smoke else PHASES
+        vae = pretrain_vae(args.work, 4 if args.smoke else VAE_STEPS)
+        pretrain_flux(args.work, vae, args.folder, phases, 3 if args.smoke else DISTIL_STEPS)
         report(args.folder, 4 if args.smoke else args.cases)
     elif args.lora:
         report_lora(args.folder, args.lora, args.edits, args.cases)

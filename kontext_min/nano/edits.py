@@ -4,7 +4,6 @@
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,8 +76,7 @@ def instruction(r: np.random.Generator, edit: str, **words: str) -> str:
 
 def gray(picture: Picture) -> Picture:
     """Luma on all three channels."""
-    luma = picture @ np.array((0.299, 0.587, 0.114), np.float32)
-    return np.repeat(luma[..., None], 3, axis=-1)
+    return np.repeat(picture @ np.array([[0.299], [0.587], [0.114]], np.float32), 3, axis=-1)
 
 
 def to_image(picture: Picture) -> Image.Image:
@@ -104,7 +102,7 @@ def framed(picture: Picture, colour: str) -> Picture:
     return picture
 
 
-PICTURE_EDITS: dict[str, Callable[[Picture], Picture]] = {
+PICTURE_EDITS = {
     "grayscale": gray,
     "darker": lambda picture: picture * 0.5,
     "brighter": lambda picture: 1 - (1 - picture) * 0.5,
@@ -117,17 +115,14 @@ PICTURE_EDITS: dict[str, Callable[[Picture], Picture]] = {
 @cache
 def photographs(split: str) -> list[Image.Image]:
     """All photographs of "train" or "validation", sorted by name."""
-    files = sorted((PHOTOS / {"train": "reference", "validation": "validation_reference"}[split]).glob("*.jpg"))
-    if not files:
-        raise FileNotFoundError(f"no photographs in {PHOTOS}; run this in a clone of the repository")
-    return [Image.open(file).convert("RGB") for file in files]
+    folder = PHOTOS / {"train": "reference", "validation": "validation_reference"}[split]
+    return [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.jpg"))]
 
 
 def photo_crop(r: np.random.Generator, split: str, size: Size) -> Picture:
     """A random window of a random photograph; in training its channels are at times permuted or gamma-corrected."""
     photo = pick(r, photographs(split))
-    largest = min(photo.width / size.width, photo.height / size.height)
-    scale = largest * r.uniform(0.45, 1.0)
+    scale = min(photo.width / size.width, photo.height / size.height) * r.uniform(0.45, 1.0)
     width, height = size.width * scale, size.height * scale
     left, top = r.uniform(0, photo.width - width), r.uniform(0, photo.height - height)
     picture = from_image(photo.resize(size, Image.LANCZOS, box=(left, top, left + width, top + height)))

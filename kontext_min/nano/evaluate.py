@@ -81,8 +81,8 @@ def cases_of(edit: str, count: int) -> list[Cases]:
         numbers = [10_000 + i for i in range(count) if SIZES[i % len(SIZES)] == size]
         for start in range(0, len(numbers), BATCH):
             tasks = [make("validation", i, size, edit) for i in numbers[start : start + BATCH]]
-            references = [to_tensor(pictures) for pictures in zip(*(task.references for task in tasks), strict=True)]
-            target = to_tensor([task.target for task in tasks])
+            columns = zip(*((task.target, *task.references) for task in tasks), strict=True)
+            target, *references = (to_tensor(pictures) for pictures in columns)
             photograph = torch.tensor([task.photograph for task in tasks])
             batches.append(Cases([task.prompt for task in tasks], references, target, size, photograph))
     return batches

@@ -4,7 +4,6 @@ torch.optim.Muon takes 2-D parameters only and works in bfloat16, which CPUs wit
 """
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
@@ -17,20 +16,19 @@ LOG_EVERY, SAVE_EVERY = 50, 250  # steps
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: a quintic Newton-Schulz iteration on (rows, columns)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalise(matrix.mT, steps).mT
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised and scaled to a root mean square of 0.2 x lr: for parameters of two or more axes."""
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.0):
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()

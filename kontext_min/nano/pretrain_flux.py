@@ -4,7 +4,6 @@ The third stage distils true classifier-free guidance into the guidance embeddin
 """
 
 import copy
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,8 +27,7 @@ ADAM_NAMES = ("clip.", "t5.shared", "relative_attention_bias", "_in.", "_mod.", 
 CAPTION_DROPOUT = 0.07  # so that true CFG has something to subtract
 GUIDANCE = (1.0, 4.0)  # what the embedding learns to stand for
 DISTIL_SHARE = 0.15  # of the learning rates
-CHANGED = 0.15  # mean squared difference of target and reference above which a token counts as changed
-CHANGED_WEIGHT = 5.0
+CHANGED, CHANGED_WEIGHT = 0.15, 5.0  # a token with more mean squared difference to the reference weighs five times
 ENCODE_BATCH, PARTS = 32, 12
 
 
@@ -71,13 +69,9 @@ DISTIL_STEPS = 150  # with half the last phase's batch
 
 def encode_examples(vae: VAE, tokenizers: Tokenizers, examples: list[Example]) -> Bucket:
     """Examples of one size and number of references -> their latents and token ids."""
-
-    def latents(pictures) -> Tensor:
-        return vae.encode(to_tensor(pictures)).half().contiguous()
-
-    references = [latents(pictures) for pictures in zip(*(task.references for task in examples), strict=True)]
-    ids = tokenizers([task.prompt for task in examples])
-    return Bucket(latents([task.target for task in examples]), references, *ids)
+    columns = zip(*((task.target, *task.references) for task in examples), strict=True)
+    target, *references = (vae.encode(to_tensor(pictures)).half().contiguous() for pictures in columns)
+    return Bucket(target, references, *tokenizers([task.prompt for task in examples]))
 
 
 @torch.no_grad()
@@ -180,7 +174,7 @@ class Run(Training):
         super().__init__(folder / "flux.pt", "nano", self.nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
 
 
-def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: Sequence[Phase], distil: int) -> None:
+def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int) -> None:
     """Train through all phases and distil guidance, or go on from `work`/flux.pt; each is exported to `folder`."""
     run, empty = Run(work), Tokenizers(folder)([""])
     total, done = sum(phase.steps for phase in phases), 0

@@ -17,10 +17,8 @@ from kontext_min.nano.muon import Training
 from kontext_min.nano.scenes import Picture, pick
 
 CONFIG = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, groups=8, scaling_factor=1.0, shift_factor=0.0)
-SIZE = Size(64, 64)
-BATCH = 8
-VAE_STEPS = 3600
-LEARNING_RATE = 2e-3
+SIZE, BATCH = Size(64, 64), 8
+VAE_STEPS, LEARNING_RATE = 3600, 2e-3
 KL_WEIGHT = 2e-2  # so much that the decoder bears small errors of the latents
 FIRST_INDEX = 10**8  # the transformer's examples count from 0
 

@@ -13,10 +13,9 @@ from PIL import Image, ImageDraw
 from kontext_min.data.buckets import Size
 
 Picture = np.ndarray  # (H, W, 3) float32 in 0..1
-Rgb = tuple[float, float, float]
 
 # fmt: off
-COLOURS: dict[str, Rgb] = {
+COLOURS: dict[str, tuple[float, ...]] = {
     "red":   (0.86, 0.12, 0.13), "orange": (0.98, 0.55, 0.08), "yellow": (0.98, 0.88, 0.15),
     "green": (0.13, 0.65, 0.25), "blue":   (0.12, 0.30, 0.85), "purple": (0.58, 0.18, 0.75),
     "white": (0.97, 0.97, 0.97), "black":  (0.06, 0.06, 0.07),
@@ -39,9 +38,9 @@ class Object:
 
     shape: str
     colour: str
-    rgb: Rgb
+    rgb: tuple[float, ...]
     cell: tuple[int, int]
-    offset: tuple[float, float] = (0.0, 0.0)
+    offset: tuple[float, float] = (0, 0)
     radius: float = RADIUS
 
     @property
@@ -57,7 +56,7 @@ class Scene:
     objects: tuple[Object, ...]
     pattern: str
     colour: str
-    rgb: Rgb
+    rgb: tuple[float, ...]
     angle: float = 0.0
     frequency: float = 10.0
 
@@ -99,8 +98,18 @@ SHAPES: dict[str, np.ndarray] = {
 }
 
 
-def draw_pattern(scene: Scene, size: Size) -> Picture:
-    """The background alone. Returns (H, W, 3)."""
+def cover(thing: Object, size: Size) -> Picture:
+    """How much of each pixel the object covers. (H, W, 1)"""
+    fine = Size(size.width * SUPERSAMPLING, size.height * SUPERSAMPLING)
+    middle = (np.array(thing.cell) * CELL + thing.offset + 1) / 2 * fine
+    corners = middle + SHAPES[thing.shape] * thing.radius * min(fine) / 2
+    mask = Image.new("L", fine)
+    ImageDraw.Draw(mask).polygon(corners.flatten().tolist(), fill=255)
+    return np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
+
+
+def draw(scene: Scene, size: Size) -> Picture:
+    """The whole scene, with antialiased edges. Returns (H, W, 3)."""
     x = ((np.arange(size.width, dtype=np.float32) + 0.5) / size.width * 2 - 1)[None, :]
     y = ((np.arange(size.height, dtype=np.float32) + 0.5) / size.height * 2 - 1)[:, None]
     a, f = scene.angle, scene.frequency
@@ -114,29 +123,14 @@ def draw_pattern(scene: Scene, size: Size) -> Picture:
     }[scene.pattern]()
     first = np.array(scene.rgb, np.float32)
     second = first * 0.62 if first.mean() > 0.25 else first + 0.22
-    return first + (second - first) * share[..., None].astype(np.float32)
-
-
-def cover(thing: Object, size: Size) -> Picture:
-    """How much of each pixel the object covers. (H, W, 1)"""
-    fine = Size(size.width * SUPERSAMPLING, size.height * SUPERSAMPLING)
-    middle = (np.array(thing.cell) * CELL + thing.offset + 1) / 2 * fine
-    corners = middle + SHAPES[thing.shape] * thing.radius * min(fine) / 2
-    mask = Image.new("L", fine)
-    ImageDraw.Draw(mask).polygon(corners.flatten().tolist(), fill=255)
-    return np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
-
-
-def draw(scene: Scene, size: Size) -> Picture:
-    """The whole scene, with antialiased edges. Returns (H, W, 3)."""
-    picture = draw_pattern(scene, size)
+    picture = first + (second - first) * share[..., None].astype(np.float32)
     for thing in scene.objects:
         share = cover(thing, size)
         picture = picture * (1 - share) + np.array(thing.rgb, np.float32) * share
     return np.clip(picture, 0, 1).astype(np.float32)
 
 
-def jitter(r: np.random.Generator, colour: str) -> Rgb:
+def jitter(r: np.random.Generator, colour: str) -> tuple[float, ...]:
     """The colour's canonical value, moved by up to 0.04 per channel."""
     return tuple(np.clip(np.array(COLOURS[colour]) + r.uniform(-0.04, 0.04, 3), 0, 1).tolist())
 
@@ -170,16 +164,11 @@ def exchange(scene: Scene, old: Object, *new: Object) -> Scene:
 
 CHANGES = {  # of one object: every way, as words of the instruction and new values of its fields, None to remove it
     "remove": lambda thing, scene: [({}, None)],
-    "recolour": lambda thing, scene: [
-        ({"colour": name}, {"colour": name, "rgb": rgb})
-        for name, rgb in COLOURS.items() if name not in (thing.colour, scene.colour)
-    ],
-    "move": lambda thing, scene: [
-        ({"place": PLACES[cell]}, {"cell": cell, "offset": (0.0, 0.0)}) for cell in scene.free_cells()
-    ],
-    "resize": lambda thing, scene: [
-        ({"how": how}, {"radius": thing.radius * factor}) for how, factor in (("smaller", 0.6), ("bigger", 1.35))
-    ],
+    "recolour": lambda thing, scene: [({"colour": name}, {"colour": name, "rgb": rgb}) for name, rgb in COLOURS.items()
+                                      if name not in (thing.colour, scene.colour)],
+    "move": lambda thing, scene: [({"place": PLACES[at]}, {"cell": at, "offset": (0, 0)}) for at in scene.free_cells()],
+    "resize": lambda thing, scene: [({"how": "smaller"}, {"radius": thing.radius * 0.6}),
+                                    ({"how": "bigger"}, {"radius": thing.radius * 1.35})],
     "reshape": lambda thing, scene: [({"shape": name}, {"shape": name}) for name in SHAPES if name != thing.shape],
 }  # fmt: skip
 
@@ -220,7 +209,7 @@ def insert(r: np.random.Generator, scene: Scene) -> Task:
     """The one object of a second picture goes into the first, in its own colour and the canonical radius."""
     other = random_scene(r, most=1)
     cell = pick(r, scene.free_cells())
-    new = replace(other.objects[0], cell=cell, offset=(0.0, 0.0), radius=RADIUS)
+    new = replace(other.objects[0], cell=cell, offset=(0, 0), radius=RADIUS)
     return {"place": PLACES[cell]}, [scene, other, replace(scene, objects=(*scene.objects, new))]
 
 

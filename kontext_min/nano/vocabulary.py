@@ -29,12 +29,18 @@ def corpus() -> list[str]:
     return prompts + held_out + 3 * words + [word.capitalize() for word in words]
 
 
-def t5_as_json(model_file: Path):
-    """The same unigram as a `tokenizers` object, which is what transformers reads."""
-    from sentencepiece import SentencePieceProcessor
+def write_t5(folder: Path) -> None:
+    """SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2; as spiece.model and as tokenizer.json."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    pieces = SentencePieceProcessor(model_file=str(model_file))
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=T5_PIECES,
+        normalization_rule_name="identity", required_chars="".join(map(chr, range(33, 127))),
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    pieces = SentencePieceProcessor(model_proto=model.getvalue())
     scores = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
     unigram = Tokenizer(models.Unigram(scores, unk_id=pieces.unk_id(), byte_fallback=False))
     unigram.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
@@ -42,26 +48,18 @@ def t5_as_json(model_file: Path):
     unigram.decoder = decoders.Metaspace(prepend_scheme="always")
     unigram.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", pieces.eos_id())])
     unigram.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    return unigram
-
-
-def write_t5(folder: Path) -> None:
-    """SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2; as spiece.model and as tokenizer.json."""
-    from sentencepiece import SentencePieceTrainer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=T5_PIECES,
-        normalization_rule_name="identity", required_chars="".join(map(chr, range(33, 127))),
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    t5_as_json(folder / "spiece.model").save(str(folder / "tokenizer.json"))
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write_settings(folder, "T5Tokenizer", special, extra_ids=0, legacy=False)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    unigram.save(str(folder / "tokenizer.json"))
+
+
+def write_settings(folder: Path, kind: str, special: dict[str, str], **more) -> None:
+    """The two small files of a tokenizer; the folder is made."""
     write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": LENGTH, "extra_ids": 0, "legacy": False}
-    write_json(folder / "tokenizer_config.json", config | special)
+    write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": kind, "model_max_length": LENGTH, **more, **special}
+    )
 
 
 def clip_merges(count: int) -> list[tuple[str, str]]:
@@ -90,14 +88,11 @@ def write_clip(folder: Path) -> None:
     """CLIP's files in CLIP's order: bytes, bytes that end a word, merges, begin, end."""
     from tokenizers import pre_tokenizers
 
-    folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = clip_merges(CLIP_TOKENS - 2 * len(alphabet) - 2)
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges), BEGIN, END]
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+    write_settings(folder, "CLIPTokenizer", special)
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
-    write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH}
-    write_json(folder / "tokenizer_config.json", config | special)
