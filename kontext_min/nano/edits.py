@@ -1,7 +1,4 @@
-"""What nano learns to do: instruction templates and the exact result of each edit, on scenes and on photographs.
-
-`example(split, index, size)` is the whole data set: the same arguments always give the same picture pair.
-"""
+"""What nano learns: templates and exact results of each edit; `example(split, index, size)` is the whole data set."""
 
 import re
 from dataclasses import dataclass
@@ -136,7 +133,7 @@ def photo_crop(r: np.random.Generator, split: str, size: Size) -> Picture:
 
 
 def example(split: str, index: int, size: Size, edit: str | None = None) -> Example:
-    """Example number `index` of "train" or "validation" at `size`; `edit` is drawn from MIX unless it is given."""
+    """Example `index` of "train" or "validation", always the same; `edit` is drawn from MIX unless it is given."""
     r = np.random.default_rng([SPLITS[split], index])
     drawn = r.choice(list(MIX), p=list(MIX.values()))
     edit = edit or str(drawn)

@@ -1,6 +1,6 @@
 """How well nano edits, alone or with a LoRA: seeded held-out pictures, a rule that looks at pixels, a contact sheet."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +16,13 @@ from kontext_min.checkpoints.load import find, load_flux, load_vae
 from kontext_min.checkpoints.save import write_json
 from kontext_min.data.buckets import Size
 from kontext_min.encoders import TextEncoder, to_image
-from kontext_min.flow import Condition
 from kontext_min.nano.edits import HELD_OUT, MIX, example
 from kontext_min.nano.held_out import held_out_example
 from kontext_min.nano.pretrain_vae import psnr, to_tensor
-from kontext_min.sampler import Sampling
 from kontext_min.sheet import card, page
 
 SIZES = (Size(96, 96), Size(112, 80), Size(80, 112), Size(96, 96))
-SAMPLING = Sampling(steps=8, guidance=1.0, seed=0)
+SAMPLING = sampler.Sampling(steps=8, guidance=1.0, seed=0)
 CHANGED = 0.15  # on -1..1: a pixel counts as changed if a channel of reference and target differ by more
 ENOUGH = 0.25  # success: the squared error on changed pixels is below this share of the reference's there,
 UNDISTURBED = 20.0  # and the other pixels have at least this PSNR in dB
@@ -50,17 +48,16 @@ class Editor:
     @torch.inference_mode()
     def __call__(self, prompts: list[str], references: list[Tensor], size: Size, sampling=SAMPLING) -> Tensor:
         """Edited pictures (B, 3, H, W) in -1..1; references alike, none for text-to-image."""
-        latents = [self.vae.encode(pictures) for pictures in references]
-        condition, empty = (
-            Condition(
-                self.text.t5(self.text.tokenize_t5(texts)), self.text.clip(self.text.tokenize_clip(texts)), latents
-            )
-            for texts in (prompts, [""] * len(prompts))
-        )
+        text, latents = self.text, [self.vae.encode(pictures) for pictures in references]
+
+        def condition(texts: list[str]) -> flow.Condition:
+            return flow.Condition(text.t5(text.tokenize_t5(texts)), text.clip(text.tokenize_clip(texts)), latents)
+
+        field = sampler.guided(self.flux, condition(prompts), condition([""] * len(prompts)), sampling)
         shape = (len(prompts), 16, size.height // 8, size.width // 8)
         x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed))
         times = flow.schedule(sampling.steps, flow.token_count(*shape[-2:]), self.shift)
-        *_, x = sampler.euler(sampler.guided(self.flux, condition, empty, sampling), x, times)
+        *_, x = sampler.euler(field, x, times)
         return self.vae.decode(x).clamp(-1, 1)
 
 
@@ -107,7 +104,7 @@ def outside_psnr(output: Tensor, reference: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def measure(editor: Editor, batch: Cases, sampling: Sampling) -> tuple[dict[str, Tensor], Image.Image]:
+def measure(editor: Editor, batch: Cases, sampling: sampler.Sampling) -> tuple[dict[str, Tensor], Image.Image]:
     """Per-picture numbers of one batch, each (B,), and a card of one case, a photograph if there is one."""
     prompts, references, target, size, photograph = batch
     output = editor(prompts, references, size, sampling)
@@ -129,25 +126,15 @@ def measure(editor: Editor, batch: Cases, sampling: Sampling) -> tuple[dict[str,
     return numbers, card([prompts[row]], [(label, to_image(pictures[row])) for label, pictures in named])
 
 
-def means(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """The means over the pictures of all batches, without those of nothing, which are nan."""
-    whole = {key: torch.cat([part[key] for part in parts]).nanmean().item() for key in parts[0]}
-    return {key: round(mean, 3) for key, mean in whole.items() if mean == mean}
-
-
-def line(edit: str, numbers: dict[str, float]) -> str:
-    """One row of a printed table."""
-    return f"{edit:14s} " + " ".join(f"{key} {number:5.2f}" for key, number in numbers.items())
-
-
 def evaluate(editor: Editor, edits: Iterable[str], count: int, sampling=SAMPLING) -> tuple[dict, Image.Image]:
     """Means over `count` cases of every edit, printed as they come, and a sheet with three cases of each."""
     table, cards = {}, []
     for edit in edits:
         numbers, shown = zip(*(measure(editor, batch, sampling) for batch in cases_of(edit, count)), strict=True)
-        table[edit] = means(numbers)
+        means = {key: torch.cat([part[key] for part in numbers]).nanmean().item() for key in numbers[0]}
+        table[edit] = {key: round(mean, 3) for key, mean in means.items() if mean == mean}  # no photographs: nan
+        print(f"{edit:14s}", *(f"{key} {mean:5.2f}" for key, mean in table[edit].items()), flush=True)
         cards += shown[:3]
-        print(line(edit, table[edit]), flush=True)
     return table, page(cards, columns=3)
 
 
@@ -163,17 +150,14 @@ def report(folder: Path, count: int) -> None:
     sheet.save(folder / "sheet.jpg", quality=85)
 
 
-def report_lora(folder: Path, lora: Path, edits: Sequence[str], count: int) -> None:
-    """Print what a LoRA does to each edit, beside the base; write LORA.json and LORA.jpg next to the file.
-
-    closed: how much of the way from the better of base and reference to the autoencoder's ceiling it goes, in dB.
-    """
+def report_lora(folder: Path, lora: Path, edits: Iterable[str], count: int) -> None:
+    """Print what a LoRA does to each edit, beside the base; write LORA.json and LORA.jpg next to the file."""
     base, _ = evaluate(Editor.read(folder), edits, count)
     table, sheet = evaluate(Editor.read(folder, lora), edits, count)
     for edit, numbers in table.items():
         numbers["base"] = base[edit]["psnr"]
-        start = max(numbers["base"], numbers.get("copy", 0.0))
+        start = max(numbers["base"], numbers.get("copy", 0.0))  # closed: the share of the way from here to the ceiling
         numbers["closed"] = round((numbers["psnr"] - start) / (numbers["ceiling"] - start), 3)
-        print(line(edit, numbers))
+        print(f"{edit:14s} copy or base {start:5.2f} LoRA {numbers['psnr']:5.2f} closed {numbers['closed']:.0%}")
     write_json(lora.with_suffix(".json"), table)
     sheet.save(lora.with_suffix(".jpg"), quality=85)

@@ -1,7 +1,4 @@
-"""The edits of `edits.HELD_OUT`, never in the transformer's pretraining, and pairs of any edit to train a LoRA on.
-
-The autoencoder may see such pictures (it has no notion of an edit); LoRAs and their evaluation are made of them.
-"""
+"""The edits of `edits.HELD_OUT`, which only the autoencoder sees in pretraining, and pairs of any edit for LoRAs."""
 
 import io
 from dataclasses import replace
@@ -88,19 +85,14 @@ def held_out_example(split: str, index: int, size: Size, edit: str) -> Example:
     if edit == "inset":
         _, second = any_picture(r, split, size)
         return Example(edit, "inset the second picture", (picture, second), inset(picture, second), photograph)
-    if edit in DEGRADATIONS:
-        prompt, degrade = DEGRADATIONS[edit]
-        return Example(edit, prompt, (degrade(picture),), picture, photograph)
-    prompt, change = TARGETS[edit]
-    return Example(edit, prompt, (picture,), change(picture).astype(np.float32), photograph)
+    prompt, change = (TARGETS | DEGRADATIONS)[edit]
+    changed = change(picture).astype(np.float32)
+    reference, target = (changed, picture) if edit in DEGRADATIONS else (picture, changed)
+    return Example(edit, prompt, (reference,), target, photograph)
 
 
 def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str:
-    """`count` training examples of an edit, a share of them replaced by `replay`, under `folder`. -> what to do next
-
-    reference-1/ and so on, target/ with the captions, and data.json, the data list; replayed pairs have sets of their
-    own. Raises ValueError if the folder is not empty.
-    """
+    """`count` training examples of an edit, a share replaced by known edits, with data.json. -> what to do next"""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name a new folder")
     r, data, make = np.random.default_rng([6, len(edit)]), {}, held_out_example if edit in HELD_OUT else example

@@ -1,7 +1,4 @@
-"""Training that resumes: Muon for matrices and kernels, Adam for the rest (Jordan et al. 2024; Adam's step size).
-
-torch.optim.Muon takes 2-D parameters only and works in bfloat16, which CPUs without bf16 instructions do slowly.
-"""
+"""Training that resumes: Muon for matrices and kernels, Adam for the rest (Jordan et al. 2024; Adam's step size)."""
 
 import time
 from pathlib import Path
@@ -26,10 +23,7 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised and scaled to a root mean square of 0.2 x lr: for parameters of two or more axes."""
-
-    def __init__(self, params: list[Tensor], lr: float, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+    """Momentum, orthogonalised, to an RMS of 0.2 x lr. torch's own takes two axes only, and bfloat16, slow on CPUs."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -52,7 +46,7 @@ class Training:
         for parameter_name, p in network.named_parameters():
             matrix = p.ndim >= 2 and not any(part in parameter_name for part in adam)
             (matrices if matrix else others).append(p)
-        muon = Muon(matrices, rates[0], weight_decay=0.01)
+        muon = Muon(matrices, {"lr": rates[0], "weight_decay": 0.01})
         self.optims = [muon, torch.optim.Adam(others, rates[1], betas=(0.9, 0.98), fused=True)]
         if file.exists():
             state = torch.load(file, weights_only=True)
@@ -85,6 +79,5 @@ class Training:
 
 def save_whole(content, file: Path) -> None:
     """torch.save under another name first, so that a file is never half written."""
-    temporary = file.with_name(file.name + ".tmp")
-    torch.save(content, temporary)
-    temporary.rename(file)
+    torch.save(content, file.with_name(file.name + ".tmp"))
+    file.with_name(file.name + ".tmp").rename(file)

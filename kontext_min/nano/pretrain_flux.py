@@ -1,7 +1,4 @@
-"""Stages two and three: transformer and text encoders on cached latents, at 64 px, then 96 px; then its guidance.
-
-The third stage distils true classifier-free guidance into the guidance embedding (Meng et al. 2023), as in FLUX.1-dev.
-"""
+"""Stages two and three: transformer and text encoders on cached latents, at 64 px, then 96 px; then its guidance."""
 
 import copy
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +13,7 @@ from torch import Tensor
 from kontext_min import flow
 from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE
-from kontext_min.nano.edits import Example, example
+from kontext_min.nano.edits import example
 from kontext_min.nano.model import Nano, Tokenizers, export
 from kontext_min.nano.muon import Training, save_whole
 from kontext_min.nano.pretrain_vae import to_tensor
@@ -67,13 +64,6 @@ DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on
 
 
-def encode_examples(vae: VAE, tokenizers: Tokenizers, examples: list[Example]) -> Bucket:
-    """Examples of one size and number of references -> their latents and token ids."""
-    columns = zip(*((task.target, *task.references) for task in examples), strict=True)
-    target, *references = (vae.encode(to_tensor(pictures)).half().contiguous() for pictures in columns)
-    return Bucket(target, references, *tokenizers([task.prompt for task in examples]))
-
-
 @torch.no_grad()
 def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> None:
     """Every PARTS-th batch of the phase's examples, drawn, encoded and sorted into buckets; the suffix is the first."""
@@ -85,7 +75,10 @@ def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> No
         tasks = [example("train", phase.first_index + i, size) for i in numbers]
         for count in {len(task.references) for task in tasks}:
             group = [task for task in tasks if len(task.references) == count]
-            chunks.setdefault((count, *size), []).append(encode_examples(vae, tokenizers, group))
+            columns = zip(*((task.target, *task.references) for task in group), strict=True)
+            target, *references = (vae.encode(to_tensor(pictures)).half().contiguous() for pictures in columns)
+            bucket = Bucket(target, references, *tokenizers([task.prompt for task in group]))
+            chunks.setdefault((count, *size), []).append(bucket)
     save_whole({key: vars(joined(buckets)) for key, buckets in chunks.items()}, file)
 
 
@@ -104,8 +97,7 @@ def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase)
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             list(pool.map(partial(write_part, vae=vae, tokenizer_folder=tokenizer_folder, phase=phase), missing))
     parts = [torch.load(file, weights_only=True) for file in files]
-    keys = sorted({key for part in parts for key in part})
-    return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in keys]
+    return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in sorted(set().union(*parts))]
 
 
 def choose(buckets: list[Bucket], batch: int, size: Size, generator: torch.Generator) -> Bucket:
@@ -146,10 +138,9 @@ def loss_of(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: t
 
 
 def distil_loss(nano: Nano, teacher: Nano, data: Bucket, empty: tuple, generator: torch.Generator) -> Tensor:
-    """Squared error against the teacher's true classifier-free guidance at random scales."""
+    """Squared error against the teacher's true classifier-free guidance at random scales (Meng et al. 2023)."""
     t, _, x_t = noisy(data.target, generator)
-    low, high = GUIDANCE
-    scale = low + (high - low) * torch.rand(len(t), generator=generator)
+    scale = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(t), generator=generator)
     with torch.no_grad():
         v, plain = (
             flow.velocity(teacher.flux, x_t, t, teacher.condition(ids, data.references), torch.ones_like(t))

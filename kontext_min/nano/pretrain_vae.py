@@ -79,7 +79,6 @@ def pretrain_vae(folder: Path, steps: int) -> VAE:
     while training.step < steps:
         step = training.step  # warm-up over 50 steps, then half a cosine down to zero
         share = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        loss = loss_of(vae, batch(step), torch.Generator().manual_seed(step))
-        training.update(loss, share)
+        training.update(loss_of(vae, batch(step), torch.Generator().manual_seed(step)), share)
     training.save()
     return normalised(vae)

@@ -225,10 +225,7 @@ EDITS |= {name: partial(change, edit=name) for name in CHANGES}
 
 
 def heap_of_leaves(r: np.random.Generator, size: Size) -> Picture:
-    """Discs and shards of many sizes upon each other, unevenly lit: to a small model much like a photograph. (H, W, 3)
-
-    A "dead leaves" picture: sizes by a power law, as those of things in photographs (Lee, Mumford and Huang 2001).
-    """
+    """Like a photograph to a small model: shards, their sizes by a power law (Lee, Mumford, Huang 2001). (H, W, 3)"""
     fine = Size(size.width * 2, size.height * 2)
     palette = np.clip(r.uniform(0.1, 0.9) + r.normal(0, 0.22, (8, 1)) + r.normal(0, r.uniform(0, 0.2), (8, 3)), 0, 1)
     image = Image.new("RGB", fine, rgb8(palette[0]))

@@ -1,7 +1,4 @@
-"""nano's two tokenizers: small vocabularies in the standard files, learnt from its prompts and plain English words.
-
-About twelve hundred pieces each instead of T5's 32,128 and CLIP's 49,408, whose embeddings alone would be 15 MB.
-"""
+"""nano's two tokenizers: small vocabularies in the standard files, learnt from its prompts and plain English words."""
 
 import io
 import re
@@ -15,8 +12,7 @@ from kontext_min.nano.edits import HELD_OUT, example
 from kontext_min.nano.held_out import held_out_example
 
 LENGTH = 24  # tokens of a prompt, T5 and CLIP alike
-T5_PIECES = 1120
-CLIP_TOKENS = 1280
+T5_PIECES, CLIP_TOKENS = 1120, 1280  # the embeddings of the usual 32,128 and 49,408 would be 15 MB
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = Path(__file__).with_name("words.txt")
 
@@ -56,21 +52,18 @@ def write_t5(folder: Path) -> None:
 
 def write_settings(folder: Path, kind: str, special: dict[str, str], **more) -> None:
     """The two small files of a tokenizer; the folder is made."""
+    config = {"tokenizer_class": kind, "model_max_length": LENGTH, **more, **special}
     write_json(folder / "special_tokens_map.json", special)
-    write_json(
-        folder / "tokenizer_config.json", {"tokenizer_class": kind, "model_max_length": LENGTH, **more, **special}
-    )
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def clip_merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` byte-pair merges: always the most frequent pair, the alphabet's first among equals.
-
-    A word of the lower-cased corpus is its byte symbols with spaces between, the last one with </w>.
-    """
+    """The first `count` byte-pair merges: always the most frequent pair, the alphabet's first among equals."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
     cut = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    # a word is its byte symbols with spaces between, the last one with </w>
     words = Counter(" ".join(word) + "</w>" for text in corpus() for word, _ in cut.pre_tokenize_str(text.lower()))
     merges = []
     while len(merges) < count:
@@ -92,7 +85,6 @@ def write_clip(folder: Path) -> None:
     merges = clip_merges(CLIP_TOKENS - 2 * len(alphabet) - 2)
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges), BEGIN, END]
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
-    write_settings(folder, "CLIPTokenizer", special)
+    write_settings(folder, "CLIPTokenizer", {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END})
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
