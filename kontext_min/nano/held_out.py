@@ -1,18 +1,18 @@
-"""The edits of `edits.HELD_OUT`: never in the transformer's pretraining.
-
-The autoencoder may see such pictures (it has no notion of an edit); LoRAs and their evaluation are made of them.
-"""
+"""The edits of `edits.HELD_OUT`, which only the autoencoder sees in pretraining, and pairs of any edit for LoRAs."""
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from kontext_min.checkpoints.save import write_json
 from kontext_min.data.buckets import Size
-from kontext_min.nano.edits import SPLITS, Example, any_picture, blurred, from_image, gray, to_image
-from kontext_min.nano.scenes import Picture, cover, draw, pick, random_scene
+from kontext_min.nano.edits import HELD_OUT, SPLITS, Example, any_picture, blurred, example, from_image, gray, to_image
+from kontext_min.nano.scenes import Picture, cover, draw, exchange, pick, random_scene
 
+SIZE = Size(96, 96)  # of pairs
 SEPIA = np.array([[0.393, 0.349, 0.272], [0.769, 0.686, 0.534], [0.189, 0.168, 0.131]], np.float32)
 
 
@@ -41,10 +41,9 @@ def hollow(r: np.random.Generator, size: Size) -> tuple[str, Picture, Picture]:
     """One object of a scene becomes a ring through which one sees what is behind. -> prompt, reference, target"""
     scene = random_scene(r)
     thing = pick(r, scene.objects)
-    behind = replace(scene, objects=tuple(other for other in scene.objects if other is not thing))
     hole = cover(replace(thing, radius=0.62 * thing.radius), size)
-    reference = draw(scene, size)
-    return f"hollow out the {thing.name}", reference, reference * (1 - hole) + draw(behind, size) * hole
+    reference, behind = draw(scene, size), draw(exchange(scene, thing), size)
+    return f"hollow out the {thing.name}", reference, reference * (1 - hole) + behind * hole
 
 
 def inset(picture: Picture, second: Picture) -> Picture:
@@ -86,8 +85,33 @@ def held_out_example(split: str, index: int, size: Size, edit: str) -> Example:
     if edit == "inset":
         _, second = any_picture(r, split, size)
         return Example(edit, "inset the second picture", (picture, second), inset(picture, second), photograph)
-    if edit in DEGRADATIONS:
-        prompt, degrade = DEGRADATIONS[edit]
-        return Example(edit, prompt, (degrade(picture),), picture, photograph)
-    prompt, change = TARGETS[edit]
-    return Example(edit, prompt, (picture,), change(picture).astype(np.float32), photograph)
+    prompt, change = (TARGETS | DEGRADATIONS)[edit]
+    changed = change(picture).astype(np.float32)
+    reference, target = (changed, picture) if edit in DEGRADATIONS else (picture, changed)
+    return Example(edit, prompt, (reference,), target, photograph)
+
+
+def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str:
+    """`count` training examples of an edit, a share replaced by known edits, with data.json. -> what to do next"""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; name a new folder")
+    r, data, make = np.random.default_rng([6, len(edit)]), {}, held_out_example if edit in HELD_OUT else example
+    for i in range(count):
+        if r.random() < replay:
+            task, prefix = example("train", 2 * 10**6 + i, SIZE), "replay-"
+            if len(task.references) != 1:
+                task = example("train", 2 * 10**6 + i, SIZE, "keep")
+        else:
+            task, prefix = make("train", 3 * 10**6 + i, SIZE, edit), ""
+        target, ids = f"{prefix}target", [f"{prefix}reference-{k}" for k in range(1, len(task.references) + 1)]
+        for part, picture in zip([target, *ids], [task.target, *task.references], strict=True):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            to_image(picture).save(folder / part / f"{i:04d}.jpg", quality=95, subsampling=0)
+            data[part] = {"id": part, "instance_data_dir": str(folder / part), "conditioning_type": "reference_strict"}
+        (folder / target / f"{i:04d}.txt").write_text(task.prompt + "\n")
+        data[target] = {
+            "id": target, "conditioning_data": ids, "instance_data_dir": str(folder / target),
+            "resolution": SIZE.width, "resolution_type": "pixel",
+        }  # fmt: skip
+    write_json(folder / "data.json", list(data.values()))
+    return f"{count} pairs; train with data_backend_config={folder / 'data.json'}"

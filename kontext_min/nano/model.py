@@ -1,7 +1,6 @@
 """nano's four networks together: their sizes, first weights, text encoding, and export."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -44,20 +43,13 @@ class Nano(nn.Module):
         return Condition(txt=self.t5(ids[0]), vec=self.clip(ids[1]), references=references)
 
 
-@dataclass(frozen=True)
 class Tokenizers:
-    """Both tokenizers of a model folder."""
+    """Both tokenizers of a model folder: prompts -> (T5 ids, CLIP ids), each (B, LENGTH)."""
 
-    t5: T5Tokenizer
-    clip: CLIPTokenizer
-
-    @classmethod
-    def read(cls, folder: Path) -> "Tokenizers":
-        """From `folder`/tokenizer_2 and `folder`/tokenizer."""
-        return cls(T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer"))
+    def __init__(self, folder: Path):
+        self.t5, self.clip = T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer")
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """(T5 ids, CLIP ids), each (B, LENGTH)."""
         return self.t5(prompts), self.clip(prompts)
 
 

@@ -1,14 +1,9 @@
-"""Stages two and three: transformer and text encoders on cached latents, at 64 px, then 96 px; then its guidance.
-
-The third stage distils true classifier-free guidance into the guidance embedding (Meng et al. 2023), as in FLUX.1-dev.
-"""
+"""Stages two and three: transformer and text encoders on cached latents, at 64 px, then 96 px; then its guidance."""
 
 import copy
-import os
-import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -18,8 +13,8 @@ from torch import Tensor
 from kontext_min import flow
 from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE
-from kontext_min.nano.edits import Example, example
-from kontext_min.nano.model import Nano, Tokenizers
+from kontext_min.nano.edits import example
+from kontext_min.nano.model import Nano, Tokenizers, export
 from kontext_min.nano.muon import Training, save_whole
 from kontext_min.nano.pretrain_vae import to_tensor
 
@@ -29,9 +24,7 @@ ADAM_NAMES = ("clip.", "t5.shared", "relative_attention_bias", "_in.", "_mod.", 
 CAPTION_DROPOUT = 0.07  # so that true CFG has something to subtract
 GUIDANCE = (1.0, 4.0)  # what the embedding learns to stand for
 DISTIL_SHARE = 0.15  # of the learning rates
-CHANGED = 0.15  # mean squared difference of target and reference above which a token counts as changed
-CHANGED_WEIGHT = 5.0
-SAVE_EVERY = 250
+CHANGED, CHANGED_WEIGHT = 0.15, 5.0  # a token with more mean squared difference to the reference weighs five times
 ENCODE_BATCH, PARTS = 32, 12
 
 
@@ -71,35 +64,22 @@ DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on
 
 
-def encode_examples(vae: VAE, tokenizers: Tokenizers, examples: list[Example]) -> Bucket:
-    """Examples of one size and number of references -> their latents and token ids."""
-
-    def latents(pictures) -> Tensor:
-        return vae.encode(to_tensor(pictures)).half().contiguous()
-
-    references = [latents(pictures) for pictures in zip(*(task.references for task in examples), strict=True)]
-    ids = tokenizers([task.prompt for task in examples])
-    return Bucket(latents([task.target for task in examples]), references, *ids)
-
-
 @torch.no_grad()
-def write_part(file: Path, part: int, vae: VAE, tokenizer_folder: Path, phase: Phase) -> Path:
-    """Every PARTS-th batch of the phase's examples, drawn, encoded and sorted into buckets, as `file`.PART."""
-    file = file.with_suffix(f".{part}")
-    if file.exists():
-        return file
+def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> None:
+    """Every PARTS-th batch of the phase's examples, drawn, encoded and sorted into buckets; the suffix is the first."""
     torch.set_num_threads(1)
-    tokenizers, chunks = Tokenizers.read(tokenizer_folder), {}
-    for start in range(part * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
+    tokenizers, chunks = Tokenizers(tokenizer_folder), {}
+    for start in range(int(file.suffix[1:]) * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
         size = phase.sizes[start // ENCODE_BATCH % len(phase.sizes)]
-        groups: dict[int, list[Example]] = {}
-        for i in range(start, min(start + ENCODE_BATCH, phase.examples)):
-            task = example("train", phase.first_index + i, size)
-            groups.setdefault(len(task.references), []).append(task)
-        for count, group in groups.items():
-            chunks.setdefault((count, *size), []).append(encode_examples(vae, tokenizers, group))
+        numbers = range(start, min(start + ENCODE_BATCH, phase.examples))
+        tasks = [example("train", phase.first_index + i, size) for i in numbers]
+        for count in {len(task.references) for task in tasks}:
+            group = [task for task in tasks if len(task.references) == count]
+            columns = zip(*((task.target, *task.references) for task in group), strict=True)
+            target, *references = (vae.encode(to_tensor(pictures)).half().contiguous() for pictures in columns)
+            bucket = Bucket(target, references, *tokenizers([task.prompt for task in group]))
+            chunks.setdefault((count, *size), []).append(bucket)
     save_whole({key: vars(joined(buckets)) for key, buckets in chunks.items()}, file)
-    return file
 
 
 def joined(chunks: list[Bucket]) -> Bucket:
@@ -111,24 +91,20 @@ def joined(chunks: list[Bucket]) -> Bucket:
 
 def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> list[Bucket]:
     """The phase's buckets from `folder`/latents-NAME.*; every core helps to make the parts that are not there yet."""
-    file, started = folder / f"latents-{phase.name}", time.perf_counter()
-    if missing := [part for part in range(PARTS) if not file.with_suffix(f".{part}").exists()]:
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            for task in [pool.submit(write_part, file, part, vae, tokenizer_folder, phase) for part in missing]:
-                task.result()
-        made, minutes = f"{len(missing)} of {PARTS} parts", (time.perf_counter() - started) / 60
-        print(f"latents {phase.name}: {made}, {minutes:.2f} min on {os.cpu_count()} cores", flush=True)
-    parts = [torch.load(file.with_suffix(f".{part}"), weights_only=True) for part in range(PARTS)]
-    keys = sorted({key for part in parts for key in part})
-    return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in keys]
+    files = [folder / f"latents-{phase.name}.{part}" for part in range(PARTS)]
+    if missing := [file for file in files if not file.exists()]:
+        print(f"latents {phase.name}: making {len(missing)} of {PARTS} parts", flush=True)
+        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+            list(pool.map(partial(write_part, vae=vae, tokenizer_folder=tokenizer_folder, phase=phase), missing))
+    parts = [torch.load(file, weights_only=True) for file in files]
+    return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in sorted(set().union(*parts))]
 
 
 def choose(buckets: list[Bucket], batch: int, size: Size, generator: torch.Generator) -> Bucket:
     """The batch of a step: one bucket, in proportion to its examples; as many pixels as `batch` pictures of `size`."""
     counts = torch.tensor([len(bucket.target) for bucket in buckets], dtype=torch.float32)
     bucket = buckets[torch.multinomial(counts, 1, generator=generator).item()]
-    area = 64 * bucket.target.shape[-2] * bucket.target.shape[-1]
-    count = round(batch * size.width * size.height / area)
+    count = round(batch * size.width * size.height / (64 * bucket.target[0, 0].numel()))
     rows = torch.randint(len(bucket.target), (count,), generator=generator)
     references = [latents[rows].float() for latents in bucket.references]
     return Bucket(bucket.target[rows].float(), references, bucket.t5[rows], bucket.clip[rows])
@@ -162,10 +138,9 @@ def loss_of(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: t
 
 
 def distil_loss(nano: Nano, teacher: Nano, data: Bucket, empty: tuple, generator: torch.Generator) -> Tensor:
-    """Squared error against the teacher's true classifier-free guidance at random scales."""
+    """Squared error against the teacher's true classifier-free guidance at random scales (Meng et al. 2023)."""
     t, _, x_t = noisy(data.target, generator)
-    low, high = GUIDANCE
-    scale = low + (high - low) * torch.rand(len(t), generator=generator)
+    scale = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(t), generator=generator)
     with torch.no_grad():
         v, plain = (
             flow.velocity(teacher.flux, x_t, t, teacher.condition(ids, data.references), torch.ones_like(t))
@@ -190,59 +165,40 @@ class Run(Training):
         super().__init__(folder / "flux.pt", "nano", self.nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
 
 
-def pretrain_flux(folder: Path, vae: VAE, tokenizer_folder: Path, phases: Sequence[Phase], distil: int, report) -> Nano:
-    """Train through all phases and distil guidance, or go on from `folder`/flux.pt; report(nano) at every save."""
-    run, empty = Run(folder), Tokenizers.read(tokenizer_folder)([""])
-    total, done, buckets, log = sum(phase.steps for phase in phases), 0, None, Log()
+def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int) -> None:
+    """Train through all phases and distil guidance, or go on from `work`/flux.pt; each is exported to `folder`."""
+    run, empty = Run(work), Tokenizers(folder)([""])
+    total, done = sum(phase.steps for phase in phases), 0
     for phase in phases:
         done += phase.steps
         if run.step >= done:
             continue
-        buckets = cached_buckets(folder, vae, tokenizer_folder, phase)
+        buckets = cached_buckets(work, vae, folder, phase)
         while run.step < done:
             generator = torch.Generator().manual_seed(run.step)
             data, length = choose(buckets, phase.batch, phase.sizes[0], generator), phase.text_length
             if data.references:  # captions of text-to-image are longer and stay
                 data = replace(data, t5=data.t5[:, :length], clip=data.clip[:, :length])
             nothing = tuple(ids[:, : data.t5.shape[1]] for ids in empty)
-            loss = loss_of(run.nano, data, nothing, generator)
-            run.update(loss, rate(run.step, total))
-            log(phase.name, run.step, total, loss)
-            if run.step % SAVE_EVERY == 0 or run.step == done:
-                run.save()
-                report(run.nano)
+            run.update(loss_of(run.nano, data, nothing, generator), rate(run.step, total))
+        run.save()
+        export(folder, run.nano, vae)
     if run.step < total + distil:
         last = replace(phases[-1], steps=distil, batch=phases[-1].batch // 2)
-        buckets = buckets or cached_buckets(folder, vae, tokenizer_folder, last)  # those of the last phase
-        distil_guidance(run, folder, buckets, empty, total, last, log)
-        report(run.nano)
-    return run.nano.eval()
+        distil_guidance(run, work, cached_buckets(work, vae, folder, last), empty, total, last)
+    export(folder, run.nano, vae)
 
 
-def distil_guidance(run: Run, folder: Path, buckets: list[Bucket], empty, first: int, phase: Phase, log: "Log") -> None:
-    """The last steps; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
-    file = folder / "teacher.pt"
+def distil_guidance(run: Run, folder: Path, buckets: list[Bucket], empty: tuple, first: int, phase: Phase) -> None:
+    """The phase's steps after `first`; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
+    file, last = folder / "teacher.pt", first + phase.steps
     if run.step == first:
         save_whole(run.nano.state_dict(), file)
     teacher = copy.deepcopy(run.nano).requires_grad_(False)
     teacher.load_state_dict(torch.load(file, weights_only=True))
-    while run.step < first + phase.steps:
+    while run.step < last:
         generator = torch.Generator().manual_seed(run.step)
         data = choose(buckets, phase.batch, phase.sizes[0], generator)
         loss = distil_loss(run.nano, teacher, data, empty, generator)
-        run.update(loss, DISTIL_SHARE * (first + phase.steps - run.step) / phase.steps)
-        log("guidance", run.step, first + phase.steps, loss)
+        run.update(loss, DISTIL_SHARE * (last - run.step) / phase.steps)
     run.save()
-
-
-class Log:
-    """Prints the smoothed loss every 50 steps."""
-
-    def __init__(self):
-        self.started, self.average = time.perf_counter(), None
-
-    def __call__(self, name: str, step: int, total: int, loss: Tensor) -> None:
-        self.average = loss.item() if self.average is None else 0.98 * self.average + 0.02 * loss.item()
-        if step % 50 == 0 or step == total:
-            minutes = (time.perf_counter() - self.started) / 60
-            print(f"flux {name} step {step}/{total} loss {self.average:.4f} {minutes:.2f} min", flush=True)

@@ -1,10 +1,11 @@
-"""Drawn pictures: one to three coloured shapes on a plain or patterned background, and heaps of leaves.
+"""Drawn pictures: one to three coloured shapes on a background, what is done to them, and heaps of leaves.
 
 Coordinates: x and y run from -1 to 1 over the picture's width and height; radii are in halves of its short side.
 Pictures are float32 arrays (H, W, 3) in 0..1. Every random draw comes from the generator that is passed in.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,24 +13,17 @@ from PIL import Image, ImageDraw
 from kontext_min.data.buckets import Size
 
 Picture = np.ndarray  # (H, W, 3) float32 in 0..1
-Rgb = tuple[float, float, float]
 
 # fmt: off
-COLOURS: dict[str, Rgb] = {
-    "red":    (0.86, 0.12, 0.13),
-    "orange": (0.98, 0.55, 0.08),
-    "yellow": (0.98, 0.88, 0.15),
-    "green":  (0.13, 0.65, 0.25),
-    "blue":   (0.12, 0.30, 0.85),
-    "purple": (0.58, 0.18, 0.75),
-    "white":  (0.97, 0.97, 0.97),
-    "black":  (0.06, 0.06, 0.07),
+COLOURS: dict[str, tuple[float, ...]] = {
+    "red":   (0.86, 0.12, 0.13), "orange": (0.98, 0.55, 0.08), "yellow": (0.98, 0.88, 0.15),
+    "green": (0.13, 0.65, 0.25), "blue":   (0.12, 0.30, 0.85), "purple": (0.58, 0.18, 0.75),
+    "white": (0.97, 0.97, 0.97), "black":  (0.06, 0.06, 0.07),
 }
 # cell (column, row): its name
 PLACES = {
-    (-1, -1): "top left corner",    (1, -1): "top right corner",
-                        (0, 0): "center",
-    (-1,  1): "bottom left corner", (1,  1): "bottom right corner",
+    (-1, -1): "top left corner", (1, -1): "top right corner", (0, 0): "center",
+    (-1, 1): "bottom left corner", (1, 1): "bottom right corner",
 }
 # fmt: on
 CELL = 0.55  # distance of the corner cells' centres from the middle
@@ -40,14 +34,14 @@ SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class Object:
-    """A shape of one colour. `rgb` may differ a little from the colour's canonical value."""
+    """A shape of one colour, `offset` from its cell's centre. `rgb` may differ a little from the canonical colour."""
 
     shape: str
     colour: str
-    rgb: Rgb
+    rgb: tuple[float, ...]
     cell: tuple[int, int]
-    centre: tuple[float, float]
-    radius: float
+    offset: tuple[float, float] = (0, 0)
+    radius: float = RADIUS
 
     @property
     def name(self) -> str:
@@ -56,22 +50,15 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Background:
-    """A pattern that mixes `rgb` with a shade of it; `angle` in radians, `frequency` in radians per unit."""
+class Scene:
+    """Objects, the last one on top, before a pattern of `rgb` and a shade of it (radians, radians per unit)."""
 
+    objects: tuple[Object, ...]
     pattern: str
     colour: str
-    rgb: Rgb
+    rgb: tuple[float, ...]
     angle: float = 0.0
     frequency: float = 10.0
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A background and the objects on it, the last one on top."""
-
-    background: Background
-    objects: tuple[Object, ...]
 
     def free_cells(self) -> list[tuple[int, int]]:
         """Cells of the grid that hold no object."""
@@ -98,14 +85,8 @@ def heart_points() -> np.ndarray:
     return np.stack([x, y - 2.5], axis=-1) / 15.5
 
 
-def cross_points() -> np.ndarray:
-    """An upright plus sign: three corners, turned by quarters. (12, 2)"""
-    corners = [np.array([(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)])]
-    for _ in range(3):
-        corners.append(np.stack([-corners[-1][:, 1], corners[-1][:, 0]], axis=-1))
-    return np.concatenate(corners)
-
-
+CROSS = np.array([(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)])  # a quarter of its corners
+QUARTER_TURN = np.array([(0, 1), (-1, 0)])
 # name: polygon inside (about) the unit disc, (points, 2)
 SHAPES: dict[str, np.ndarray] = {
     "circle": circle_points(48, 0.95),
@@ -113,15 +94,25 @@ SHAPES: dict[str, np.ndarray] = {
     "triangle": circle_points(3, 1.15),
     "star": np.stack([circle_points(5, 1.12), circle_points(5, 0.5, start=np.pi / 5)], 1).reshape(10, 2),
     "heart": heart_points(),
-    "cross": cross_points(),
+    "cross": np.concatenate([CROSS @ np.linalg.matrix_power(QUARTER_TURN, turns) for turns in range(4)]),
 }
 
 
-def draw_pattern(background: Background, size: Size) -> Picture:
-    """The background alone. Returns (H, W, 3)."""
+def cover(thing: Object, size: Size) -> Picture:
+    """How much of each pixel the object covers. (H, W, 1)"""
+    fine = Size(size.width * SUPERSAMPLING, size.height * SUPERSAMPLING)
+    middle = (np.array(thing.cell) * CELL + thing.offset + 1) / 2 * fine
+    corners = middle + SHAPES[thing.shape] * thing.radius * min(fine) / 2
+    mask = Image.new("L", fine)
+    ImageDraw.Draw(mask).polygon(corners.flatten().tolist(), fill=255)
+    return np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
+
+
+def draw(scene: Scene, size: Size) -> Picture:
+    """The whole scene, with antialiased edges. Returns (H, W, 3)."""
     x = ((np.arange(size.width, dtype=np.float32) + 0.5) / size.width * 2 - 1)[None, :]
     y = ((np.arange(size.height, dtype=np.float32) + 0.5) / size.height * 2 - 1)[:, None]
-    a, f = background.angle, background.frequency
+    a, f = scene.angle, scene.frequency
     share = {
         "plain": lambda: 0 * x * y,
         "vertical gradient": lambda: (y + 1) / 2 + 0 * x,
@@ -129,78 +120,127 @@ def draw_pattern(background: Background, size: Size) -> Picture:
         "stripes": lambda: np.clip(np.sin((x * np.cos(a) + y * np.sin(a)) * f) * 2 + 0.5, 0, 1),
         "checker": lambda: np.clip(np.sin(x * f) * np.sin(y * f) * 6 + 0.5, 0, 1),
         "dots": lambda: np.clip(2.2 - 8 * np.hypot((x * f / 4) % 1 - 0.5, (y * f / 4) % 1 - 0.5), 0, 1),
-    }[background.pattern]()
-    first = np.array(background.rgb, np.float32)
+    }[scene.pattern]()
+    first = np.array(scene.rgb, np.float32)
     second = first * 0.62 if first.mean() > 0.25 else first + 0.22
-    return first + (second - first) * share[..., None].astype(np.float32)
-
-
-def cover(thing: Object, size: Size) -> Picture:
-    """How much of each pixel the object covers. (H, W, 1)"""
-    fine = Size(size.width * SUPERSAMPLING, size.height * SUPERSAMPLING)
-    middle = (np.array(thing.centre) + 1) / 2 * np.array(fine)
-    corners = middle + SHAPES[thing.shape] * thing.radius * min(fine) / 2
-    mask = Image.new("L", fine)
-    ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners.tolist()], fill=255)
-    return np.asarray(mask.reduce(SUPERSAMPLING), np.float32)[..., None] / 255
-
-
-def draw(scene: Scene, size: Size) -> Picture:
-    """The whole scene, with antialiased edges. Returns (H, W, 3)."""
-    picture = draw_pattern(scene.background, size)
+    picture = first + (second - first) * share[..., None].astype(np.float32)
     for thing in scene.objects:
         share = cover(thing, size)
         picture = picture * (1 - share) + np.array(thing.rgb, np.float32) * share
     return np.clip(picture, 0, 1).astype(np.float32)
 
 
-def jitter(r: np.random.Generator, colour: str) -> Rgb:
+def jitter(r: np.random.Generator, colour: str) -> tuple[float, ...]:
     """The colour's canonical value, moved by up to 0.04 per channel."""
     return tuple(np.clip(np.array(COLOURS[colour]) + r.uniform(-0.04, 0.04, 3), 0, 1).tolist())
 
 
-def place_of(cell: tuple[int, int]) -> tuple[float, float]:
-    """Centre of a grid cell."""
-    return cell[0] * CELL, cell[1] * CELL
-
-
 def random_scene(r: np.random.Generator, least: int = 1, most: int = 3) -> Scene:
     """`least` to `most` objects in different cells, no two alike, none in the background's colour."""
-    colour = pick(r, COLOURS)
-    background = Background(pick(r, PATTERNS), colour, jitter(r, colour), r.uniform(0, np.pi), r.uniform(7, 14))
-    kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS if colour != background.colour]
+    ground = pick(r, COLOURS)
+    pattern, rgb, angle, frequency = pick(r, PATTERNS), jitter(r, ground), r.uniform(0, np.pi), r.uniform(7, 14)
+    kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS if colour != ground]
     cells, count, objects = list(PLACES), int(r.integers(least, most + 1)), []
     for kind, cell in zip(r.permutation(len(kinds))[:count], r.permutation(len(cells))[:count], strict=True):
+        offset, radius = tuple(r.uniform(-0.04, 0.04, 2)), RADIUS * r.uniform(0.85, 1.05)
         shape, colour = kinds[kind]
-        x, y = np.array(place_of(cells[cell])) + r.uniform(-0.04, 0.04, 2)
-        radius = RADIUS * r.uniform(0.85, 1.05)
-        objects.append(Object(shape, colour, jitter(r, colour), cells[cell], (x, y), radius))
-    return Scene(background, tuple(objects))
+        objects.append(Object(shape, colour, jitter(r, colour), cells[cell], offset, radius))
+    return Scene(tuple(objects), pattern, ground, rgb, angle, frequency)
+
+
+Task = tuple[dict[str, str], list[Scene]]  # the words of an instruction; the references, and last the target
+
+
+def call(r: np.random.Generator, thing: Object, scene: Scene) -> str:
+    """An object's name; at times only its shape, if no other object has it."""
+    alone = [other.shape for other in scene.objects].count(thing.shape) == 1
+    return thing.shape if alone and r.random() < 0.15 else thing.name
+
+
+def exchange(scene: Scene, old: Object, *new: Object) -> Scene:
+    """The scene with another object in place of one, or none."""
+    return replace(scene, objects=tuple(it for thing in scene.objects for it in (new if thing is old else [thing])))
+
+
+CHANGES = {  # of one object: every way, as words of the instruction and new values of its fields, None to remove it
+    "remove": lambda thing, scene: [({}, None)],
+    "recolour": lambda thing, scene: [({"colour": name}, {"colour": name, "rgb": rgb}) for name, rgb in COLOURS.items()
+                                      if name not in (thing.colour, scene.colour)],
+    "move": lambda thing, scene: [({"place": PLACES[at]}, {"cell": at, "offset": (0, 0)}) for at in scene.free_cells()],
+    "resize": lambda thing, scene: [({"how": "smaller"}, {"radius": thing.radius * 0.6}),
+                                    ({"how": "bigger"}, {"radius": thing.radius * 1.35})],
+    "reshape": lambda thing, scene: [({"shape": name}, {"shape": name}) for name in SHAPES if name != thing.shape],
+}  # fmt: skip
+
+
+def change(r: np.random.Generator, scene: Scene, edit: str) -> Task:
+    """One of CHANGES, done to one object."""
+    thing = pick(r, scene.objects)
+    words, fields = pick(r, CHANGES[edit](thing, scene))
+    new = [] if fields is None else [replace(thing, **fields)]
+    return {"thing": call(r, thing, scene), **words}, [scene, exchange(scene, thing, *new)]
+
+
+def add(r: np.random.Generator, scene: Scene) -> Task:
+    """A new object of the canonical colour and radius in a free cell."""
+    cell, taken = pick(r, scene.free_cells()), {thing.name for thing in scene.objects}
+    kinds = [(s, c) for s in SHAPES for c in COLOURS if c != scene.colour and f"{c} {s}" not in taken]
+    shape, colour = pick(r, kinds)
+    new = Object(shape, colour, COLOURS[colour], cell)
+    return {"thing": new.name, "place": PLACES[cell]}, [scene, replace(scene, objects=(*scene.objects, new))]
+
+
+def background(r: np.random.Generator, scene: Scene) -> Task:
+    """A plain background of a colour that nothing in the scene has."""
+    taken = {scene.colour, *(thing.colour for thing in scene.objects)}
+    colour = pick(r, [name for name in COLOURS if name not in taken])
+    return {"colour": colour}, [scene, Scene(scene.objects, "plain", colour, COLOURS[colour])]
+
+
+def swap(r: np.random.Generator, scene: Scene) -> Task:
+    """Two objects exchange their places."""
+    one, two = (scene.objects[i] for i in r.permutation(len(scene.objects))[:2])
+    half = exchange(scene, one, replace(one, cell=two.cell, offset=two.offset))
+    changed = exchange(half, two, replace(two, cell=one.cell, offset=one.offset))
+    return {"thing": call(r, one, scene), "other": call(r, two, scene)}, [scene, changed]
+
+
+def insert(r: np.random.Generator, scene: Scene) -> Task:
+    """The one object of a second picture goes into the first, in its own colour and the canonical radius."""
+    other = random_scene(r, most=1)
+    cell = pick(r, scene.free_cells())
+    new = replace(other.objects[0], cell=cell, offset=(0, 0), radius=RADIUS)
+    return {"place": PLACES[cell]}, [scene, other, replace(scene, objects=(*scene.objects, new))]
+
+
+def text_to_image(r: np.random.Generator, scene: Scene) -> Task:
+    """A caption and its picture: canonical objects on a plain background."""
+    objects = tuple(Object(thing.shape, thing.colour, COLOURS[thing.colour], thing.cell) for thing in scene.objects)
+    things = " and ".join(f"a {thing.name} in the {PLACES[thing.cell]}" for thing in objects)
+    return {"things": things, "colour": scene.colour}, [Scene(objects, "plain", scene.colour, COLOURS[scene.colour])]
+
+
+EDITS = {edit.__name__.replace("_", " "): edit for edit in (add, background, swap, insert, text_to_image)}
+EDITS |= {name: partial(change, edit=name) for name in CHANGES}
 
 
 def heap_of_leaves(r: np.random.Generator, size: Size) -> Picture:
-    """Discs and shards of many sizes upon each other, unevenly lit: to a small model much like a photograph. (H, W, 3)
-
-    A "dead leaves" picture: sizes by a power law, as those of things in photographs (Lee, Mumford and Huang 2001).
-    """
+    """Like a photograph to a small model: shards, their sizes by a power law (Lee, Mumford, Huang 2001). (H, W, 3)"""
     fine = Size(size.width * 2, size.height * 2)
     palette = np.clip(r.uniform(0.1, 0.9) + r.normal(0, 0.22, (8, 1)) + r.normal(0, r.uniform(0, 0.2), (8, 3)), 0, 1)
     image = Image.new("RGB", fine, rgb8(palette[0]))
     pen = ImageDraw.Draw(image)
     radii = 0.05 / r.uniform(0.03, 1, int(r.integers(20, 120))) ** 0.9
     for radius in -np.sort(-radii * r.uniform(0.6, 1.6, len(radii))):
-        corners = circle_points(pick(r, (3, 4, 5, 24)), 1.0, start=r.uniform(0, 2 * np.pi)) * r.uniform(0.4, 1.2, 2)
-        corners = (r.uniform(-1, 1, 2) + 1) / 2 * np.array(fine) + corners * radius * min(fine) / 2
-        pen.polygon([tuple(corner) for corner in corners.tolist()], fill=rgb8(pick(r, palette) + r.normal(0, 0.05, 3)))
+        corners = circle_points(pick(r, (3, 4, 5, 24)), start=r.uniform(0, 2 * np.pi)) * r.uniform(0.4, 1.2, 2)
+        corners = (r.uniform(-1, 1, 2) + 1) / 2 * fine + corners * radius * min(fine) / 2
+        pen.polygon(corners.flatten().tolist(), fill=rgb8(pick(r, palette) + r.normal(0, 0.05, 3)))
     picture = np.asarray(image.reduce(2), np.float32) / 255
-    light = sum(noise(r, size, cells) * r.uniform(0, 0.25) / cells**0.5 for cells in (2, 4, 9, 20))
+    light = 0
+    for cells in (2, 4, 9, 20):  # smooth random values with cells x cells bumps
+        bumps = Image.fromarray(r.normal(0, 1, (cells, cells)).astype(np.float32)).resize(size, Image.BICUBIC)
+        light = light + np.asarray(bumps)[..., None] * r.uniform(0, 0.25) / cells**0.5
     return np.clip(picture * (1 + light) + light / 4, 0, 1).astype(np.float32)
-
-
-def noise(r: np.random.Generator, size: Size, cells: int) -> Picture:
-    """Smooth random values, about -2 to 2, with `cells` x `cells` bumps. (H, W, 1)"""
-    bumps = Image.fromarray(r.normal(0, 1, (cells, cells)).astype(np.float32))
-    return np.asarray(bumps.resize(size, Image.BICUBIC))[..., None]
 
 
 def rgb8(colour: np.ndarray) -> tuple[int, ...]:

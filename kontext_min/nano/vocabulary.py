@@ -1,9 +1,7 @@
-"""nano's two tokenizers: small vocabularies in the standard files, learnt from its prompts and plain English words.
-
-About twelve hundred pieces each instead of T5's 32,128 and CLIP's 49,408, whose embeddings alone would be 15 MB.
-"""
+"""nano's two tokenizers: small vocabularies in the standard files, learnt from its prompts and plain English words."""
 
 import io
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +12,7 @@ from kontext_min.nano.edits import HELD_OUT, example
 from kontext_min.nano.held_out import held_out_example
 
 LENGTH = 24  # tokens of a prompt, T5 and CLIP alike
-T5_PIECES = 1120
-CLIP_TOKENS = 1280
+T5_PIECES, CLIP_TOKENS = 1120, 1280  # the embeddings of the usual 32,128 and 49,408 would be 15 MB
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = Path(__file__).with_name("words.txt")
 
@@ -28,12 +25,18 @@ def corpus() -> list[str]:
     return prompts + held_out + 3 * words + [word.capitalize() for word in words]
 
 
-def t5_as_json(model_file: Path):
-    """The same unigram as a `tokenizers` object, which is what transformers reads."""
-    from sentencepiece import SentencePieceProcessor
+def write_t5(folder: Path) -> None:
+    """SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2; as spiece.model and as tokenizer.json."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    pieces = SentencePieceProcessor(model_file=str(model_file))
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=T5_PIECES,
+        normalization_rule_name="identity", required_chars="".join(map(chr, range(33, 127))),
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    pieces = SentencePieceProcessor(model_proto=model.getvalue())
     scores = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
     unigram = Tokenizer(models.Unigram(scores, unk_id=pieces.unk_id(), byte_fallback=False))
     unigram.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
@@ -41,73 +44,47 @@ def t5_as_json(model_file: Path):
     unigram.decoder = decoders.Metaspace(prepend_scheme="always")
     unigram.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", pieces.eos_id())])
     unigram.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    return unigram
-
-
-def write_t5(folder: Path) -> None:
-    """SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2; as spiece.model and as tokenizer.json."""
-    from sentencepiece import SentencePieceTrainer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=T5_PIECES,
-        normalization_rule_name="identity", required_chars="".join(map(chr, range(33, 127))),
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    t5_as_json(folder / "spiece.model").save(str(folder / "tokenizer.json"))
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write_settings(folder, "T5Tokenizer", special, extra_ids=0, legacy=False)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    unigram.save(str(folder / "tokenizer.json"))
+
+
+def write_settings(folder: Path, kind: str, special: dict[str, str], **more) -> None:
+    """The two small files of a tokenizer; the folder is made."""
+    config = {"tokenizer_class": kind, "model_max_length": LENGTH, **more, **special}
     write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": LENGTH, "extra_ids": 0, "legacy": False}
-    write_json(folder / "tokenizer_config.json", config | special)
-
-
-def clip_words() -> Counter[tuple[str, ...]]:
-    """Every word of the lower-cased corpus as its byte symbols, the last one with </w>, and how often it occurs."""
-    from tokenizers import Regex, pre_tokenizers
-
-    split = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
-    words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    counts = Counter(word for text in corpus() for word, _ in words.pre_tokenize_str(text.lower()))
-    return Counter({(*word[:-1], word[-1] + "</w>"): count for word, count in counts.items()})
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def clip_merges(count: int) -> list[tuple[str, str]]:
     """The first `count` byte-pair merges: always the most frequent pair, the alphabet's first among equals."""
-    words, merges = clip_words(), []
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
+    cut = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    # a word is its byte symbols with spaces between, the last one with </w>
+    words = Counter(" ".join(word) + "</w>" for text in corpus() for word, _ in cut.pre_tokenize_str(text.lower()))
+    merges = []
     while len(merges) < count:
         pairs = Counter()
         for word, times in words.items():
-            pairs.update({pair: n * times for pair, n in Counter(pairwise(word)).items()})
+            pairs.update({pair: n * times for pair, n in Counter(pairwise(word.split())).items()})
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        words = Counter({merged(word, best): times for word, times in words.items()})
+        whole = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
+        words = Counter({whole.sub(lambda match: match[0].replace(" ", ""), word): n for word, n in words.items()})
     return merges
-
-
-def merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """The word with every occurrence of the pair, from the left, as one symbol."""
-    symbols = []
-    for symbol in word:
-        joins = symbols and (symbols[-1], symbol) == pair
-        symbols.append(symbols.pop() + symbol if joins else symbol)
-    return tuple(symbols)
 
 
 def write_clip(folder: Path) -> None:
     """CLIP's files in CLIP's order: bytes, bytes that end a word, merges, begin, end."""
     from tokenizers import pre_tokenizers
 
-    folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = clip_merges(CLIP_TOKENS - 2 * len(alphabet) - 2)
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges), BEGIN, END]
-    assert len(set(tokens)) == len(tokens)
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    write_settings(folder, "CLIPTokenizer", {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END})
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
-    write_json(folder / "special_tokens_map.json", special)
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH}
-    write_json(folder / "tokenizer_config.json", config | special)

@@ -39,7 +39,7 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano")
     write_t5(folder / "tokenizer_2")
     write_clip(folder / "tokenizer")
-    return folder, Tokenizers.read(folder)
+    return folder, Tokenizers(folder)
 
 
 def test_tokenizers_give_the_ids_of_transformers(tokenizers):
@@ -54,29 +54,28 @@ def test_tokenizers_give_the_ids_of_transformers(tokenizers):
     assert ids[1].max() == CLIP_TOKENS - 1
 
 
-def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tmp_path):
+def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tmp_path, monkeypatch):
     torch.manual_seed(0)
     vae = VAE(CONFIG).requires_grad_(False)
     phase = replace(PHASES[0], examples=40, steps=3, batch=2)
     phases = (phase, replace(phase, name="later", steps=2))
 
-    def weights(name, report=lambda nano: None):
-        nano = pretrain_flux(tmp_path / name, vae, tokenizers[0], phases, 2, report)
-        return torch.cat([p.detach().flatten() for p in nano.parameters()])
-
-    def interrupt_at(step):
-        def report(nano):
-            if torch.load(tmp_path / "parts" / "flux.pt", weights_only=True)["step"] == step:
+    def weights(name, stop=None):
+        def export(folder, nano, vae):
+            if torch.load(tmp_path / name / "flux.pt", weights_only=True)["step"] == stop:
                 raise KeyboardInterrupt
 
-        return report
+        monkeypatch.setattr("kontext_min.nano.pretrain_flux.export", export)
+        pretrain_flux(tmp_path / name, vae, tokenizers[0], phases, 2)
+        nano = torch.load(tmp_path / name / "flux.pt", weights_only=True)["nano"]
+        return torch.cat([tensor.flatten() for tensor in nano.values()])
 
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     whole = weights("whole")
     for step in (3, 5, 7):  # after the first phase, before guidance is distilled, at the end
         with pytest.raises(KeyboardInterrupt):
-            weights("parts", interrupt_at(step))
+            weights("parts", step)
     assert torch.equal(whole, weights("parts"))
 
 
