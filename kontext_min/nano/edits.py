@@ -18,11 +18,11 @@ HELD_OUT = ("invert", "sketch", "sepia", "mosaic", "outline", "hollow", "inset",
 
 # fmt: off
 MIX = {  # share of each edit in pretraining
-    "recolour": 0.14, "remove": 0.10, "add": 0.13, "move": 0.13, "background": 0.08,
-    "resize": 0.03, "reshape": 0.04, "swap": 0.02, "insert": 0.06,
-    "grayscale": 0.04, "darker": 0.03, "brighter": 0.03, "flip": 0.05, "border": 0.03, "blur": 0.02,
+    "recolour": 0.13, "remove": 0.10, "add": 0.15, "move": 0.15, "background": 0.08,
+    "resize": 0.02, "reshape": 0.02, "swap": 0.01, "insert": 0.03,
+    "grayscale": 0.06, "darker": 0.03, "brighter": 0.03, "flip": 0.06, "border": 0.03, "blur": 0.04,
     "keep": 0.03,
-    "text to image": 0.04,
+    "text to image": 0.03,
 }
 TEMPLATES = {
     "recolour": ("make the {thing} {colour}", "change the color of the {thing} to {colour}",
@@ -48,7 +48,7 @@ TEMPLATES = {
     "text to image": ("{things} on a {colour} background",),
 }
 # fmt: on
-PHOTO_SHARE, LEAVES_SHARE = 0.35, 0.3  # of the global edits and of keep; the rest are scenes
+PHOTO_SHARE, LEAVES_SHARE = 0.45, 0.15  # of the global edits and of keep; the rest are scenes; leaves only train
 SPLITS = {"train": 1, "validation": 2}
 
 
@@ -154,6 +154,6 @@ def any_picture(r: np.random.Generator, split: str, size: Size) -> tuple[bool, P
     kind = r.random()
     if kind < PHOTO_SHARE:
         return True, photo_crop(r, split, size)
-    if kind < PHOTO_SHARE + LEAVES_SHARE:
+    if split == "train" and kind < PHOTO_SHARE + LEAVES_SHARE:
         return False, heap_of_leaves(r, size)
     return False, draw(random_scene(r), size)

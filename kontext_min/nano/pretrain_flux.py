@@ -55,10 +55,9 @@ class Bucket:
 PHASES = (
     Phase("64px", (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80)),
           examples=60_000, steps=2000, batch=96, text_length=16, first_index=0),
-    Phase("96px", (Size(96, 96), Size(96, 96), Size(96, 96), Size(96, 96),
-                   Size(112, 80), Size(80, 112), Size(128, 64), Size(64, 128),
+    Phase("96px", (*[Size(96, 96)] * 10, *[Size(112, 80)] * 3, *[Size(80, 112)] * 3, Size(128, 64), Size(64, 128),
                    Size(144, 144), Size(192, 128), Size(128, 192)),
-          examples=30_000, steps=800, batch=96, text_length=24, first_index=10**6),
+          examples=60_000, steps=2500, batch=96, text_length=24, first_index=3 * 10**6),
 )
 DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on
@@ -134,7 +133,7 @@ def loss_of(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: t
     v = flow.velocity(nano.flux, x_t, t, nano.condition(ids, data.references), torch.ones_like(t))
     weights = token_weights(data.target, data.references)
     error = (flow.pack(v) - flow.pack(noise - data.target)).square().mean(-1, keepdim=True)
-    return ((weights * error).sum(1) / weights.sum(1)).mean()
+    return (weights * error).sum() / weights.sum()
 
 
 def distil_loss(nano: Nano, teacher: Nano, data: Bucket, empty: tuple, generator: torch.Generator) -> Tensor:
