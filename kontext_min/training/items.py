@@ -108,8 +108,7 @@ def as_shipped(paths: list[Path], size: Size | None, exact: bool, preset: Preset
         own = nearest_aspect(whole, preset.sizes)
         if size is not None:
             own = bucket_size(whole.width / whole.height, (size.width * size.height) ** 0.5, TOKEN)
-        box = [edge / side for edge, side in zip(crop_box(whole, own), (*whole, *whole), strict=True)]
-        views.append(View(picture, Transform(own, tuple(box))))
+        views.append(View(picture, Transform(own, crop_box(whole, own))))
     if size is not None and (exact or not views):
         return size.floored(TOKEN), tuple(views)
     return views[0].size if views else preset.default, tuple(views)

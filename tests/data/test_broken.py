@@ -192,7 +192,7 @@ def empty_caption(data, entries):
     (data / "target/a.txt").write_text(" \n\n")
 
 
-@broken("1 pictures without a caption", "target/a.png (a.txt is not UTF-8)")
+@broken("1 pictures without a caption", "target/a.png (a.txt is no readable UTF-8")
 def latin1_caption(data, entries):
     (data / "target/a.txt").write_bytes("mach es schön".encode("latin-1"))
 
@@ -323,17 +323,17 @@ def unknown_generator_parameter(data, entries):
 # ---------------------------------------------------------------------------------------------------- pairs files
 
 
-@broken("1 paths that leave the folder", "pairs.jsonl, line 2")
+@broken("1 malformed lines", "pairs.jsonl, line 2")
 def absolute_path(data, entries):
     rows(data, entries, GOOD, {**GOOD, "target": str(data / "target/sub/b.png")})
 
 
-@broken("1 paths that leave the folder", "pairs.jsonl, line 1", "without ..")
+@broken("1 malformed lines", "pairs.jsonl, line 1", "without ..")
 def path_out_of_the_folder(data, entries):
     rows(data, entries, {**GOOD, "reference": "../data/reference/a.png"})
 
 
-@broken("1 malformed lines", "pairs.jsonl, line 2 is not one JSON object")
+@broken("1 malformed lines", "pairs.jsonl, line 2: not one JSON object")
 def malformed_line(data, entries):
     rows(data, entries, GOOD, '{"target": "target/sub/b.png",')
 
@@ -380,7 +380,7 @@ def csv_with_unquoted_comma(data, entries):
     rows(data, entries, *lines, name="pairs.csv")
 
 
-@broken("1 files that do not exist", "nowhere.jsonl", "pairs_file")
+@broken("1 files that cannot be read", "pairs_file", "nowhere.jsonl")
 def missing_pairs_file(data, entries):
     entries[:] = [{"id": "edits", "pairs_file": str(data / "nowhere.jsonl")}]
 
