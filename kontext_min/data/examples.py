@@ -3,7 +3,6 @@
 Everything random is a function of (seed, name, epoch): the same on every machine, with any workers, after resume.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from kontext_min.checkpoints.load import Checkpoint, load_vae
 from kontext_min.data.buckets import Size, Transform
-from kontext_min.data.cache import Cache, digest, weights_id
+from kontext_min.data.cache import Cache, digest, weights_id, whole_file
 from kontext_min.data.degrade import degrade
 from kontext_min.data.pairs import Picture
 from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights
@@ -89,12 +88,9 @@ class View:
         return folder and folder / f"{self.picture.path.stem}-{self.key()[:12]}.png"
 
     def make(self):
-        """Write the degraded picture that is to be kept, whole or not at all."""
-        file = self.file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        self.open().save(temporary, "PNG")
-        temporary.replace(file)
+        """Write the degraded picture that is to be kept."""
+        with whole_file(self.file()) as file:
+            self.open().save(file, "PNG")
 
 
 @dataclass(frozen=True)

@@ -75,13 +75,16 @@ def in_folder(folder: Path, problems: Problems) -> Pictures:
 
 def check_readable(sets: list[Pictures], problems: Problems):
     """Pictures that cannot be decoded become problems. Every pixel of every file is read: a header may lie."""
+    alpha = 0
     for picture in {picture.path: picture for pictures in sets for picture in pictures.values()}.values():
         try:
             picture.open()
             with Image.open(picture.path) as image:
-                problems.remarks["pictures with an alpha channel are laid on white"] += image.has_transparency_data
+                alpha += image.has_transparency_data
         except (ValueError, FileNotFoundError) as error:
             problems.add("unreadable pictures", str(error))
+    if alpha:
+        problems.facts.append(f"{alpha} pictures with an alpha channel are laid on white")
 
 
 def check_captions(folder: Path, pictures: Pictures, problems: Problems):

@@ -68,8 +68,7 @@ def read_sets(config: Config, step: int) -> Sets:
     apart = {(e.set_id, e.name) for e in held_out}
     training = [e for e in training if (e.set_id, e.name) not in apart]
     unseen = [e for e in unseen if e.set_id in chosen] + held_out
-    notes = reader.notes + [f"{count} {remark}" for remark, count in reader.problems.remarks.items() if count]
-    shown = unseen[: max(config.num_eval_images, config.num_eval_pairs)]
+    shown, notes = unseen[: max(config.num_eval_images, config.num_eval_pairs)], reader.problems.facts
     if unseen:
         notes.append(f"{len(unseen)} pairs are never trained on; validation is on these")
     elif shown := [e for e in training if e.set_id in chosen][: config.num_eval_images]:
@@ -92,11 +91,10 @@ def hold_out(examples: list[Example], config: Config, problems: Problems) -> lis
 
 
 class Reader:
-    """Reads all sets of one config; `problems` and `notes` grow as it goes."""
+    """Reads all sets of one config; `problems` grow as it goes."""
 
     def __init__(self, config: Config, step: int):
-        self.config, self.step = config, step
-        self.problems, self.notes = Problems(), []
+        self.config, self.step, self.problems = config, step, Problems()
         self.wrong = self.problems.add
         listed = config.datasets()
         self.disabled = {entry.id for entry in listed if entry.disabled}
@@ -130,11 +128,12 @@ class Reader:
             return []
         least, unit, pictures = entry.minimum_image_size or 0, entry.resolution_type, targets.pictures
         small = [name for name in sorted(pictures) if extent(pictures[name].size(), unit) < least]
-        examples = [self.example(entry, targets, others, name) for name in sorted(pictures.keys() - small)]
-        if not examples:
+        if small:
+            text = f"{entry.id}: {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}"
+            self.problems.facts.append(text)
+        if len(small) == len(pictures):
             self.wrong("sets without pictures", f"{entry.id}: all are below minimum_image_size")
-        self.notes += described(entry, examples, others, small)
-        return examples
+        return [self.example(entry, targets, others, name) for name in sorted(pictures.keys() - small)]
 
     def find(self, entry: Dataset) -> list[Source]:
         """Targets, then complete reference sets."""
@@ -146,12 +145,10 @@ class Reader:
         made = [generated_id(entry, generator) for generator in entry.conditioning]
         others += filter(None, [self.named(entry, name) for name in entry.conditioning_data if name not in made])
         pairs.check_readable([targets, *(source.pictures for source in others)], self.problems)
-        counts = [f"{len(targets)} targets", f"{sum(map(bool, captions.values()))} captions"]
-        counts += [f"{len(source.pictures)} references in {source.id}" for source in others]
-        self.problems.facts.append(f"{entry.id}: {', '.join(counts)}")
         for source in others:
             pairs.match(targets, source.pictures, source.id, self.problems)
         others += [self.generated(entry, generator, targets) for generator in entry.conditioning]
+        self.problems.facts += described(entry, captions, others)
         return [Source(entry.id, targets, captions, self.geometry(entry)), *others]
 
     def targets(self, entry: Dataset) -> tuple[Pictures, Captions, dict[str, Pictures]]:
@@ -302,17 +299,14 @@ def repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def described(entry: Dataset, examples: list[Example], others: list[Source], small: list[str]) -> list[str]:
-    """What the screen says of a target set."""
+def described(entry: Dataset, captions: Captions, others: list[Source]) -> list[str]:
+    """What the screen says of a target set: how much of what there is, and how it is used."""
     source = f"of the set ({entry.strategy})" if entry.strategy else "of its references"
     source = f"of {entry.pairs_file.name}" if entry.pairs_file else source
-    kind = "" if examples and examples[0].references else "; no references: text-to-image"
-    count = sum(len(example.captions) for example in examples)
+    kind = "" if any(not other.mask for other in others) else "; no references: text-to-image"
     lines = [f"{entry.id}: {key} is ignored: {why}" for key, why in entry.ignored.items()]
-    lines.append(f"{entry.id}: {len(examples)} targets, {count} captions {source}{kind}")
+    lines.append(f"{entry.id}: {len(captions)} targets, {sum(map(len, captions.values()))} captions {source}{kind}")
     for other in others:
         own = "; its own captions take the place of the targets'" if any(other.captions.values()) else ""
-        lines.append(f"  reference {other.id}: {len(other.pictures)} pictures, {other.how}{own}")
-    if small:
-        lines.append(f"  {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}")
+        lines.append(f"{entry.id}, reference {other.id}: {len(other.pictures)} pictures, {other.how}{own}")
     return lines

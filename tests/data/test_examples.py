@@ -205,7 +205,7 @@ def test_a_damaged_entry_is_found_and_made_again(kontext, tmp_path, examples, ca
     content = bytearray(path.read_bytes())
     for damage in (bytes(content[:100]), bytes(content[:-4]) + b"\x00\x01\x02\x03"):
         path.write_bytes(damage)
-        with pytest.raises(ValueError, match="damaged.*delete it"):
+        with pytest.raises(ValueError, match="damaged.*start again"):
             prepared.batch([prepared.uses(0)[0]], CPU)
         assert prepared.encode(CPU) == (0, 1)
         assert "damaged; it is made anew" in capsys.readouterr().out
