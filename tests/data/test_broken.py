@@ -305,7 +305,7 @@ def refused_generator(data, entries):
     generated(entries, {"type": "canny"})
 
 
-@broken("1 generators", "blur_type is 'gausian'", "one of gaussian, box, both")
+@broken("1 generators", "blur_type is 'gausian'", "'gaussian', 'box' or 'both'")
 def unknown_blur_type(data, entries):
     generated(entries, {"type": "superresolution", "blur_type": "gausian"})
 
@@ -315,7 +315,7 @@ def reversed_quality_range(data, entries):
     generated(entries, {"type": "jpeg_artifacts", "quality_mode": "range", "quality_range": [30, 10]})
 
 
-@broken("1 generators", "has no parameter 'blur_radios'", "did you mean blur_radius?")
+@broken("1 generators", "superresolution.blur_radios is 3", "did you mean blur_radius?")
 def unknown_generator_parameter(data, entries):
     generated(entries, {"type": "superresolution", "blur_radios": 3})
 
