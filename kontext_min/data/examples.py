@@ -33,12 +33,12 @@ def draw(*parts: str | int) -> np.random.Generator:
 
 @dataclass(frozen=True, eq=False)
 class Degradation:
-    """A generator that makes a reference out of its target."""
+    """A generator that makes a reference out of its target, and where it is kept; None: made anew at every use."""
 
     name: str
     parameters: dict
     seed: tuple[str | int, ...]
-    folder: Path | None  # where it is kept as a lossless file; None: made anew at every use, differently in every epoch
+    folder: Path | None
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,11 @@ class Picture:
 
     def open(self) -> Image.Image:
         """RGB, turned upright."""
-        image = open_image(self.path)
-        if not self.half:
-            return image
-        if image.width < 2:
+        image, width = open_image(self.path), self.size().width
+        if not width:
             raise ValueError(f"{self.path} is too narrow to hold two pictures")
-        left = 0 if self.half == "left" else image.width - image.width // 2
-        return image.crop((left, 0, left + image.width // 2, image.height))
+        left = image.width - width if self.half == "right" else 0
+        return image.crop((left, 0, left + width, image.height)) if self.half else image
 
     def size(self) -> Size:
         """Of the opened picture, from the file's header."""
@@ -51,11 +49,7 @@ Pictures, Captions = dict[str, Picture], dict[str, tuple[str, ...]]  # by relati
 
 def in_folder(folder: Path, problems: Problems) -> Pictures:
     """All pictures under a folder; hidden files are left out, names that only differ in extension are problems."""
-    if not os.path.isdir(folder):  # False also where it cannot be looked at
-        problems.add("folders that do not exist", f"{folder}; correct instance_data_dir")
-        return {}
-    found: dict[str, list[Path]] = defaultdict(list)
-    locked: list[OSError] = []
+    found, locked = defaultdict(list), []
     tree = os.walk(folder, onerror=locked.append, followlinks=True)
     for path in sorted(Path(parent, name) for parent, _, names in tree for name in names):
         if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
@@ -63,28 +57,27 @@ def in_folder(folder: Path, problems: Problems) -> Pictures:
         elif path.suffix.lower() in NOT_READ:
             problems.add("pictures of a kind that is not read", f"{path}; save it as .png")
     for error in locked:
-        problems.add("folders that cannot be read", f"{error.filename} ({error.strerror}); check its permissions")
+        problems.add("folders that cannot be read", f"{error.filename} ({error.strerror}); correct instance_data_dir")
     if not found and not locked:
         problems.add("folders without pictures", f"{folder} (looked for {', '.join(sorted(EXTENSIONS))})")
-    for paths in found.values():
-        if len(paths) > 1:
-            names = ", ".join(path.name for path in paths)
-            problems.add("names with several pictures", f"{paths[0].parent}: {names}; keep one of them")
+    for first, *others in found.values():
+        if others:
+            problems.add(
+                "names with several pictures", f"{first}, {', '.join(p.name for p in others)}; keep one of them"
+            )
     return {name: Picture(paths[0]) for name, paths in found.items()}
 
 
 def check_readable(sets: list[Pictures], problems: Problems):
     """Pictures that cannot be decoded become problems. Every pixel of every file is read: a header may lie."""
-    alpha = 0
-    for picture in {picture.path: picture for pictures in sets for picture in pictures.values()}.values():
+    different, alpha = {picture.path: picture for pictures in sets for picture in pictures.values()}, 0
+    for path, picture in different.items():
         try:
             picture.open()
-            with Image.open(picture.path) as image:
-                alpha += image.has_transparency_data
+            alpha += Image.open(path).has_transparency_data
         except (ValueError, FileNotFoundError) as error:
             problems.add("unreadable pictures", str(error))
-    if alpha:
-        problems.facts.append(f"{alpha} pictures with an alpha channel are laid on white")
+    problems.facts += [f"{alpha} pictures with an alpha channel are laid on white"] if alpha else []
 
 
 def check_captions(folder: Path, pictures: Pictures, problems: Problems):

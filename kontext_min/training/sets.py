@@ -94,9 +94,8 @@ class Reader:
     """Reads all sets of one config; `problems` grow as it goes."""
 
     def __init__(self, config: Config, step: int):
-        self.config, self.step, self.problems = config, step, Problems()
+        self.config, self.step, self.problems, listed = config, step, Problems(), config.datasets()
         self.wrong = self.problems.add
-        listed = config.datasets()
         self.disabled = {entry.id for entry in listed if entry.disabled}
         self.entries = [entry for entry in listed if not entry.disabled]
         named = {name for entry in self.entries for name in entry.conditioning_data if name != entry.id}
@@ -110,8 +109,7 @@ class Reader:
             self.wrong("missing sets", "no entry holds targets: give one instance_data_dir")
         if len(self.of("text_embeds")) > 1:
             self.wrong("ids that stand twice", "there can only be one text_embeds entry")
-        made = {generated_id(entry, generator) for entry in self.entries for generator in entry.conditioning}
-        for entry in self.of("conditioning") if named <= self.by_id.keys() | made else []:  # else: said in `named`
+        for entry in self.of("conditioning"):
             if entry.id not in named:
                 self.wrong("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
 
@@ -128,9 +126,8 @@ class Reader:
             return []
         least, unit, pictures = entry.minimum_image_size or 0, entry.resolution_type, targets.pictures
         small = [name for name in sorted(pictures) if extent(pictures[name].size(), unit) < least]
-        if small:
-            text = f"{entry.id}: {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}"
-            self.problems.facts.append(text)
+        text = f"{entry.id}: {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}"
+        self.problems.facts += [text] if small else []
         if len(small) == len(pictures):
             self.wrong("sets without pictures", f"{entry.id}: all are below minimum_image_size")
         return [self.example(entry, targets, others, name) for name in sorted(pictures.keys() - small)]
@@ -192,8 +189,7 @@ class Reader:
         if source.conditioning_type != "reference_loose":
             return Source(name, pictures, captions)
         if "resolution" not in source.model_fields_set:  # as large as its targets
-            size = {"resolution": entry.resolution, "resolution_type": entry.resolution_type}
-            source = source.model_copy(update=size)
+            source = source.model_copy(update=entry.model_dump(include={"resolution", "resolution_type"}))
         return Source(name, pictures, captions, self.geometry(source), how="own size (loose)")
 
     def generated(self, entry: Dataset, generator: Generator, targets: Pictures) -> Source:
@@ -225,8 +221,7 @@ class Reader:
         if masks > 1:
             self.wrong("incomplete entries", f"{entry.id} names {masks} sets of masks; one is all it can use")
         if self.config.conditioning_multidataset_sampling == "combined" and len(references) > 1 and with_own:
-            what = f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot"
-            self.wrong("captions", what)
+            self.wrong("captions", f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot")
         if not (entry.strategy or entry.pairs_file) and not (with_own and len(with_own) == len(references)):
             self.wrong("captions", f"{entry.id} has caption_strategy null, and so have its references")
         for name in repeated(source.id for source in references):

@@ -106,7 +106,7 @@ def case_mismatch(data, entries):
     (data / "reference/a.png").rename(data / "reference/A.png")
 
 
-@broken("1 names with several pictures", "target: a.jpg, a.png; keep one of them")
+@broken("1 names with several pictures", "target/a.jpg, a.png; keep one of them")
 def duplicate_stem(data, entries):
     save(data / "target/a.jpg")
 
@@ -148,7 +148,7 @@ def empty_folder(data, entries):
     entries[1]["instance_data_dir"] = str(data / "reference/none")
 
 
-@broken("1 folders that do not exist", "/nowhere", "instance_data_dir")
+@broken("1 folders that cannot be read", "/nowhere", "instance_data_dir")
 def missing_folder(data, entries):
     entries[0]["instance_data_dir"] = str(data / "nowhere")
     shutil.rmtree(data / "reference")
@@ -157,7 +157,7 @@ def missing_folder(data, entries):
     del entries[0]["conditioning_data"]
 
 
-@broken("1 folders that do not exist", "target/a.png/below")
+@broken("1 folders that cannot be read", "target/a.png/below")
 def folder_below_a_file(data, entries):
     entries[0] = {"id": "edits", "instance_data_dir": str(data / "target/a.png/below")}
     del entries[1]
@@ -230,7 +230,7 @@ def no_captions_anywhere(data, entries):
 # --------------------------------------------------------------------------------------------------------- ids
 
 
-@broken("1 unknown ids", "edits: conditioning_data names rfs", "did you mean refs?")
+@broken("1 unknown ids", "edits: conditioning_data names rfs", "did you mean refs?", findings=2)  # refs is unused
 def unknown_id(data, entries):
     entries[0]["conditioning_data"] = ["rfs"]
 
