@@ -47,21 +47,15 @@ DEFAULTS = {  # step or generator -> its parameters
     "noise": {"noise_level": 0.02},
     "block_noise": {"noise_level": 0.02},
     "downscale": {"downscale_factor": 2.0},
-    "jpeg": {
-        "quality": 25, "quality_range": None, "quality_list": None, "quality_decay": 1.0, "subsampling": None,
-        "shift": False,
-    },
-    "superresolution": {
-        "downscale_factor": None, "blur_type": "gaussian", "blur_radius": 2.0, "add_noise": True, "noise_level": 0.02,
-        "jpeg_quality": None,
-    },
-    "jpeg_artifacts": {
-        "quality_mode": "fixed", "quality": 25, "quality_range": (10, 50), "quality_list": [10, 20, 30, 40],
-        "compression_rounds": 1, "round_quality_decay": 0.9, "subsampling": None,
-        "pre_blur": False, "pre_blur_radius": 0.5, "add_noise": False, "noise_level": 0.01,
-        "enhance_blocks": False, "block_noise_level": 0.02,
-        "optimize": False, "progressive": False,  # they change a file, but not its pixels
-    },
+    "jpeg": {"quality": 25, "quality_range": None, "quality_list": None, "quality_decay": 1.0, "subsampling": None,
+             "shift": False},
+    "superresolution": {"downscale_factor": None, "blur_type": "gaussian", "blur_radius": 2.0, "add_noise": True,
+                        "noise_level": 0.02, "jpeg_quality": None},
+    "jpeg_artifacts": {"quality_mode": "fixed", "quality": 25, "quality_range": (10, 50),
+                       "quality_list": [10, 20, 30, 40], "compression_rounds": 1, "round_quality_decay": 0.9,
+                       "subsampling": None, "pre_blur": False, "pre_blur_radius": 0.5, "add_noise": False,
+                       "noise_level": 0.01, "enhance_blocks": False, "block_noise_level": 0.02,
+                       "optimize": False, "progressive": False},  # these two change a file, but not its pixels
 }  # fmt: skip
 
 

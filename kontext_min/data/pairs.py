@@ -32,9 +32,10 @@ class Picture:
 
     def open(self) -> Image.Image:
         """RGB, turned upright."""
-        image, width = open_image(self.path), self.size().width
-        if not width:
+        image = open_image(self.path)
+        if self.half and image.width < 2:
             raise ValueError(f"{self.path} is too narrow to hold two pictures")
+        width = image.width // 2
         left = image.width - width if self.half == "right" else 0
         return image.crop((left, 0, left + width, image.height)) if self.half else image
 

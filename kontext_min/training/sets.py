@@ -118,35 +118,31 @@ class Reader:
         return [entry for entry in self.entries if entry.role in roles]
 
     def plan(self, entry: Dataset) -> list[Example]:
-        """The examples of one target set; [] when something is wrong with it."""
+        """The examples of one target set, from what lies on disk; [] when something is wrong with it."""
         known = self.problems.count()
-        targets, *others = self.find(entry)
+        if (entry.instance_data_dir is None) == (entry.pairs_file is None):
+            self.wrong("incomplete entries", f"{entry.id} needs instance_data_dir or pairs_file, one of them")
+            return []
+        pictures, captions, beside = self.targets(entry)
+        others = [Source(name, found, {}) for name, found in beside.items()]
+        made = [generated_id(entry, generator) for generator in entry.conditioning]
+        others += filter(None, [self.named(entry, name) for name in entry.conditioning_data if name not in made])
+        pairs.check_readable([pictures, *(source.pictures for source in others)], self.problems)
+        for source in others:
+            pairs.match(pictures, source.pictures, source.id, self.problems)
+        others += [self.generated(entry, generator, pictures) for generator in entry.conditioning]
+        self.problems.facts += described(entry, captions, others)
+        targets = Source(entry.id, pictures, captions, self.geometry(entry))
         self.check(entry, others)
         if self.problems.count() > known:
             return []
-        least, unit, pictures = entry.minimum_image_size or 0, entry.resolution_type, targets.pictures
+        least, unit = entry.minimum_image_size or 0, entry.resolution_type
         small = [name for name in sorted(pictures) if extent(pictures[name].size(), unit) < least]
         text = f"{entry.id}: {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}"
         self.problems.facts += [text] if small else []
         if len(small) == len(pictures):
             self.wrong("sets without pictures", f"{entry.id}: all are below minimum_image_size")
         return [self.example(entry, targets, others, name) for name in sorted(pictures.keys() - small)]
-
-    def find(self, entry: Dataset) -> list[Source]:
-        """Targets, then complete reference sets."""
-        if (entry.instance_data_dir is None) == (entry.pairs_file is None):
-            self.wrong("incomplete entries", f"{entry.id} needs instance_data_dir or pairs_file, one of them")
-            return [Source(entry.id, {}, {})]
-        targets, captions, beside = self.targets(entry)
-        others = [Source(name, pictures, {}) for name, pictures in beside.items()]
-        made = [generated_id(entry, generator) for generator in entry.conditioning]
-        others += filter(None, [self.named(entry, name) for name in entry.conditioning_data if name not in made])
-        pairs.check_readable([targets, *(source.pictures for source in others)], self.problems)
-        for source in others:
-            pairs.match(targets, source.pictures, source.id, self.problems)
-        others += [self.generated(entry, generator, targets) for generator in entry.conditioning]
-        self.problems.facts += described(entry, captions, others)
-        return [Source(entry.id, targets, captions, self.geometry(entry)), *others]
 
     def targets(self, entry: Dataset) -> tuple[Pictures, Captions, dict[str, Pictures]]:
         """Targets and captions by name, and the references that lie in the same file or folder."""
