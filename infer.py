@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from kontext_min import presets
-from kontext_min.adapters.formats import AdapterFile, read_adapter
-from kontext_min.adapters.inject import apply_updates
+from kontext_min.adapters.inject import apply_updates, placed
+from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import Editor, edit, output_size, prepare_reference
@@ -63,15 +63,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ settings
 
 
-def split_lora(text: str) -> tuple[Path, float]:
-    """'FILE:0.5' -> (FILE, 0.5); without a number the strength is 1."""
-    file, _, scale = text.rpartition(":")
-    try:
-        return (Path(file), float(scale)) if file else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0  # the colon belongs to the path
-
-
 def fingerprint(path: Path) -> str:
     """Short content hash of a file."""
     with open(path, "rb") as file:
@@ -94,9 +85,20 @@ def recall(path: Path, replaced: dict) -> dict:
     return settings
 
 
+def valid(key: str, value) -> bool:
+    """Whether a file may say this of a setting."""
+    default, _, more = OPTIONS[key]
+    if isinstance(default, list):
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    kinds = (float, int) if isinstance(default, float) else type(default)
+    return isinstance(value, kinds) and value in more.get("choices", [value])
+
+
 def sample_of(lora: AdapterFile, given: dict) -> dict:
     """What a LoRA file says of how to show it; its sample picture and sizes count only where nothing else is asked."""
     recipe = {key: value for key, value in lora.recipe.items() if key in DEFAULTS}
+    if odd := [f"{key} {value!r}" for key, value in recipe.items() if not valid(key, value)]:
+        raise ValueError(f"{lora.path}: its header asks to be shown with {', '.join(odd)}, which is no such setting")
     if "image" in given or "prompt" in given:
         return {key: value for key, value in recipe.items() if key not in OF_THE_SAMPLE}
     images = []
@@ -157,16 +159,19 @@ def choose_device(name: str) -> torch.device:
 def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Editor, dict]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec)."""
     checkpoint = load.find(presets.locate(settings["model"]))
+    empty, *_ = load.empty_flux(checkpoint)
+    for lora, strength in settings["adapters"]:
+        try:
+            placed(empty, lora.updates)  # what does not fit is said before anything is loaded
+        except ValueError as error:
+            raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
+        print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}")
     texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
     encoded = encode_texts(checkpoint, texts, device, dtype)
     vae = load.load_vae(checkpoint, device, torch.float32)
     flux = load.load_flux(checkpoint, device, dtype)
     for lora, strength in settings["adapters"]:
-        try:
-            apply_updates(flux, lora.updates, strength, dtype)
-        except ValueError as error:
-            raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
-        print(f"LoRA {lora.path}: {len(lora.updates)} modules at strength {strength:g}")
+        apply_updates(flux, lora.updates, strength, dtype)
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
 
 

@@ -13,18 +13,19 @@ import torch
 from torch import nn
 
 from kontext_min import presets, report
-from kontext_min.adapters.formats import AdapterFile, read_adapter
-from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, start_from
+from kontext_min.adapters.inject import start_from
+from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
-from kontext_min.models.flux import Flux
+from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.quantize import quantize_int8
 from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
+from kontext_min.training.adapter import add_adapter, sizes
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
@@ -48,7 +49,7 @@ def make_folder(path: Path) -> RunFolder:
 
 def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | None]:
     """Settings, data and, if asked, the model, before anything slow. Raises ValueError with all problems together."""
-    problems, name, target = track.missing(config), config.pretrained_model_name_or_path, config.flux_lora_target
+    problems, name = track.missing(config), config.pretrained_model_name_or_path
 
     def tried(make: Callable, *arguments, **more):
         """What `make` gives; why it does not is one more problem."""
@@ -57,8 +58,7 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
 
-    if isinstance(target, str) and target not in TARGETS:
-        problems.append(f"flux_lora_target {target!r} is none of {', '.join(TARGETS)}")
+    tried(sizes, config, FluxConfig())  # the largest model's modules
     tried(make_optimizer, config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
     if config.init_lora:
         tried(read_adapter, config.init_lora)
@@ -108,19 +108,6 @@ def load_base(config: Config, checkpoint: load.Checkpoint, place: tuple) -> Flux
     return load.load_flux(checkpoint, *place, then=quantize_int8)
 
 
-def adapt(config: Config, flux: Flux, trained: AdapterFile | None) -> list[nn.Parameter]:
-    """Put the LoRA on, fresh or with the values of a trained one. -> its parameters."""
-    torch.manual_seed(config.seed)
-    target, rank = config.flux_lora_target, config.lora_rank
-    names = matching_modules(flux.config, TARGETS[target] if isinstance(target, str) else target)
-    if not names:
-        raise ValueError(f"flux_lora_target {target} matches no module of this model")
-    parameters = add_lora(flux, names, rank, config.lora_alpha or rank, config.lora_dropout)
-    if trained:
-        start_from(flux, trained.updates)
-    return parameters
-
-
 def main(argv: list[str]):
     options = [a for a in argv if a.startswith("-") and "=" not in a]
     files, overrides = [a for a in argv if "=" not in a and a not in options], [a for a in argv if "=" in a]
@@ -149,7 +136,11 @@ def main(argv: list[str]):
 
     # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
     flux = load_base(config, checkpoint, (device, dtype)).requires_grad_(False)
-    parameters = adapt(config, flux, trained)
+    torch.manual_seed(config.seed)
+    parameters = add_adapter(config, flux)
+    if trained:
+        start_from(flux, trained.updates)
+        print(f"init_lora {trained.path}: {trained.title}")
     if config.gradient_checkpointing:
         apply_checkpointing(flux, config.gradient_checkpointing_interval or 1)
 

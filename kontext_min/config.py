@@ -34,6 +34,11 @@ def as_mapping(value):
     return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
 
 
+def read_object(value):
+    """A JSON file's path -> what it holds."""
+    return read_json5(Path(value)) if isinstance(value, str | Path) else value
+
+
 Listed, Mapped = BeforeValidator(as_list), BeforeValidator(as_mapping)
 SizeText = Annotated[str, Field(coerce_numbers_to_str=True)]
 Unit = Literal["pixel_area", "pixel", "area"]
@@ -137,6 +142,38 @@ class ValidationItem(Strict):
     name: str | None = knob(None, "for the sheets; default: the prompt")
 
 
+ModuleClass = Literal["Attention", "FeedForward"]
+
+
+class LoKrSize(Strict):
+    """The size of LoKrs, of all of them or, in module_algo_map, of one class of modules."""
+
+    REFUSED, SAME = foreign.LYCORIS_REFUSED, {"linear_dim": "dim", "linear_alpha": "alpha"}
+
+    algo: Literal["lokr"] = knob("lokr", "of LyCORIS's kinds, this one is built")
+    factor: int = knob(-1, "size of w1; -1: near to that of w2", ge=-1)
+    full_matrix: bool = knob(False, "w1 and w2 are one matrix each")
+    dim: int | None = knob(None, "rank of w2, where it is below half of its larger side", ge=1)
+    alpha: float = knob(1.0, "strength is alpha / dim where there is a rank", gt=0)
+    decompose_both: bool = knob(False, "w1 has a rank too")
+
+
+class Preset(Strict):
+    """Modules by their class in diffusers, as LyCORIS's presets name them."""
+
+    REFUSED = foreign.LYCORIS_REFUSED
+
+    target_module: list[ModuleClass] = knob([], "instead of flux_lora_target")
+    module_algo_map: dict[ModuleClass, LoKrSize] = {}
+
+
+class LyCORIS(LoKrSize):
+    """What SimpleTuner's lycoris_config.json may say."""
+
+    multiplier: float = knob(1.0, "training is at full strength", ge=1, le=1)
+    apply_preset: Preset = Preset()
+
+
 class Config(Strict):
     """One training run."""
 
@@ -173,12 +210,21 @@ class Config(Strict):
     reference_dropout_probability: float = knob(0.0, "share of uses without references", ge=0, lt=1)
 
     # adapter
-    lora_type: Literal["standard"] = "standard"
+    lora_type: Literal["standard", "lycoris"] = knob("standard", "LoRA, or LoKr by lycoris_config")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = knob(None, "strength is alpha / rank; default: the rank", gt=0)
+    lora_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = knob(
+        {}, "pattern of modules' names -> their rank; the first that fits"
+    )
+    lora_alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = knob({}, "pattern of modules' names -> their alpha")
+    use_dora: bool = knob(False, "DoRA: the length of each row of a weight is trained beside the change of direction")
+    lycoris_config: Annotated[LyCORIS | None, BeforeValidator(read_object)] = knob(
+        None, "SimpleTuner's lycoris_config.json, or what it holds"
+    )
     lora_dropout: float = knob(0.0, "share of each adapter's inputs left out in a step", ge=0, lt=1)
-    init_lora: Path | None = knob(None, "a LoRA file to start from, of the same modules and rank")
+    init_lora: Path | None = knob(None, "a LoRA or LoKr file to start from, of the same modules and sizes")
     flux_lora_target: str | list[str] = knob("all", "a set's name, or patterns of diffusers' module names")
+    lora_format: Literal["diffusers", "comfyui", "kohya"] = knob("diffusers", "of a LoRA's file; LoKr's is LyCORIS'")
 
     # the step
     flow_schedule_shift: Literal["auto"] | Annotated[float, Field(gt=0)] = knob(
@@ -269,9 +315,32 @@ class Config(Strict):
     tracker_run_name: str | None = knob(None, "default: the name of output_dir")
     logging_dir: Path | None = knob(None, "trackers write to its folder of the run's name; default: output_dir/logs")
 
+    @classmethod
+    def left_out(cls, values: dict) -> dict[str, str]:
+        """Keys without a meaning here; a LoRA has none for LyCORIS's."""
+        return cls.LEFT_OUT | ({} if values.get("lora_type") == "lycoris" else foreign.LYCORIS_IGNORED)
+
+    @property
+    def idle(self) -> set[str]:
+        """Keys that say nothing of the kind of adapter that is trained."""
+        if self.lora_type == "standard":
+            return {"lycoris_config"}
+        keys = {"lora_rank", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern", "use_dora"}
+        return keys | ({"flux_lora_target"} if self.lycoris_config.apply_preset.target_module else set())
+
     @model_validator(mode="after")
     def agree(self):
         """Settings that contradict each other."""
+        if self.lora_type == "lycoris" and self.lycoris_config is None:
+            raise ValueError(
+                'lora_type lycoris needs lycoris_config: {"algo": "lokr", "full_matrix": true, "factor": 16}'
+            )
+        if idle := sorted(key for key in self.idle & self.model_fields_set if getattr(self, key)):
+            raise ValueError(f"lora_type lycoris is described by lycoris_config; take out {', '.join(idle)}")
+        if (self.use_dora or self.lycoris_config) and self.lora_format != "diffusers":
+            raise ValueError(
+                f"lora_format: a {self.lora_format} file cannot hold LoKr or DoRA on a part of a fused layer"
+            )
         if self.flow_use_uniform_schedule and self.flow_use_beta_schedule:
             raise ValueError("flow_use_uniform_schedule and flow_use_beta_schedule exclude each other")
         if self.flux_guidance_min > self.flux_guidance_max:
@@ -296,9 +365,9 @@ class Config(Strict):
         return {**betas, "weight_decay": self.adam_weight_decay, "eps": self.adam_epsilon, **options}
 
     def record(self) -> str:
-        """JSON that is a config file again: every key in force, and of each set what it says itself."""
-        sets = self.model_dump(mode="json", include={"data_backend_config"}, exclude_unset=True)
-        return json.dumps(self.model_dump(mode="json") | sets, indent=2, ensure_ascii=False) + "\n"
+        """JSON that is a config file again: every key in force, and of sets and LoKrs what they say themselves."""
+        said = self.model_dump(mode="json", include={"data_backend_config", "lycoris_config"}, exclude_unset=True)
+        return json.dumps(self.model_dump(mode="json", exclude=self.idle) | said, indent=2, ensure_ascii=False) + "\n"
 
     def datasets(self) -> list[Dataset]:
         """The data list. Raises ValueError naming file and key."""
@@ -370,7 +439,7 @@ def problem(kind: type[Strict], entry: dict) -> str:
         return f"{entry['input']!r} should be one object, {{...}}"
     if entry["type"] == "extra_forbidden":
         key = str(entry["loc"][-1])
-        owner = kind if len(entry["loc"]) == 1 else ValidationItem if entry["loc"][0] == "validation" else Dataset
+        owner = kind if len(entry["loc"]) == 1 else OWNERS.get(entry["loc"][0], Dataset)
         if key in owner.REFUSED:
             return f"{name} is not used here: {owner.REFUSED[key]}"
         near = difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.6)
@@ -381,10 +450,15 @@ def problem(kind: type[Strict], entry: dict) -> str:
     return f"{name} = {entry['input']!r}: {message[0].lower()}{message[1:]}"
 
 
+OWNERS = {"validation": ValidationItem, "lycoris_config": LyCORIS}
+
+
 def explain(config: Config) -> list[str]:
     """Every key in force: its value, whether it was given, and what it means; then what was left out, and why."""
     lines = []
     for name, field in Config.model_fields.items():
+        if name in config.idle:
+            continue
         value = getattr(config, name)
         value = "…" if name == "data_backend_config" else str(value) if isinstance(value, Path) else repr(value)
         source = "given" if name in config.model_fields_set else "default"

@@ -45,7 +45,6 @@ CONFIG_IGNORED = by_key({
     "noise and times are what the flow says, drawn anew for every use, and huber_c is the same at all times":
         "noise_offset noise_offset_probability disable_segmented_timestep_sampling training_scheduler_timestep_spacing "
         "inference_scheduler_timestep_spacing huber_schedule",
-    "only read by LyCORIS, and lora_type is standard": "lycoris_config init_lokr_norm validation_lycoris_strength",
     "torch's own attention and checkpointing, block by block, are used":
         "attention_mechanism sageattention_usage gradient_checkpointing_backend gradient_checkpointing_segment_stride",
     "an adapter's optimizer state and average are small and stay on the device":
@@ -69,6 +68,10 @@ CONFIG_IGNORED = by_key({
     "nothing is uploaded": "hub_model_id",
     "set it false: every line of a caption file is a caption of its own": "disable_multiline_split",
 })  # fmt: skip
+# the same, where lora_type is standard
+LYCORIS_IGNORED = by_key({
+    "lora_type is standard, and only lycoris reads it": "lycoris_config init_lokr_norm validation_lycoris_strength",
+})  # fmt: skip
 # what to do instead -> keys of a config; the run refuses to start unless the key is off
 CONFIG_REFUSED = by_key({
     "use flow_schedule_shift: auto": "flow_schedule_auto_shift",
@@ -78,8 +81,9 @@ CONFIG_REFUSED = by_key({
     "Kontext was trained with text that is padded and not masked": "t5_padding flux_attention_masked_training",
     "use caption_dropout_probability": "caption_dropout",
     "use flux_lora_target": "peft_lora_target_modules",
-    "leave it out: A is drawn as by PEFT, B is zero": "lora_init_type use_dora peft_lora_mode singlora_ramp_up_steps",
-    "files are in diffusers' format, which ComfyUI reads": "lora_format",
+    "leave it out: A is drawn as by PEFT, B is zero": "lora_init_type peft_lora_mode singlora_ramp_up_steps",
+    "leave it out: w1 is drawn as by LyCORIS, w2 is zero": "init_lokr_norm",
+    "pictures show what is trained; infer.py --lora FILE:0.5 weakens it": "validation_lycoris_strength",
     "use init_lora, which starts at step 0": "init_lora_step init_lora_ema",
     "only weights are quantised, by base_model_precision": "quantize_activations quantization_config",
     "only the transformer is trained": "train_text_encoder text_encoder_lr control",
@@ -103,6 +107,13 @@ CONFIG_REFUSED = by_key({
     "use minimum_image_size": "max_upscale_threshold",
     "write the prompt into the caption files": "prepend_instance_prompt",
     "use caption_strategy instanceprompt": "only_instance_prompt",
+})  # fmt: skip
+# the same for lycoris_config
+LYCORIS_REFUSED = by_key({
+    "use lora_dropout; LyCORIS's LoKr itself has none": "dropout",
+    "it is as by LyCORIS's defaults": "rank_dropout module_dropout use_scalar use_tucker conv_dim conv_alpha dora_wd "
+        "rs_lora unbalanced_factorization bypass_mode train_norm",
+    "use target_module and module_algo_map, or flux_lora_target": "target_name name_algo_map use_fnmatch enable_conv",
 })  # fmt: skip
 # the same of a dataset's keys; some mean there what they mean in a config
 DATASET_IGNORED = by_key({
@@ -142,6 +153,11 @@ class Strict(BaseModel):
 
     _ignored: dict[str, str] = {}
 
+    @classmethod
+    def left_out(cls, values: dict) -> dict[str, str]:
+        """LEFT_OUT, where it does not depend on the other keys."""
+        return cls.LEFT_OUT
+
     @property
     def ignored(self) -> dict[str, str]:
         """The keys that were given and left out, and why."""
@@ -154,7 +170,7 @@ class Strict(BaseModel):
         if not isinstance(values, dict):
             return validate(values)
         values = {cls.SAME.get(key, key): value for key, value in values.items()}
-        ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values}
+        ignored = {key: why for key, why in cls.left_out(values).items() if key in values}
         off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in OFF]
         ignored |= dict.fromkeys(off, "what it says is always so here")
         made = validate({key: value for key, value in values.items() if key not in ignored})

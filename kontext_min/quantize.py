@@ -28,6 +28,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return Int8Product.apply(x, self.weight, self.scale, self.bias)
 
+    def dequantised(self, rows: slice) -> Tensor:
+        """These rows of W'."""
+        return dequantise(self.weight[rows], self.scale[rows])
+
 
 def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
     """int8 (out, in) and scale (out, 1) -> their product in the scale's dtype, rounded once."""

@@ -52,10 +52,11 @@ def gather(folder: RunFolder) -> dict:
     absent = {"pictures (validation/items.json)": items, "loss (metrics.jsonl)": metrics, "PSNR": psnr}
     absent |= {"eval loss and reference probe (validation/eval.jsonl)": held_out, "settings (config.json)": config}
     done = f"step {metrics[-1]['step']} of {config.get('max_train_steps', '?')}" if metrics else "no step yet"
-    model, rank = config.get("pretrained_model_name_or_path", "?"), config.get("lora_rank", "?")
+    model, kind = config.get("pretrained_model_name_or_path", "?"), "DoRA" if config.get("use_dora") else "LoRA"
+    kind = "LoKr" if config.get("lora_type") == "lycoris" else f"{kind} of rank {config.get('lora_rank', '?')}"
     return {
         "title": folder.path.resolve().name,
-        "subtitle": f"{done} · LoRA of rank {rank} on {config.get('flux_lora_target', '?')} · {model}",
+        "subtitle": f"{done} · {kind} on {config.get('flux_lora_target', 'modules of a preset')} · {model}",
         "numbers": numbers(metrics, psnr),
         "findings": findings(metrics, held_out, files),
         "items": items,

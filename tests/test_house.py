@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[1]
 ORACLES = {"diffusers", "transformers", "peft", "accelerate"}
 OPTIONAL = {"torchao", "tensorboard", "wandb"}  # imported where they are used, and nowhere else
 LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of its modules
-    5: ["train", "infer", "report"],
+    5: ["train", "infer", "report", "adapters.__main__", "study.__main__"],
     4: ["training"],
-    3: ["edit", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
+    3: ["edit", "study.experiment", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
-        "adapters.formats", "quantize", "memory", "parallel", "study"],
-    1: ["models", "flow", "adapters.layers", "checkpoints.keys", "data.align", "data.buckets",
-        "data.degrade", "data.problems", "sheet", "training.optim", "training.ema", "run_folder"],
+        "adapters.read", "adapters.write", "adapters.merge", "quantize", "memory", "parallel", "study.hooks"],
+    1: ["models", "flow", "adapters.layers", "adapters.formats", "checkpoints.keys", "data.align", "data.buckets",
+        "data.degrade", "data.problems", "sheet", "study.pictures", "training.optim", "training.ema", "run_folder"],
     0: ["config", "foreign"],
 }  # fmt: skip
 

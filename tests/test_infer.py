@@ -15,8 +15,8 @@ from PIL import Image
 
 import infer
 import train
-from kontext_min.adapters.formats import write_lora
-from kontext_min.adapters.inject import add_lora, updates
+from kontext_min.adapters.inject import add_lora, matching_modules, updates
+from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.load import load_flux
 
 PROMPT, OTHER = "make the sky red", "turn it into night, please!"
@@ -110,11 +110,12 @@ def test_picture_equals_that_of_diffusers(case, kontext, pipeline, tmp_path):  #
 
 @pytest.fixture(scope="module")
 def lora(pipeline, tmp_path_factory):
-    """A LoRA of peft on every linear of the transformer, alpha half of the rank, as the pipeline saves it."""
+    """A LoRA of peft on every linear of the transformer, of mixed ranks and alphas, as the pipeline saves it."""
     peft = pytest.importorskip("peft")
     transformer = pipeline.transformer
     linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=linears)
+    ranks, alphas = {"attn.to_q": 2, r"transformer_blocks\.1\.ff\..*": 3}, {"proj_mlp": 1, "attn.to_q": 5}
+    config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=linears, rank_pattern=ranks, alpha_pattern=alphas)
     transformer.add_adapter(config, adapter_name="made")
     for seed, (name, parameter) in enumerate(transformer.named_parameters()):
         if "lora_" in name:
@@ -144,10 +145,34 @@ def test_picture_with_a_lora_of_peft_equals_that_of_diffusers(scale, lora, konte
     assert abs(pixels(ours) - pixels(without)).mean() > 2
 
 
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "comfy"])
+def test_an_export_loads_in_diffusers_and_gives_infer_pys_picture(form, kontext, pipeline, tmp_path):  # trap 13
+    """All linears of a block but `linear1`, whose size diffusers assumes to be FLUX.1's in these formats; alpha r/2."""
+    flux = load_flux(tiny.part(kontext, "transformer"), tiny.CPU, tiny.FP32)
+    inside = ["transformer_blocks.*", "single_transformer_blocks.*.proj_out", "single_transformer_blocks.*.norm.linear"]
+    names = [name for name in matching_modules(flux.config, inside) if "_k_proj" not in name]  # one part is missing
+    for seed, parameter in enumerate(add_lora(flux, names, 4, 2)):
+        parameter.data = 0.2 * tiny.random(*parameter.shape, seed=seed)
+    file, image = tmp_path / f"{form}.safetensors", picture(tmp_path / "photo.png", 75, 50)
+    write_adapter(file, list(updates(flux)), {}, torch.float32, form)
+    base = ["--model", kontext, "--prompt", PROMPT, "--steps", 3, "--precision", "fp32", "--device", "cpu"]
+    base += ["--reference-size", "keep", "--image", image, "--out"]
+    (ours,) = run("--lora", file, *base, tmp_path / "ours.png")
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    try:
+        theirs = of_diffusers(pipeline, 64, 48, image)
+    finally:
+        pipeline.unload_lora_weights()
+    assert_same_picture(ours, theirs)
+    (without,) = run(*base, tmp_path / "without.png")
+    assert abs(pixels(ours) - pixels(without)).mean() > 2
+
+
 # ------------------------------------------------------------------------------------------------ flags
 
 
-def test_a_lora_of_train_py_loads_in_diffusers_and_gives_infer_pys_picture(kontext, pipeline, tmp_path):
+@pytest.mark.parametrize("form, target", [("diffusers", "ai-toolkit"), ("kohya", "mmdit")])
+def test_a_lora_of_train_py_loads_in_diffusers_and_gives_infer_pys_picture(form, target, kontext, pipeline, tmp_path):
     for i in range(2):
         for folder in ("t", "r"):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -162,7 +187,8 @@ def test_a_lora_of_train_py_loads_in_diffusers_and_gives_infer_pys_picture(konte
     overrides = [
         "max_train_steps=3",
         "learning_rate=0.05",
-        "flux_lora_target=ai-toolkit",
+        f"flux_lora_target={target}",
+        f"lora_format={form}",
         "lora_alpha=5",
         "lora_rank=4",
     ]
@@ -333,7 +359,7 @@ def test_a_lora_file_alone_says_everything_else(small, tmp_path):
     for parameter in add_lora(flux, ["transformer_blocks.0.attn.to_q", "proj_out"], 4, 4):
         parameter.data = 0.2 * tiny.random(*parameter.shape)
     recipe = {"model": str(small), "prompt": [PROMPT], "image": [str(image)], "steps": 2, "guidance": 3.0, "title": "x"}
-    write_lora(file, list(updates(flux)), recipe, torch.float32)
+    write_adapter(file, list(updates(flux)), recipe, torch.float32)
     (alone,) = run("--lora", file, "--out", tmp_path / "alone.png")
     full = ["--model", small, "--prompt", PROMPT, "--image", image, "--steps", 2, "--guidance", 3, "--lora", file]
     (spelled,) = run(*full, "--out", tmp_path / "spelled.png")

@@ -1,11 +1,12 @@
-"""Updates beside a frozen linear, on all of its output rows or on a part of them: LoRA and LoKr.
+"""Updates beside a frozen linear, on all of its output rows or on a part of them: LoRA and LoKr, either one as DoRA.
 
 An update has `name` (the module's in diffusers' layout, or one of our fused linears'), `shape` (rows, in), `scale`,
-`start` (its first row in our linear), `dropout`, `magnitude` (DoRA's, per row, or None), `delta()` and `forward(x)`.
-Its rows are in our order.
+`start` (its first row in our linear), `dropout`, `magnitude` (DoRA's, per row, or None), `strength` (of all that a DoRA
+changes; others have it in `scale`), `delta()` and `forward(x)`. Its rows are in our order.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,12 @@ class LoRA(nn.Module):
     """The update of one module (rows `start` to `start + rows` of a possibly fused linear).
 
     A (rank, in) and B (rows, rank) are kept in their own dtype (fp32 in training) and used in the input's.
-    `name` is the module's name in diffusers' layout, by which files know it. `dropout` is the share of the inputs
-    left out, by draws of torch's global generator, wherever gradients are recorded.
+    `name` is the module's name in diffusers' layout, by which files know it.
     """
 
     def __init__(self, name: str, a: Tensor, b: Tensor, scale: float, start: int = 0):
         super().__init__()
-        self.name, self.scale, self.start, self.dropout = name, scale, start, 0.0
+        self.name, self.scale, self.start, self.dropout, self.strength = name, scale, start, 0.0, 1.0
         self.A = nn.Parameter(a)
         self.B = nn.Parameter(b)
         self.magnitude: nn.Parameter | None = None
@@ -39,14 +39,35 @@ class LoRA(nn.Module):
         """(rows, in) of the weight that it updates."""
         return self.B.shape[0], self.A.shape[1]
 
+    @property
+    def kind(self) -> str:
+        """What it is, in words."""
+        return f"{'LoRA' if self.magnitude is None else 'DoRA'} of rank {len(self.A)}"
+
     def delta(self) -> Tensor:
         """What it adds to the weight: scale * B A in fp32, (rows, in)."""
         return self.scale * (self.B.float() @ self.A.float())
 
+    def lengths(self, weight: Tensor) -> Tensor:
+        """Lengths of the rows of weight + delta, (rows,) in fp32. Delta is not made: |w + d|^2 = w^2 + 2 w d + d^2."""
+        a, b = self.A.float(), self.scale * self.B.float()
+        mixed = F.linear(weight, self.A.to(weight.dtype)).float()  # (rows, rank)
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        return (squares + ((2 * mixed + b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * B A x, (..., rows)."""
-        x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+
+
+class Kronecker(NamedTuple):
+    """The size of a LoKr, in LyCORIS's terms."""
+
+    factor: int = -1  # wanted size of w1's sides; -1: as near to w2's as can be
+    full_matrix: bool = False  # w1 and w2 are one matrix each, whatever dim says
+    dim: int | None = None  # rank of w2 in two factors, where it is below half of w2's larger side
+    alpha: float = 1.0  # strength is alpha / dim; 1 where neither side has two factors
+    decompose_both: bool = False  # w1 in two factors too, where dim is below half of w1's larger side
 
 
 class LoKr(nn.Module):
@@ -57,14 +78,33 @@ class LoKr(nn.Module):
 
     def __init__(self, name: str, w1: tuple[Tensor, ...], w2: tuple[Tensor, ...], scale: float, start: int = 0):
         super().__init__()
-        self.name, self.scale, self.start, self.dropout = name, scale, start, 0.0
+        self.name, self.scale, self.start, self.dropout, self.strength = name, scale, start, 0.0, 1.0
         self.w1, self.w2 = (nn.ParameterList(nn.Parameter(factor) for factor in side) for side in (w1, w2))
         self.magnitude: nn.Parameter | None = None
+
+    @classmethod
+    def fresh(cls, name: str, shape: tuple[int, int], size: Kronecker, start: int = 0) -> "LoKr":
+        """A new update of a weight (rows, in) as LyCORIS draws it: w2's last factor zero, others Kaiming; fp32."""
+        (a, b), (c, d) = (factors(side, size.factor) for side in shape)
+        full_1 = size.full_matrix or not size.decompose_both or size.dim >= max(a, c) / 2
+        full_2 = size.full_matrix or size.dim >= max(b, d) / 2
+        w2 = (torch.empty(b, d),) if full_2 else (torch.empty(b, size.dim), torch.empty(size.dim, d))
+        w1 = (torch.empty(a, c),) if full_1 else (torch.empty(a, size.dim), torch.empty(size.dim, c))
+        for factor in (*w2[:-1], *w1):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        nn.init.zeros_(w2[-1])
+        return cls(name, w1, w2, 1.0 if full_1 and full_2 else size.alpha / size.dim, start)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, in) of the weight that it updates."""
         return self.w1[0].shape[0] * self.w2[0].shape[0], self.w1[-1].shape[1] * self.w2[-1].shape[1]
+
+    @property
+    def kind(self) -> str:
+        """What it is, in words: w1's shape and w2's, with the rank between where one has two factors."""
+        shapes = ([*(len(factor) for factor in side), side[-1].shape[1]] for side in (self.w1, self.w2))
+        return "LoKr of " + " and ".join("x".join(map(str, shape)) for shape in shapes)
 
     def sides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """w1 (a, c) and w2 (b, d)."""
@@ -75,19 +115,91 @@ class LoKr(nn.Module):
         """What it adds to the weight: scale * kron(w1, w2) in fp32, (rows, in)."""
         return self.scale * torch.kron(*self.sides(torch.float32))
 
+    def lengths(self, weight: Tensor) -> Tensor:
+        """Lengths of the rows of weight + delta, (rows,) in fp32."""
+        return torch.linalg.vector_norm(weight.float() + self.delta(), dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * kron(w1, w2) x, (..., rows), without making the product."""
-        w1, w2 = self.sides(x.dtype)
-        x = F.dropout(x, self.dropout, training=torch.is_grad_enabled())
-        x = x.unflatten(-1, (w1.shape[1], w2.shape[1]))  # (..., c, d)
-        return torch.einsum("ac,bd,...cd->...ab", w1, w2, x).flatten(-2) * self.scale
+        w1, w2 = self.sides(torch.float32)
+        (a, c), (b, d), r = w1.shape, w2.shape, len(self.w2[-1])
+        if len(self.w2) == 2 and c * d * r + multiplications(a, b, c, r) < multiplications(a, b, c, d):
+            outer, inner = self.w2  # kron(w1, outer inner) = kron(w1, outer) kron(1, inner)
+            x, w2 = F.linear(x.unflatten(-1, (c, d)), inner.to(x.dtype)).flatten(-2), outer
+        return KroneckerProduct.apply(x, (self.scale * w1).to(x.dtype), w2.to(x.dtype))
+
+
+def factors(size: int, factor: int) -> tuple[int, int]:
+    """size = m * n with m <= n, as in LyCORIS: m or n is `factor` if that divides; else m is the largest up to it."""
+    m = factor
+    if factor < 1 or size % factor:
+        most = math.isqrt(size) if factor < 0 else min(math.isqrt(size), max(factor, 1))
+        m = next(m for m in range(most, 0, -1) if size % m == 0)
+    return min(m, size // m), max(m, size // m)
+
+
+def multiplications(a: int, b: int, c: int, d: int) -> int:
+    """Of kron(w1, w2) and one vector, the cheaper side first; the full product would take a * b * c * d."""
+    return min(c * b * (d + a), a * d * (c + b))
+
+
+class KroneckerProduct(torch.autograd.Function):
+    """x (..., c * d) -> kron(w1, w2) x, (..., a * b), by two small products. Backward needs x alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w1, w2)
+        (a, c), (b, d) = w1.shape, w2.shape
+        x = x.unflatten(-1, (c, d))
+        if c * b * (d + a) <= a * d * (c + b):
+            half = torch.einsum("...cd,bd->...cb", x, w2)
+            return torch.einsum("...cb,ac->...ab", half, w1).flatten(-2)
+        half = torch.einsum("...cd,ac->...ad", x, w1)
+        return torch.einsum("...ad,bd->...ab", half, w2).flatten(-2)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        given, w1, w2 = ctx.saved_tensors
+        (a, c), (b, d) = w1.shape, w2.shape
+        x, dy = given.reshape(-1, c, d), dy.reshape(-1, a, b)
+        by_w1, by_w2 = torch.einsum("nab,ac->ncb", dy, w1), torch.einsum("nab,bd->nad", dy, w2)
+        dx = torch.einsum("nad,ac->ncd", by_w2, w1).reshape(given.shape)
+        return dx, torch.einsum("nad,ncd->ac", by_w2, x), torch.einsum("ncb,ncd->bd", by_w1, x)
 
 
 Update = LoRA | LoKr
 
 
+def take_rows(update: Update, name: str, *ranges: tuple[int, int]) -> Update:
+    """The update, frozen, of these rows (first, end) of an update's own, one after the other, by another name.
+
+    ValueError where a Kronecker product would have to be taken apart within its second side.
+    """
+    unit = 1 if isinstance(update, LoRA) else len(update.w2[0])  # rows of the product for one of its first factor
+
+    def taken(factor: Tensor, unit: int) -> Tensor:
+        return torch.cat([factor[first // unit : end // unit] for first, end in ranges])
+
+    if any(edge % unit for edges in ranges for edge in edges):
+        raise ValueError(
+            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}; make it a "
+            f"LoRA first (python -m kontext_min.adapters convert --rank)"
+        )
+    if isinstance(update, LoRA):
+        made: Update = LoRA(name, update.A, taken(update.B, 1), update.scale)
+    else:
+        made = LoKr(name, (taken(update.w1[0], unit), *update.w1[1:]), tuple(update.w2), update.scale)
+    if update.magnitude is not None:
+        made.magnitude = nn.Parameter(taken(update.magnitude, 1))
+    return made.requires_grad_(False)
+
+
 class Adapted(nn.Module):
-    """A frozen linear (or what stands for one) with any number of updates, each added to its own output rows."""
+    """A frozen linear (or what stands for one) with any number of updates, each added to its own output rows.
+
+    An update's `dropout` is the share of its inputs left out, by draws of torch's global generator, wherever gradients
+    are recorded.
+    """
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -95,12 +207,36 @@ class Adapted(nn.Module):
         self.updates = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+        y = base = self.base(x)
         for update in self.updates:
-            delta = update(x)
+            given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
+            delta = update(given)
+            if update.magnitude is not None:
+                delta = self.decomposed(update, delta, given, None if given is not x else base)
             if delta.shape[-1] == y.shape[-1]:
                 y = y + delta
             else:
                 before, after = update.start, y.shape[-1] - update.start - delta.shape[-1]
                 y = y + F.pad(delta, (before, after))
         return y
+
+    def weight_of(self, update: Update) -> Tensor:
+        """The rows of the frozen weight that an update stands beside, (rows, in), as the forward pass uses them."""
+        rows = slice(update.start, update.start + update.shape[0])
+        return self.base.weight[rows] if isinstance(self.base, nn.Linear) else self.base.dequantised(rows)
+
+    def decomposed(self, update: Update, delta: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
+        """What DoRA adds: (gain - 1) W x + gain * delta, gain = magnitude / |W + delta W|, that length held constant.
+
+        delta: the update's own output; y: the linear's for the same x, or None. Source: DoRA (Liu et al. 2024), section
+        4.3, as in PEFT. At strength 0 nothing is left of it; PEFT, which weakens delta alone, keeps the magnitudes.
+        """
+        weight, rows = self.weight_of(update), slice(update.start, update.start + update.shape[0])
+        if y is None:
+            plain = F.linear(x, weight)
+        else:
+            plain = y[..., rows] if self.base.bias is None else y[..., rows] - self.base.bias[rows]
+        with torch.no_grad():
+            lengths = update.lengths(weight).clamp(min=1e-12)
+        gain = update.magnitude.float() / lengths
+        return update.strength * ((gain - 1).to(x.dtype) * plain + gain.to(x.dtype) * delta)

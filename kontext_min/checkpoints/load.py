@@ -231,15 +231,20 @@ def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, te
         return kind(config)
 
 
-def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None) -> Flux:
-    """The transformer, frozen and in eval mode, in `dtype` on `device`; `then` as in `fill`, to quantise on the way."""
+def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]]:
+    """The transformer without weights, the tensors of its files, and our name -> theirs."""
     component = checkpoint.components["transformer"]
     tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))
     diffusers = "x_embedder.weight" in tensors.names()
     if not diffusers:
         tensors.rename(lambda name: re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name))
     flux = on_meta(Flux, flux_config, component, tensors)
-    return fill(flux, tensors, keys.flux_diffusers(flux.config) if diffusers else same_names(flux), dtype, device, then)
+    return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else same_names(flux)
+
+
+def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None) -> Flux:
+    """The transformer, frozen and in eval mode, in `dtype` on `device`; `then` as in `fill`, to quantise on the way."""
+    return fill(*empty_flux(checkpoint), dtype, device, then)
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:

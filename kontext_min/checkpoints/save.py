@@ -1,11 +1,13 @@
 """Our modules -> a model folder in diffusers' layout, the form in which nano is shipped."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kontext_min import flow
 from kontext_min.checkpoints import keys
@@ -26,6 +28,8 @@ MODEL_INDEX = {
     "transformer": ["diffusers", "FluxTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
+
 SETTINGS = {  # folder -> what its config file says beside the sizes
     "scheduler": {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": True,
@@ -74,6 +78,20 @@ def save_component(folder: Path, module: nn.Module, table: dict[str, Source], si
     stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
     save_file(tensors, folder / f"{stem}.tmp", metadata={"format": "pt"})
     (folder / f"{stem}.tmp").rename(folder / f"{stem}.safetensors")
+
+
+def stream(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor]):
+    """A safetensors file of tensors that `read` gives one after another, so that only one of them is in memory."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            file.write(read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy())
 
 
 def write_json(path: Path, value: dict):

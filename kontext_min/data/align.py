@@ -1,4 +1,4 @@
-"""Whether two pictures show the same frame: the shift between them, measured by phase correlation."""
+"""How near two pictures of one size are, and the shift between them, measured by phase correlation."""
 
 import math
 from typing import NamedTuple
@@ -28,6 +28,12 @@ class Shift(NamedTuple):
         if self.confidence < 1:
             return "unknown"
         return "none" if max(abs(self.dx), abs(self.dy)) < 0.25 else f"{self.dx:+.1f}, {self.dy:+.1f} px"
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio of two pictures of one size, in dB; 99 when they are equal, or nearly."""
+    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+    return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))
 
 
 def shift_between(a: Image.Image, b: Image.Image) -> Shift:

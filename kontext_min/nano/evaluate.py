@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kontext_min import flow, sampler
-from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import apply_updates
+from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.load import find, load_clip, load_flux, load_t5, load_vae
 from kontext_min.data.buckets import Size
 from kontext_min.encoders import to_image

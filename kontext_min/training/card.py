@@ -30,7 +30,7 @@ tags: [flux, flux-kontext, lora, image-to-image, kontext_min]
 
 # {title}
 
-A LoRA for `{model}`, trained for {trained_steps} steps with kontext_min on {pairs} pairs and {alone} pictures without
+A {kind} for `{model}`, trained for {trained_steps} steps with kontext_min on {pairs} pairs and {alone} pictures without
 a reference. Its instruction: {instruction}
 {sheet}
 ## Use
@@ -40,6 +40,19 @@ With kontext_min, in this folder: its sample, then a picture of one's own.
     python infer.py --lora {lora}
     python infer.py --lora {lora} --image mine.jpg --prompt {argument}
 
+{diffusers}
+
+In ComfyUI, with FLUX.1 Kontext: a `LoraLoaderModelOnly` node of strength 1 after the one that loads the model.
+
+## Settings
+
+```json
+{settings}
+```
+
+All others have their defaults; `config.json` lists them.
+"""
+DIFFUSERS = """\
 With diffusers, which takes one reference:
 
 ```python
@@ -58,16 +71,10 @@ image = pipe(
 ).images[0]
 image.save("edited.png")
 ```
-
-In ComfyUI, with FLUX.1 Kontext: a `LoraLoaderModelOnly` node of strength 1 after the one that loads the model.
-
-## Settings
-
-```json
-{settings}
-```
-
-All others have their defaults; `config.json` lists them.
+"""
+NO_DIFFUSERS = """\
+diffusers does not read a LoKr; `python -m kontext_min.adapters convert {lora} OUT --to diffusers --rank 64` makes a
+LoRA that is near to it.
 """
 
 
@@ -87,4 +94,6 @@ def write_card(config: Config, recipe: dict, examples: Examples):
         "tokens": presets.preset_of(examples.checkpoint.folder).text_shape[0],
         "settings": config.model_dump_json(indent=2, exclude_unset=True, exclude=places),
     }  # fmt: skip
-    folder.card.write_text(CARD.format(**recipe | values), encoding="utf-8")
+    values = recipe | values | {"kind": "LoKr" if config.lycoris_config else "DoRA" if config.use_dora else "LoRA"}
+    values["diffusers"] = (NO_DIFFUSERS if config.lycoris_config else DIFFUSERS).format(**values).rstrip()
+    folder.card.write_text(CARD.format(**values), encoding="utf-8")

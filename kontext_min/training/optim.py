@@ -21,8 +21,9 @@ for _kind in ("Adam", "AdamW", "StableAdamW", "Adan", "Lion", "RAdam", "Ranger",
 def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, **options) -> torch.optim.Optimizer:
     """An optimizer of OPTIMIZERS. options: arguments of its class, or beta1 and beta2 alone; ValueError on others.
 
-    adamw_bf16 turns the parameters to bf16, moments too: what bf16 rounds away of an update is kept beside them
-    (Kahan) and not drawn at random, so that a resumed run is the same. Its beta2 is 0.99: bf16 cannot decay by 0.999.
+    adamw_bf16 turns matrices to bf16, moments too: what bf16 rounds away of an update is kept beside them (Kahan) and
+    not drawn at random, so that a resumed run is the same. Its beta2 is 0.99: bf16 cannot decay by 0.999. DoRA's
+    magnitudes stay in fp32: rounded, they would change the model before anything is learnt.
     ao-adamw8bit keeps moments in 8 bits, where a parameter has 4096 values or more; it runs without a compiler.
     """
     library, kind, special = OPTIMIZERS[name]
@@ -38,8 +39,8 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, **optio
     if unknown := sorted(settings.keys() - known.keys()):
         raise ValueError(f"optimizer {name} does not take {', '.join(unknown)}; it takes {', '.join(known)}")
     if name == "adamw_bf16":
-        for parameter in parameters:
-            parameter.data = parameter.data.bfloat16()
+        for matrix in (parameter for parameter in parameters if parameter.ndim > 1):
+            matrix.data = matrix.data.bfloat16()
     optimizer = make(parameters, lr=lr, **settings)
     if library == "torchao.optim":
         optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)

@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from kontext_min import flow
-from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import updates
+from kontext_min.adapters.write import write_adapter
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
@@ -110,13 +110,15 @@ class Run:
         self.tracker.validated(step)
 
     def write(self, step: int):
-        """The LoRA as it is after a step, in the dtype of the computation, and its average if there is one."""
-        recipe = {**self.recipe, "trained_steps": step}
-        write_lora(self.folder.lora, list(updates(self.flux)), recipe, self.examples.dtype)
+        """The adapter as it is after a step, in the dtype of the computation, and its average if there is one."""
+        recipe, dtype, adapter = {**self.recipe, "trained_steps": step}, self.examples.dtype, list(updates(self.flux))
+        form = "lycoris" if self.config.lycoris_config else self.config.lora_format.replace("comfyui", "comfy")
+        write_adapter(self.folder.lora, adapter, recipe, dtype, form)
         if self.ema:
             self.folder.average.parent.mkdir(exist_ok=True)
+            recipe["ema"] = True
             with self.ema.applied():
-                write_lora(self.folder.average, list(updates(self.flux)), {**recipe, "ema": True}, self.examples.dtype)
+                write_adapter(self.folder.average, adapter, recipe, dtype, form)
 
     def stop_when_told(self):
         """Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once."""
@@ -137,6 +139,7 @@ def due(step: int, interval: int) -> bool:
 def recipe(config: Config, shown: Item) -> dict:
     """What infer.py needs to show this LoRA with no other argument than its file; references are copied beside it."""
     files, model = [], config.pretrained_model_name_or_path
+    kind = {"lora_type", "lora_rank", "use_dora", "lycoris_config", "flux_lora_target"} - config.idle
     for i, view in enumerate(shown.references):
         files.append(config.output_dir / f"sample-reference-{i + 1}.png")
         view.open().save(files[-1])
@@ -154,6 +157,5 @@ def recipe(config: Config, shown: Item) -> dict:
         "reference_size": "keep",  # the copies have the size in which the model saw them
         "precision": "bf16" if config.mixed_precision == "bf16" else "fp32",
         "base_model_precision": config.base_model_precision,
-        "lora_rank": config.lora_rank,
-        "flux_lora_target": config.flux_lora_target,
+        **config.model_dump(mode="json", include=kind),
     }

@@ -1,6 +1,7 @@
 """What the screen says before the first step: model, adapter, data, and the memory that this will take."""
 
 import math
+from collections import Counter
 
 import torch
 from torch import nn
@@ -21,14 +22,16 @@ def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
     kept = [p for name, p in flux.named_buffers() if name.endswith(".weight")]  # of a quantised base
     frozen = sum(p.numel() for p in (*flux.parameters(), *kept) if not p.requires_grad)
     trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
-    modules, batches = len(list(updates(flux))), examples.epoch(0, config.train_batch_size)
+    kinds = Counter(update.kind for update in updates(flux))
+    adapter = ", ".join(f"{kind} on {n} modules" for kind, n in kinds.items())
+    batches = examples.epoch(0, config.train_batch_size)
     steps = math.ceil(len(batches) / config.gradient_accumulation_steps)
     pixels = max(len(batch) * sum(math.prod(view.size) for view in batch[0].views()) for batch in batches)
     tokens = preset.text_shape[0] * max(map(len, batches)) + pixels // pixels_per_token(editor.vae) ** 2
     pairs = sum(bool(example.references) for example in examples.examples)
     return [
         f"model    {config.pretrained_model_name_or_path}: {frozen:,} parameters, frozen, on {editor.device}",
-        f"adapter  LoRA of rank {config.lora_rank} on {modules} modules: {trained:,} trainable parameters",
+        f"adapter  {adapter}: {trained:,} trainable parameters",
         f"data     {pairs} pairs and {len(examples) - pairs} pictures without a reference",
         f"epoch    {sum(map(len, batches))} uses in {len(batches)} batches: {steps} steps; "
         f"max_train_steps {config.max_train_steps} is {config.max_train_steps / steps:.1f} epochs",
@@ -40,9 +43,9 @@ def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
 
 def bytes_of_one(config: Config) -> float:
     """What a trained parameter takes with its gradient, the optimizer's state and the average: asked of a step."""
-    probe = nn.Parameter(torch.zeros(4096))  # where 8-bit moments begin
+    probe = nn.Parameter(torch.zeros(64, 64))  # where 8-bit moments begin
     optimizer = make_optimizer(config.optimizer, [probe], 0.0, **config.optimizer_options())
     probe.grad = torch.zeros_like(probe)
     optimizer.step()
     state = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
-    return sum(map(memory.size_of, (probe, probe.grad, *state))) / len(probe) + 4 * config.use_ema
+    return sum(map(memory.size_of, (probe, probe.grad, *state))) / probe.numel() + 4 * config.use_ema

@@ -30,7 +30,10 @@ FREE = (  # keys that begin so may change between a checkpoint and the run that 
     "data_backend_config", "resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "caption_strategy",
 )  # fmt: skip
-FIXED = ("lora_rank", "flux_lora_target", "lora_type", "optimizer", "use_ema", "weights")  # nothing goes on without
+FIXED = (  # nothing goes on without them
+    "lora_type", "lora_rank", "lora_rank_pattern", "use_dora", "lycoris_config", "flux_lora_target", "optimizer",
+    "use_ema", "weights",
+)  # fmt: skip
 
 
 def identity(config: Config, examples: Examples) -> dict:
@@ -42,8 +45,8 @@ def identity(config: Config, examples: Examples) -> dict:
 
 
 def adapter_of(flux: Flux) -> dict[str, torch.Tensor]:
-    """Every update's matrices by name, on the CPU, as they are."""
-    return {f"{u.name}.{part}": getattr(u, part).detach().cpu() for u in updates(flux) for part in ("A", "B")}
+    """Every update's parameters by name, on the CPU, as they are."""
+    return {f"{u.name}.{name}": value.detach().cpu() for u in updates(flux) for name, value in u.named_parameters()}
 
 
 def save(folder: Path, step: int, flux: Flux, parts: dict[str, Any], identity: dict, limit: int) -> Path:
@@ -124,8 +127,8 @@ def restore(path: Path, flux: Flux, parts: dict[str, Any], identity: dict, allow
         remedy += "" if set(changed) & set(FIXED) else ", or set allow_changed_resume=true"
         raise ValueError("\n".join([f"{path} was made with other settings; {remedy}:", *lines]))
     for update in updates(flux):
-        for part in ("A", "B"):
-            getattr(update, part).data.copy_(adapter[f"{update.name}.{part}"])
+        for name, value in update.named_parameters():
+            value.data.copy_(adapter[f"{update.name}.{name}"])
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return state["step"]

@@ -1,17 +1,16 @@
 """How far a run has come, in pictures: input | base | LoRA | target of every validation item, with PSNR."""
 
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from kontext_min.adapters.inject import muted
 from kontext_min.config import Config
+from kontext_min.data.align import psnr
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.edit import Editor, Text, edit
@@ -114,9 +113,3 @@ def save(image: Image.Image, file: Path):
     """Write a picture, and the folder it belongs to."""
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file)
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures of one size, in dB; 99 when they are equal, or nearly."""
-    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return min(99.0, 10 * math.log10(255**2 / max(error, 1e-9)))

@@ -109,3 +109,12 @@ def test_tensors_of_several_files_are_one_mapping(kontext):
     assert tensors.names() == set(tiny.read_part(kontext / "transformer")) and len(files) > 3
     name = "transformer_blocks.1.ff.net.0.proj.weight"
     assert tensors.shape(name) == (256, 64) == tuple(tensors.read(name).shape)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480])
+def test_header_whose_length_looks_like_a_pickle_is_none(length, tmp_path):
+    for extra in range(length):
+        tiny.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"x": "x" * extra})
+        if (tmp_path / "a.safetensors").read_bytes()[:8] == length.to_bytes(8, "little"):
+            break
+    assert Tensors([tmp_path / "a.safetensors"]).names() == {"a"}

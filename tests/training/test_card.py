@@ -11,7 +11,7 @@ from tiny import CPU, write_pairs
 
 import infer
 import train
-from kontext_min.adapters.formats import read_adapter
+from kontext_min.adapters.read import read_adapter
 from kontext_min.training import card
 
 PROMPT = 'it\'s "réd" 🟥 | a photo of cat'

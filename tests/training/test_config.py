@@ -68,7 +68,7 @@ def test_the_quickstarts_keys_are_used_or_named_with_what_becomes_of_them(tmp_pa
 def test_explain_says_value_source_and_meaning_of_every_key(tmp_path):
     config = read_config(write(tmp_path, '{"lora_rank": 8, "num_train_epochs": 0, "data_backend_config": []}'), [])
     lines = explain(config)
-    assert len(lines) == len(Config.model_fields) + 1
+    assert len(lines) == len(set(Config.model_fields) - config.idle) + 1  # no LoKr here: its key is not in force
     rank = next(line for line in lines if line.startswith("lora_rank "))
     assert rank.split()[:3] == ["lora_rank", "8", "given"]
     seed = next(line for line in lines if line.startswith("seed "))
@@ -92,3 +92,10 @@ def test_values_that_would_train_garbage_are_refused_with_the_key(tmp_path, over
     path = write(tmp_path, '{"data_backend_config": [], "mixed_precision": "no"}')
     with pytest.raises(ValueError, match=override.partition("=")[0]):
         read_config(path, [override])
+
+
+def test_a_format_that_cannot_hold_the_adapter_is_refused_before_training(tmp_path):
+    path = write(tmp_path, '{"data_backend_config": [], "use_dora": true, "lora_format": "comfyui"}')
+    with pytest.raises(ValueError, match="lora_format: a comfyui file cannot hold"):
+        read_config(path, [])
+    assert read_config(path, ["lora_format=diffusers"]).use_dora

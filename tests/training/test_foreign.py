@@ -33,7 +33,7 @@ USED = {  # config keys with values as SimpleTuner's files and its documentation
     "output_dir": "out", "checkpointing_steps": "500", "checkpoint_step_interval": 500,
     "checkpoints_total_limit": "5", "resume_from_checkpoint": "latest",
     "num_eval_images": 4, "validation_guidance": 2.5, "validation_num_inference_steps": "20", "validation_seed": "42",
-    "validation_steps": "500",
+    "validation_steps": "500", "use_dora": "true",
 }
 IGNORED = {  # left out with a reason
     "fuse_qkv_projections": True, "fused_qkv_projections": False, "num_train_epochs": "0",
@@ -61,7 +61,7 @@ REFUSED = {  # a value that asks for something, and one that asks for nothing, w
     "0.0"),
     "input_perturbation_steps": (10, 0), "offset_noise": (True, False), "t5_padding": ("zero", "unmodified"),
     "flux_attention_masked_training": (True, "false"), "peft_lora_target_modules": (["to_q"], None),
-    "lora_init_type": ("pissa", "default"), "use_dora": (True, False), "lora_format": ("comfyui", "diffusers"),
+    "lora_init_type": ("pissa", "default"),
     "init_lora_step": (5, 0), "quantize_activations": (True, False), "train_text_encoder": (True, False),
     "text_encoder_lr": (1e-6, None), "lr_scale": (True, False), "lr_scale_sqrt": (True, False),
     "ema_warmup_steps": (10, 0), "checkpointing_rolling_steps": (10, 0), "deepspeed_config": ("ds.json", "none"),

@@ -20,17 +20,17 @@ def gradient(step: int, count: int) -> torch.Tensor:
 
 
 def run(name, count=20, lr=LR, steps=range(STEPS), **options):
-    """A parameter under known gradients: where it starts, where it ends, and its optimizer."""
-    parameter = torch.nn.Parameter(torch.linspace(-1, 1, count).bfloat16().float())
+    """A matrix of one column under known gradients: where it starts, where it ends, and its optimizer."""
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, count).bfloat16().float()[:, None])
     optimizer = make_optimizer(name, [parameter], lr, **options)
-    start = parameter.detach().double()
+    start = parameter.detach().double().flatten()
     drive(parameter, optimizer, steps)
-    return start, parameter.detach(), optimizer
+    return start, parameter.detach().flatten(), optimizer
 
 
 def drive(parameter, optimizer, steps):
     for step in steps:
-        parameter.grad = gradient(step, len(parameter)).to(parameter.dtype)
+        parameter.grad = gradient(step, len(parameter)).to(parameter.dtype).view_as(parameter)
         optimizer.step()
 
 
@@ -138,12 +138,24 @@ def test_adamw_in_bf16_keeps_what_bf16_rounds_away():
     expected = adam(start, 1e-4, (0.9, 0.99), 0.01, 1e-6)
     assert end.dtype == torch.bfloat16
     (state,) = optimizer.state.values()
-    assert moved_wrongly(start, end.double() + state["kahan_comp"].double(), expected) < 0.02
+    assert moved_wrongly(start, end.double() + state["kahan_comp"].double().flatten(), expected) < 0.02
     start, end, _ = run("adamw_bf16", 2000, lr=1e-4, kahan_sum=False)
     assert moved_wrongly(start, end.double(), expected) > 0.9  # plain bf16 hardly moves
     # over a longer run the parameter itself follows
     start, end, _ = run("adamw_bf16", 2000, lr=1e-4, steps=range(1000))
     assert moved_wrongly(start, end.double(), adam(start, 1e-4, (0.9, 0.99), 0.01, 1e-6, steps=1000)) < 0.06
+
+
+def test_adamw_in_bf16_leaves_magnitudes_in_fp32_and_moves_them_as_adamw_does():
+    matrix, magnitude = torch.nn.Parameter(torch.zeros(20, 2)), torch.nn.Parameter(torch.linspace(0.5, 2, 20))
+    start = magnitude.detach().double()
+    optimizer = make_optimizer("adamw_bf16", [matrix, magnitude], LR)
+    for step in range(STEPS):
+        matrix.grad, magnitude.grad = torch.ones_like(matrix), gradient(step, 20)
+        optimizer.step()
+    assert (matrix.dtype, magnitude.dtype) == (torch.bfloat16, torch.float32) and (matrix < 0).all()
+    expected = adam(start, LR, (0.9, 0.99), 0.01, 1e-6)
+    torch.testing.assert_close(magnitude.detach().double(), expected, rtol=1e-5, atol=2e-6)
 
 
 def test_adamw_with_moments_in_8_bits_stays_near_the_exact_one():
@@ -159,7 +171,7 @@ def test_a_saved_state_goes_on_bit_for_bit_at_another_rate(name):
     def half(name, steps):
         _, parameter, optimizer = run(name, 4096, steps=steps)
         set_rate(optimizer, LR / 2)
-        return torch.nn.Parameter(parameter.clone()), optimizer
+        return torch.nn.Parameter(parameter.clone()[:, None]), optimizer
 
     parameter, first = half(name, range(20))
     file = io.BytesIO()

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import updates
+from kontext_min.adapters.read import read_adapter
 from kontext_min.training import state, trainer
 from kontext_min.training.validate import Validator
 
@@ -39,6 +39,8 @@ def config(kontext, tmp_path):
 
 
 def run(config, out, *overrides):
+    if "lora_type=lycoris" in overrides:
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "lora_rank"}))
     train.main([str(config), f"output_dir={out}", *overrides])
     return out
 
@@ -47,7 +49,7 @@ def results(out):
     """The bytes of the LoRA's tensors, and the logged losses."""
     losses = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lora = load_file(out / "pytorch_lora_weights.safetensors")
-    return {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in lora.items()}, [
+    return {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in lora.items()}, [
         (e["step"], e["loss"]) for e in losses
     ]
 
@@ -62,10 +64,27 @@ VARIANTS = [
         "mixed_precision=bf16",
         "validation_steps=0",
     ],
+    [
+        "optimizer=adamw_bf16",
+        "use_dora=true",
+        "lora_dropout=0.2",
+        'lora_rank_pattern={"add_q_proj": 3}',
+        "base_model_precision=int8-quanto",
+        "validation_steps=0",
+    ],
+    [
+        "lora_type=lycoris",
+        'lycoris_config={"algo": "lokr", "factor": 4, "linear_dim": 3, "decompose_both": true}',
+        "lora_dropout=0.2",
+        "use_ema=true",
+        "base_model_precision=int8-quanto",
+        "validation_steps=0",
+    ],
 ]
+IDS = ["adamw", "lion, dropout, EMA", "bf16, EMA, int8", "DoRA, ranks, int8", "LoKr, EMA, int8"]
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=["adamw", "lion, dropout, EMA", "bf16, EMA, int8"])
+@pytest.mark.parametrize("settings", VARIANTS, ids=IDS)
 def test_a_resumed_run_equals_an_uninterrupted_run(config, tmp_path, settings):
     whole = run(config, tmp_path / "whole", *settings)
     parts = tmp_path / "parts"
@@ -110,6 +129,41 @@ def test_changed_settings_or_data_are_listed_and_refused_unless_allowed(config, 
         assert part in str(raised.value)
     assert "caption_dropout" not in str(raised.value)
     run(config, out, *changes, "allow_changed_resume=true", "max_train_steps=6")
+
+
+LOKR = ["lora_type=lycoris", 'lycoris_config={"algo": "lokr", "factor": 4, "linear_dim": 4, "linear_alpha": 2}']
+
+
+def test_the_config_json_of_a_lokr_run_is_a_config_file_again(config, tmp_path, capsys):
+    out = run(config, tmp_path / "out", *LOKR, "max_train_steps=2", "use_ema=true")
+    record = json.loads((out / "config.json").read_text())
+    assert "lora_rank" not in record and record["lycoris_config"]["dim"] == 4
+    assert "adapter  LoKr of 4x4 and 16x4x16 on 22 modules: " in capsys.readouterr().out
+    assert results(run(out / "config.json", tmp_path / "again")) == results(out)
+    assert (
+        "A LoKr for" in (out / "README.md").read_text() and "load_lora_weights" not in (out / "README.md").read_text()
+    )
+    assert "LoKr on all" in (out / "report.html").read_text()
+    with pytest.raises(ValueError, match="other settings.*\n.*lycoris_config: "):
+        run(config, out, *LOKR[:1], LOKR[1].replace(": 4,", ": 8,"), "max_train_steps=3", "allow_changed_resume=true")
+
+
+@pytest.mark.parametrize("kind", [LOKR, ["use_dora=true", "lora_alpha=4"]], ids=["LoKr", "DoRA"])
+def test_a_run_may_start_from_a_lokr_or_a_dora(config, tmp_path, kind):
+    first = run(config, tmp_path / "first", *kind, "max_train_steps=3", "learning_rate=1e-2")
+    file = first / "pytorch_lora_weights.safetensors"
+    start = ["max_train_steps=1", "learning_rate=1e-12", "lr_warmup_steps=0"]
+    second = run(config, tmp_path / "second", *kind, f"init_lora={file}", *start)
+    old, new = (read_adapter(folder / file.name).updates for folder in (first, second))
+    for a, b in zip(old, new, strict=True):
+        assert a.name == b.name and a.delta().any()
+        torch.testing.assert_close(a.delta(), b.delta(), rtol=1e-5, atol=1e-7)
+        assert (a.magnitude is None) == (kind is LOKR)
+        if a.magnitude is not None:
+            torch.testing.assert_close(a.magnitude, b.magnitude)
+    other = ["use_dora=true"] if kind is LOKR else []
+    with pytest.raises(ValueError, match="init_lora: .* is a (LoKr|DoRA) of .*, this run's is a (DoRA|LoRA) of rank"):
+        run(config, tmp_path / "third", *other, f"init_lora={file}", "lora_rank=2")
 
 
 def test_a_runs_own_config_json_is_a_config_file_again(config, tmp_path):

@@ -11,8 +11,8 @@ from PIL import Image
 from tiny import CPU, FP32, error, read_part
 
 import train as train_py
-from kontext_min.adapters.formats import read_adapter
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
+from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.config import Config, Dataset
 from kontext_min.data.examples import Batch, Examples

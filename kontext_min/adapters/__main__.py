@@ -1,0 +1,145 @@
+"""Adapter files on the command line.
+
+python -m kontext_min.adapters inspect FILE                       what a file is, and where it changes the model
+python -m kontext_min.adapters convert IN OUT --to FORMAT         the same change in another program's format
+python -m kontext_min.adapters merge A B:0.5 OUT                  several adapters as one, their ranks added
+python -m kontext_min.adapters merge --base MODEL A B:0.5 OUT     the base model's transformer with the adapters in it
+
+Every adapter written is read back and compared. --rank R makes LoRAs of rank R at most, also of LoKr, by SVD.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from kontext_min.adapters.inject import at_strength
+from kontext_min.adapters.layers import LoRA, Update
+from kontext_min.adapters.merge import merge_into, reduced
+from kontext_min.adapters.read import read_adapter, split_lora
+from kontext_min.adapters.write import WRITTEN, arrange, by_linear, caveat, rank, write_adapter
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTH = 80
+
+
+def convert(args: argparse.Namespace):
+    """One file in another format."""
+    source = read_adapter(args.input)
+    print(f"{source.path}: {source.title}")
+    write(args, source.updates, source.recipe)
+
+
+def merge(args: argparse.Namespace):
+    """Several adapters into one, or into the base's weights."""
+    named = [split_lora(text) for text in args.loras]
+    sources = [(read_adapter(file), strength) for file, strength in named]
+    updates = [at_strength(update, strength) for source, strength in sources for update in source.updates]
+    for source, strength in sources:
+        print(f"{source.path}: {source.title}, at strength {strength:g}")
+    if args.base and (args.rank or args.to):
+        raise ValueError("--rank and --to are of adapters; with --base the weights themselves are written")
+    if args.base:
+        lost = merge_into(args.base, updates, args.out, DTYPES[args.dtype])
+        print(
+            f"{args.out}: {args.base} with the change in its weights, rounded to {args.dtype}: {lost:.2%} of it is lost"
+        )
+    elif any(update.magnitude is not None for update in updates):
+        raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with several")
+    else:
+        write(args, arrange(updates, "lycoris"), {})
+
+
+def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
+    """The file in the format, rank and precision asked for, verified."""
+    form = args.to or "diffusers"
+    if args.rank:
+        updates, lost = reduced(updates, args.rank)
+        print(f"rank {args.rank} at most, by SVD: {lost:.3%} of the change is lost")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    error = write_adapter(args.out, updates, recipe, DTYPES[args.dtype], form)
+    print(f"{args.out}: {form}; read back, every change of a weight is the same to {error:.1e} of its size")
+    if said := caveat(updates, form):
+        print(f"note: {said}")
+
+
+# ------------------------------------------------------------------------------------------------ inspect
+
+
+def inspect(args: argparse.Namespace):
+    """A page about a file, 80 columns wide."""
+    file = read_adapter(args.file)
+    said = {"rank": rank, "alpha": lambda u: u.scale * rank(u), "alpha / rank": lambda u: u.scale}
+    print(f"{file.path}\n{file.title}, {file.path.stat().st_size / 1e6:.1f} MB")
+    for what, of in said.items():
+        print(f"{what}: {', '.join(f'{value:.4g}' for value in sorted({of(update) for update in file.updates}))}")
+    norms: dict[str, float] = {}
+    for ours, (_, here) in by_linear(file.updates).items():
+        block = ".".join(ours.split(".")[:2]) if "blocks" in ours else "outside"
+        norms[block] = norms.get(block, 0.0) + sum(squared_norm(update) for update, _ in here)
+    largest = max(norms.values()) ** 0.5 or 1.0
+    print("\nsize of the change, |delta W|, by block")
+    for block, square in norms.items():
+        print(f"  {block:18}{square**0.5:10.4f} {'#' * round(48 * square**0.5 / largest)}".rstrip())
+    print("\nheader")
+    for key, value in sorted(file.header.items()):
+        try:
+            inner = dict(json.loads(value))
+        except (ValueError, TypeError):
+            inner = {}
+        lines = [f"  {key}:", *(f"    {k}: {v}" for k, v in inner.items())] if inner else [f"  {key}: {value}"]
+        print("\n".join(line if len(line) <= WIDTH else line[: WIDTH - 2] + " …" for line in lines))
+
+
+def squared_norm(update: Update) -> float:
+    """|delta W|^2 without making delta W."""
+    if isinstance(update, LoRA):
+        a, b = update.A.float(), update.B.float()
+        return update.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+    return update.scale**2 * float(torch.stack([side.square().sum() for side in update.sides(torch.float32)]).prod())
+
+
+# ------------------------------------------------------------------------------------------------ the door
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    form = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m kontext_min.adapters", **form)
+    commands = parser.add_subparsers(required=True, metavar="inspect | convert | merge")
+    shown, converted, merged = (commands.add_parser(name) for name in ("inspect", "convert", "merge"))
+    shown.add_argument("file", type=Path)
+    shown.set_defaults(work=inspect, out=None, rank=None)
+    converted.add_argument("input", type=Path, metavar="IN")
+    merged.add_argument("loras", nargs="+", metavar="LORA[:STRENGTH]")
+    merged.add_argument("--base", type=Path, help="a model folder or a single file: write its transformer, changed")
+    for command, work in ((converted, convert), (merged, merge)):
+        command.set_defaults(work=work)
+        command.add_argument("out", type=Path, metavar="OUT")
+        command.add_argument("--to", choices=WRITTEN, required=command is converted, help="the format")
+        command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of what is written; default bf16")
+        command.add_argument("--rank", type=int, metavar="R", help="make LoRAs of at most this rank, by SVD")
+        command.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    args = parser.parse_args(argv)
+    if args.out and args.out.exists() and not args.force:
+        raise ValueError(f"{args.out} is there already; give another name, or --force to replace it")
+    if args.rank is not None and args.rank < 1:
+        raise ValueError(f"--rank {args.rank}: a rank is at least 1")
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None):
+    """One command."""
+    args = arguments(argv)
+    args.work(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"kontext_min.adapters: {error}")

@@ -1,0 +1,219 @@
+"""Adapter files -> updates of named modules, in every format of adapters/formats.py.
+
+Everything a file holds is used or refused by name: an unknown key, a missing half, a NaN, no match at all is an error.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kontext_min.adapters.formats import CONFIG_KEY, ENDINGS, FORMATS, RECIPE_KEY, SWAPPED_THEIRS, modules
+from kontext_min.adapters.layers import LoKr, LoRA, Update, take_rows
+from kontext_min.checkpoints.tensors import FP8, open_safetensors, refuse
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *FP8)
+REFUSED = {  # a regular expression of tensors' names -> what such tensors are, and what to do
+    r"^(lora_te|text_encoder|clip_l|t5xxl).*\.(lora|lokr|hada)_":
+        "tensors change a text encoder, which is not done here (save the LoRA of the transformer alone)",
+    r"^(double|single)_blocks\..*\.lora_B\.bias$":
+        "tensors are of a Control LoRA of BFL, which makes another model: it also replaces biases, norms and img_in",
+    r"\.processor\.(qkv|proj)_lora":
+        "tensors are in XLabs' format, which is not read here (load it in diffusers and save it again)",
+    r"\.hada_": "tensors are of a LoHa, whose products of two LoRAs cannot be applied here (convert it to LoRA)",
+    r"\.(lora_mid\.weight|lokr_t2)$": "tensors are of a convolution's update, of which the transformer has none",
+    r"\.(diff|diff_b|set_weight|reshape_weight)$":
+        "tensors replace or add whole weights, which cannot be applied here (extract a LoRA from them)",
+    r"\.lora_[AB]\.bias$": "tensors are biases of a LoRA (lora_bias), which cannot be applied here",
+}  # fmt: skip
+USABLE = {  # in PEFT's settings; some initialisations change the frozen weights
+    "peft_type": lambda value: value in (None, "LORA"),
+    "init_lora_weights": lambda value: not str(value).startswith(("pissa", "olora", "corda", "loftq")),
+}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A trained adapter: its updates in fp32, their rows in our order, and what its header says of showing it."""
+
+    path: Path
+    updates: list[Update]
+    recipe: dict  # {} for files of other programs
+    format: str  # of FORMATS
+    header: dict[str, str]
+
+    @property
+    def title(self) -> str:
+        """'kohya LoRA, 76 modules'."""
+        kinds = {type(u).__name__ + (" with DoRA" if u.magnitude is not None else "") for u in self.updates}
+        return f"{self.format} {' and '.join(sorted(kinds))}, {len(self.updates)} modules"
+
+
+def split_lora(text: str) -> tuple[Path, float]:
+    """'FILE:0.5' -> (FILE, 0.5); without a number the strength is 1."""
+    file, _, scale = text.rpartition(":")
+    try:
+        return (Path(file), float(scale)) if file else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0  # the colon belongs to the path
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """An adapter file, or a folder with one. ValueError names what cannot be used."""
+    if path.is_dir():
+        path = next((path / n for n in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+                     if (path / n).exists()), path / "pytorch_lora_weights.safetensors")  # fmt: skip
+    handle = open_safetensors(path)
+    header = handle.metadata() or {}
+    names = sorted(handle.keys())
+    for pattern, problem in REFUSED.items():
+        refuse(str(path), problem, filter(re.compile(pattern).search, names))
+    form, found = recognise(path, names)
+    settings = lora_settings(header, path)
+    updates = []
+    for module, parts in found.items():
+        tensors = {what: handle.get_tensor(name) for what, name in parts.items()}
+        try:
+            updates.append(update_of(module, tensors, settings))
+        except ValueError as error:
+            raise ValueError(f"{path}: {FORMATS[form].stem(module)} {error}") from error
+    return AdapterFile(path, updates, json_object(header.get(RECIPE_KEY, "{}"), path), form, header)
+
+
+def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, str]]]:
+    """The format by which most tensors are named, and module -> {what a tensor is of it: the tensor's name}."""
+    split = {}
+    for name in names:
+        if ending := next((ending for ending in ENDINGS if name.endswith(f".{ending}")), None):
+            split[name] = name.removesuffix(f".{ending}"), ENDINGS[ending]
+    if not split:
+        held = ", ".join(names[:3]) or "no tensors"
+        raise ValueError(f"{path} is no LoRA: it has {held} (a whole model is given as the model)")
+    stems = {form: modules(FORMATS[form]) for form in FORMATS}
+    form = max(stems, key=lambda form: sum(stem in stems[form] for stem, _ in split.values()))
+    left_over = [name for name in names if name not in split or split[name][0] not in stems[form]]
+    belong = f"tensors do not belong to a {form} LoRA of FLUX as the others do"
+    none = "tensors, and none is of a module of FLUX as any known format names it"
+    refuse(str(path), none if len(left_over) == len(names) else belong, left_over)
+    found: dict[str, dict[str, str]] = {}
+    for name, (stem, what) in split.items():
+        other = found.setdefault(stems[form][stem], {}).setdefault(what, name)
+        if other != name:
+            raise ValueError(f"{path}: {other} and {name} are the same half of one module")
+    return form, found
+
+
+def json_object(text: str, path: Path) -> dict:
+    """What a program wrote of its settings."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the settings that came with it are not JSON: {text[:60]}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: the settings that came with it are no JSON object: {text[:60]}")
+    return value
+
+
+def lora_settings(header: dict[str, str], path: Path) -> dict:
+    """PEFT's LoraConfig, from the header or from adapter_config.json beside the file; {} where neither is there."""
+    beside = path.parent / "adapter_config.json"
+    if CONFIG_KEY in header:
+        values = json_object(header[CONFIG_KEY], path)
+        values = {key.removeprefix("transformer."): value for key, value in values.items()}
+    elif path.name == "adapter_model.safetensors" and beside.exists():
+        values = json_object(beside.read_text(encoding="utf-8"), beside)
+    else:
+        return {}
+    odd = [key for key in ("lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
+    odd += [f"{key} {values[key]}" for key, usable in USABLE.items() if not usable(values.get(key))]
+    if odd:
+        raise ValueError(f"{path} was made with {', '.join(odd)}, which cannot be applied here")
+    return values
+
+
+def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update:
+    """The update of one module, checked. What is wrong is said as the rest of a sentence that begins with its name."""
+    values = {what: checked(what, tensor) for what, tensor in tensors.items() if what != "alpha"}
+    alpha = number(tensors["alpha"]) if "alpha" in tensors else configured_alpha(module, settings)
+    magnitude = values.pop("dora_scale", None)
+    kinds = {what.partition("_")[0] for what in values}
+    if len(kinds) != 1:
+        raise ValueError(f"has {', '.join(tensors)}; it needs the halves of a LoRA, or those of a LoKr")
+    if kinds == {"lora"}:
+        b, a = factors(values, "lora_B", "lora_A")
+        update = LoRA(module, a, b, scale_of(alpha, math.sqrt(len(a)) if settings.get("use_rslora") else len(a)))
+    else:
+        sides = [side(values, "lokr_w1"), side(values, "lokr_w2")]
+        ranks = [len(factor[1]) for factor in sides if len(factor) == 2]
+        update = LoKr(module, *sides, scale_of(alpha, ranks[-1]) if ranks else 1.0)  # two full sides: alpha is not used
+    if magnitude is not None:
+        if magnitude.shape not in ((update.shape[0],), (update.shape[0], 1)):
+            shape = list(magnitude.shape)
+            raise ValueError(f"has a DoRA scale of shape {shape}; only one for each output row, not input, is applied")
+        update.magnitude = nn.Parameter(magnitude.flatten())
+    elif settings.get("use_dora"):
+        raise ValueError("has no lora_magnitude_vector, though the file says use_dora")
+    if module == SWAPPED_THEIRS:
+        half = update.shape[0] // 2
+        update = take_rows(update, module, (half, 2 * half), (0, half))
+    return update.requires_grad_(False)
+
+
+def checked(what: str, tensor: Tensor) -> Tensor:
+    """The tensor in fp32, unless it is no weight: integers, without values, NaN."""
+    if tensor.dtype not in DTYPES or not tensor.numel():
+        raise ValueError(f"has {what} of shape {list(tensor.shape)} in {tensor.dtype}, which is no LoRA's weight")
+    if not torch.isfinite(tensor.float()).all():
+        raise ValueError(f"holds NaN or infinity in {what}; the training that wrote it had failed")
+    return tensor.float()
+
+
+def number(tensor: Tensor) -> float:
+    """The only value of a tensor of any shape; whole numbers count."""
+    if tensor.numel() != 1 or tensor.dtype not in (*DTYPES, torch.int64, torch.int32):
+        raise ValueError(f"has an alpha of {tensor.numel()} numbers in {tensor.dtype}")
+    return float(tensor)
+
+
+def factors(values: dict[str, Tensor], left: str, right: str) -> tuple[Tensor, Tensor]:
+    """The two halves (rows, rank) and (rank, in) of a product."""
+    there = [name for name in (left, right) if name in values]
+    if len(there) < 2:
+        raise ValueError(f"has {there[0]} but not its other half" if there else f"has no {left} and no {right}")
+    if any(values[name].ndim != 2 for name in there) or values[left].shape[1] != len(values[right]):
+        shapes = f"{right} {list(values[right].shape)} and {left} {list(values[left].shape)}"
+        raise ValueError(f"has {shapes}, which do not share a rank")
+    return values[left], values[right]
+
+
+def side(values: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
+    """One side of a Kronecker product: a whole matrix, or its two factors."""
+    if name not in values:
+        return factors(values, f"{name}_a", f"{name}_b")
+    if values[name].ndim != 2 or {f"{name}_a", f"{name}_b"} & values.keys():
+        raise ValueError(f"has {name} {list(values[name].shape)}, which is no matrix, or stands beside its own factors")
+    return (values[name],)
+
+
+def scale_of(alpha: float | None, rank: float) -> float:
+    """alpha / rank; 1 where no alpha is known."""
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"has an alpha of {alpha}")
+    return 1.0 if alpha is None else alpha / rank
+
+
+def configured_alpha(module: str, settings: dict) -> float | None:
+    """alpha of a module by LoraConfig: alpha_pattern (a name, or a regular expression of its end), else lora_alpha."""
+    alpha = settings.get("lora_alpha")
+    try:
+        for pattern, particular in (settings.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = particular
+                break
+        return None if alpha is None else float(alpha)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ValueError(f"has an alpha that cannot be understood in the file's LoraConfig: {error}") from error

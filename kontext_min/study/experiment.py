@@ -1,0 +1,214 @@
+"""One edit that can be made again and again, from the same noise at the same times, and what is measured on it.
+
+Measures are tables, row -> column -> number: what ablations move, what a LoRA is, the path to the picture, drift.
+"""
+
+import math
+from collections import defaultdict
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageStat
+from torch import Tensor
+
+from kontext_min import flow, presets, sampler
+from kontext_min.adapters.inject import apply_updates, muted, updates
+from kontext_min.adapters.layers import Adapted
+from kontext_min.adapters.read import read_adapter
+from kontext_min.checkpoints import load
+from kontext_min.data.align import psnr, shift_between
+from kontext_min.data.buckets import Size, open_image
+from kontext_min.edit import output_size, prepare_reference
+from kontext_min.encoders import decode_image, encode_image, encode_texts, pixels_per_token
+from kontext_min.flow import Condition
+from kontext_min.models.flux import Flux
+from kontext_min.models.tokenizers import T5Tokenizer
+from kontext_min.models.vae import VAE
+from kontext_min.sampler import Field, Sampling
+from kontext_min.study.hooks import Call, average
+
+Table = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A model and what it is given: an instruction and a reference of the output's size."""
+
+    flux: Flux  # its modules are the sites
+    vae: VAE
+    image: Image.Image  # the reference as the model sees it
+    conditions: dict[str, Condition]  # of every instruction, the one that is studied first, and of "", none
+    words: dict[str, slice]  # of the first instruction: their tokens
+    noise: Tensor  # (1, 16, h, w)
+    times: Tensor  # (steps + 1,), falling
+    guidance: float
+
+    @classmethod
+    def open(cls, image, *prompts: str, model="nano", lora=None, size="auto", steps=8, guidance=2.5, seed=0):
+        """Load a picture, a model and a LoRA from their files. size: of the picture and the output, or auto."""
+        if not prompts or not all(prompts) or steps < 1 or not 0 <= seed < 2**63:
+            raise ValueError("nothing to study: it takes an instruction, 1 step or more, and a seed of 0 or more")
+        picture, adapter = open_image(Path(image)), read_adapter(Path(lora)) if lora else None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        checkpoint = load.find(presets.locate(model))
+        texts = encode_texts(checkpoint, [*prompts, ""], device, dtype)
+        vae, flux = load.load_vae(checkpoint, device, torch.float32), load.load_flux(checkpoint, device, dtype)
+        if adapter:
+            apply_updates(flux, adapter.updates, 1.0, dtype)
+        preset, multiple = presets.preset_of(checkpoint.folder), pixels_per_token(vae)
+        shown = output_size([Size(*picture.size)], size, "auto", preset, multiple)
+        picture = prepare_reference(picture, shown, "match", preset, multiple)
+        latents = encode_image(vae, picture).to(device)
+        conditions = {text: Condition(*encoded, [latents]) for text, encoded in texts.items()}
+        words = word_slices(T5Tokenizer(checkpoint.folder / "tokenizer_2"), prompts[0])
+        noise = flow.draw_noise(latents.shape, torch.Generator().manual_seed(seed)).to(device)
+        times = flow.schedule(steps, flow.token_count(*noise.shape[-2:]), checkpoint.shift)
+        return cls(flux, vae, picture, conditions, words, noise, times, guidance)
+
+    @property
+    def condition(self) -> Condition:
+        """Of the first instruction."""
+        return next(iter(self.conditions.values()))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the target's tokens, and of the reference's."""
+        return self.noise.shape[-2] // 2, self.noise.shape[-1] // 2
+
+    @property
+    def streams(self) -> dict[str, slice]:
+        """Where text, target and reference lie in the joint sequence."""
+        text, tokens = self.condition.txt.shape[1], self.grid[0] * self.grid[1]
+        target, reference = slice(text, text + tokens), slice(text + tokens, text + 2 * tokens)
+        return {"text": slice(0, text), "target": target, "reference": reference}
+
+    def field(self, condition: Condition) -> Field:
+        """The velocity field of a condition."""
+        return sampler.guided(self.flux, condition, None, Sampling(guidance=self.guidance))
+
+    def run(self, condition: Condition | None = None) -> Tensor:
+        """The finished latents, (1, 16, h, w)."""
+        *_, x = sampler.euler(self.field(condition or self.condition), self.noise, self.times)
+        return x
+
+    def picture(self, latents: Tensor) -> Image.Image:
+        """Latents as a picture."""
+        return decode_image(self.vae, latents)
+
+
+def word_slices(tokenizer: T5Tokenizer, prompt: str) -> dict[str, slice]:
+    """Every word of an instruction -> its T5 tokens; a word that comes again has its place behind it."""
+    words, slices, start = prompt.split(), {}, 0
+    for i, word in enumerate(words, 1):
+        end = min(len(tokenizer.encode(" ".join(words[:i]))), tokenizer.length - 1)
+        if end > start:
+            slices[f"{word} ({i})" if word in slices else word] = slice(start, end)
+        start = end
+    return slices
+
+
+# ------------------------------------------------------------------------------------------------ measures
+
+
+def relative(part: Tensor, whole: Tensor) -> float:
+    """||part|| / ||whole||."""
+    return float(part.norm() / whole.norm())
+
+
+def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]) -> tuple[Table, ...]:
+    """Make the edit as it is, and once within each context, named by (row, column).
+
+    -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures, with "as it is".
+    """
+    plain = experiment.run()
+    before = experiment.picture(plain)
+    moved, quality, pictures = defaultdict(dict), defaultdict(dict), defaultdict(dict, {"as it is": {"": before}})
+    for (row, column), context in contexts.items():
+        with context:
+            x = experiment.run()
+        moved[row][column] = relative(x - plain, plain)
+        pictures[row][column] = experiment.picture(x)
+        quality[row][column] = psnr(pictures[row][column], before)
+    return moved, quality, pictures
+
+
+def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
+    """What a LoRA's updates dW are, by block and module. Raises ValueError when there are none.
+
+    -> ||dW||; its effective rank, e to the entropy of the singular values' shares (Roy and Vetterli 2007);
+    ||dW x|| / ||W x|| on all inputs x of a run.
+    """
+    flux = experiment.flux
+    places = [name for name, module in flux.named_modules() if isinstance(module, Adapted)]
+    if not places:
+        raise ValueError("the model has no LoRA; give one with --lora FILE")
+
+    def energies(call: Call) -> Tensor:  # (updates, 2): of what is added to their rows, and of what is there
+        module = flux.get_submodule(call.site)
+        there = module.base(*call.inputs).float()
+        added, rows = call.output - there, [slice(u.start, u.start + u.shape[0]) for u in module.updates]
+        return torch.tensor([[float(part[..., own].square().sum()) for part in (added, there)] for own in rows])
+
+    with ExitStack() as stack:
+        means = [stack.enter_context(average(flux, place, energies)) for place in places]
+        experiment.run()
+    norm, rank, effect = defaultdict(dict), defaultdict(dict), defaultdict(dict)
+    for place, mean in zip(places, means, strict=True):
+        block = ".".join(place.split(".")[:2])
+        for update, (added, there) in zip(flux.get_submodule(place).updates, mean[place].tolist(), strict=True):
+            singular = torch.linalg.svdvals(update.delta().detach())
+            share = singular / singular.sum().clamp(min=1e-30)
+            name = ".".join(update.name.split(".")[2:]).removeprefix("attn.") or update.name
+            norm[block][name] = float(singular.norm())
+            rank[block][name] = math.exp(torch.special.entr(share).sum())
+            effect[block][name] = math.sqrt(added / there)
+    return norm, rank, effect
+
+
+def follow(experiment: Experiment) -> tuple[list[Tensor], Table]:
+    """A run step by step: the target as predicted at each, x - t v; and a table over t of the speed, the root mean
+    square of v, and of what text, reference and LoRA change in it, ||v - v without|| / ||v||.
+    """
+    predicted, table, field = [], defaultdict(dict), experiment.field(experiment.condition)
+    less = {"text": experiment.conditions[""], "reference": replace(experiment.condition, references=[])}
+
+    def watched(*at) -> Tensor:
+        v, (x, t, _) = field(*at), at
+        without = {name: experiment.field(condition)(*at) for name, condition in less.items()}
+        if any(updates(experiment.flux)):
+            with muted(experiment.flux):
+                without["LoRA"] = field(*at)
+        predicted.append(x - t * v)
+        column = f"t = {float(t[0]):.3f}"
+        table["speed"][column] = float(v.square().mean().sqrt())
+        for name, other in without.items():
+            table[name][column] = relative(v - other, v)
+        return v
+
+    for _ in sampler.euler(watched, experiment.noise, experiment.times):
+        pass
+    return predicted, table
+
+
+def repeat(experiment: Experiment, rounds: int) -> tuple[list[Image.Image], Table]:
+    """Apply the edit to the picture, to its result, and so on, each time from the same noise.
+
+    -> the pictures, and beside the first one: PSNR in dB, the shift by phase correlation in pixels with its confidence
+    (`data.align`), and the change of the mean red, green and blue, of 255.
+    """
+    if rounds < 1:
+        raise ValueError(f"drift takes 1 round or more, got --rounds {rounds}")
+    first, pictures, table = experiment.image, [experiment.image], defaultdict(dict)
+    for i in range(rounds):
+        latents = encode_image(experiment.vae, pictures[-1]).to(experiment.noise.device)
+        image = experiment.picture(experiment.run(replace(experiment.condition, references=[latents])))
+        colour = np.subtract(ImageStat.Stat(image).mean, ImageStat.Stat(first).mean)
+        numbers = {"PSNR": psnr(image, first), **shift_between(first, image)._asdict()}
+        for name, number in (numbers | dict(zip(("red", "green", "blue"), colour, strict=True))).items():
+            table[name][f"round {i + 1}"] = float(number)
+        pictures.append(image)
+    return pictures, table
