@@ -11,11 +11,9 @@ def by_key(reasons: dict[str, str]) -> dict[str, str]:
 
 
 RENAMED = {
-    "checkpoint_step_interval": "checkpointing_steps",
-    "fused_qkv_projections": "fuse_qkv_projections",
-    "validation_step_interval": "validation_steps",
-    "validation_input": "validation",
-}
+    "checkpoint_step_interval": "checkpointing_steps", "fused_qkv_projections": "fuse_qkv_projections",
+    "validation_step_interval": "validation_steps", "validation_input": "validation",
+}  # fmt: skip
 
 # values, as text in small letters, by which a refused key asks for nothing: such a key is left out too
 OFF = {"", "none", "false", "0", "0.0", "[]", "{}", "default", "standard", "diffusers", "unmodified", "flow_matching"}

@@ -94,9 +94,8 @@ class Transform:
 
 def extent(size: Size, unit: str) -> float:
     """How large a picture is, in the unit of `Geometry.resolution`."""
-    if unit == "pixel":
-        return min(size)
-    return size.width * size.height / 1e6 if unit == "area" else (size.width * size.height) ** 0.5
+    area = size.width * size.height
+    return {"pixel": min(size), "area": area / 1e6, "pixel_area": area**0.5}[unit]
 
 
 def bucket_size(aspect: float, edge: float, step: int) -> Size:

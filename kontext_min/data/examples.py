@@ -232,10 +232,10 @@ class Examples:
             del encode
             free(device)
         kept = [(Cache(e.cache_dir), view) for e in self.examples for view in e.views() if not view.fleeting]
-        views = {self.keys[view]: (cache, view) for cache, view in kept if not cache.whole(self.keys[view])}
+        views = {(cache, self.keys[view]): view for cache, view in kept if not cache.whole(self.keys[view])}
         if views:
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
-            for key, (cache, view) in tqdm(views.items(), desc="encoding pictures", unit=" pictures"):
+            for (cache, key), view in tqdm(views.items(), desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": encode_view(vae, view)})
             del vae
             free(device)

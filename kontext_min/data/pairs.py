@@ -62,10 +62,8 @@ def in_folder(folder: Path, problems: Problems) -> Pictures:
     if not found and not locked:
         problems.add("folders without pictures", f"{folder} (looked for {', '.join(sorted(EXTENSIONS))})")
     for first, *others in found.values():
-        if others:
-            problems.add(
-                "names with several pictures", f"{first}, {', '.join(p.name for p in others)}; keep one of them"
-            )
+        for other in others:
+            problems.add("names with several pictures", f"{first}, {other.name}; keep one of them")
     return {name: Picture(paths[0]) for name, paths in found.items()}
 
 
