@@ -11,11 +11,9 @@ def by_key(reasons: dict[str, str]) -> dict[str, str]:
 
 
 RENAMED = {
-    "checkpoint_step_interval": "checkpointing_steps",
-    "fused_qkv_projections": "fuse_qkv_projections",
-    "validation_step_interval": "validation_steps",
-    "validation_input": "validation",
-}
+    "checkpoint_step_interval": "checkpointing_steps", "fused_qkv_projections": "fuse_qkv_projections",
+    "validation_step_interval": "validation_steps", "validation_input": "validation",
+}  # fmt: skip
 
 # values, as text in small letters, by which a refused key asks for nothing: such a key is left out too
 OFF = {"", "none", "false", "0", "0.0", "[]", "{}", "default", "standard", "diffusers", "unmodified", "flow_matching"}
@@ -29,27 +27,24 @@ CONFIG_IGNORED = by_key({
         "text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision text_encoder_4_precision vae_dtype",
     "weights are quantised one by one while they are read, on the device that trains": "quantize_via",
     "mixed_precision says it": "base_model_default_dtype gradient_precision",
-    "pictures and captions are encoded one by one, whole, before training starts":
+    "pictures and captions are looked at and encoded one by one, whole, before training, batches read as needed":
         "vae_batch_size vae_enable_tiling vae_enable_slicing vae_enable_patch_conv vae_enable_temporal_roll "
         "image_processing_batch_size text_encoder_batch_size text_encoder_limit text_embed_full_cache "
-        "tokenizer_max_length write_batch_size vae_cache_ondemand text_cache_ondemand",
+        "tokenizer_max_length write_batch_size vae_cache_ondemand text_cache_ondemand skip_file_discovery "
+        "read_batch_size dataloader_prefetch dataloader_prefetch_qlen max_workers enable_multiprocessing "
+        "torch_num_threads aspect_bucket_worker_count",
     "caches are in cache_dir, keyed by content, so a changed dataset is never confused with the old one":
         "override_dataset_config preserve_data_backend_cache vae_cache_scan_behaviour metadata_update_interval "
         "aspect_bucket_disable_rebuild cache_clear_validation_prompts compress_disk_cache cache_dir_text cache_dir_vae",
-    "files are always looked at, by their headers, and batches read as they are needed":
-        "skip_file_discovery read_batch_size dataloader_prefetch dataloader_prefetch_qlen max_workers "
-        "enable_multiprocessing torch_num_threads aspect_bucket_worker_count",
     "aspects are rounded to 2 decimals": "aspect_bucket_rounding",
     "batches of few pictures are no problem": "allow_dataset_oversubscription disable_bucket_pruning",
     "an epoch shows every set; repeats and probability weigh them": "data_backend_sampling",
     "gradients are always clipped by norm; SimpleTuner's value does next to nothing": "grad_clip_method",
-    "noise and times are what the flow says, drawn anew for every use":
+    "noise and times are what the flow says, drawn anew for every use, and huber_c is the same at all times":
         "noise_offset noise_offset_probability disable_segmented_timestep_sampling training_scheduler_timestep_spacing "
-        "inference_scheduler_timestep_spacing",
-    "huber_c stays the same at all times": "huber_schedule",
-    "torch picks the fastest attention there is": "attention_mechanism sageattention_usage",
-    "checkpointing is torch's, block by block":
-        "gradient_checkpointing_backend gradient_checkpointing_segment_stride",
+        "inference_scheduler_timestep_spacing huber_schedule",
+    "torch's own attention and checkpointing, block by block, are used":
+        "attention_mechanism sageattention_usage gradient_checkpointing_backend gradient_checkpointing_segment_stride",
     "an adapter's optimizer state and average are small and stay on the device":
         "optimizer_cpu_offload_method optimizer_offload_gradients optimizer_release_gradients fuse_optimizer "
         "ema_device ema_cpu_only ema_foreach_disable",
@@ -57,17 +52,14 @@ CONFIG_IGNORED = by_key({
         "checkpointing_use_tempdir delete_invalid_checkpoints checkpoints_rolling_total_limit",
     "it changes nothing of the result":
         "set_grads_to_none disable_tf32 i_know_what_i_am_doing local_rank seed_for_each_device trust_remote_code "
-        "print_filenames print_sampler_statistics debug_aspect_buckets debug_dataset_loader configs_dir "
-        "accelerator_cache_clear_interval save_text_encoder merge_environment_config pretrained_transformer_subfolder "
-        "prodigy_steps find_unused_parameters",
+        "print_filenames print_sampler_statistics debug_aspect_buckets debug_dataset_loader configs_dir prodigy_steps "
+        "accelerator_cache_clear_interval save_text_encoder merge_environment_config find_unused_parameters "
+        "pretrained_transformer_subfolder",
     "name an item twice in `validation`, with two seeds": "num_validation_images",
-    "seeds are fixed and noise is drawn on the CPU, so that pictures can be compared":
-        "validation_randomize validation_seed_source",
-    "the input stands at the left, then the base model's picture, made once":
-        "validation_stitch_input_location disable_benchmark",
-    "the empty prompt is no picture of its own": "validation_disable_unconditional",
-    "FLUX is sampled by Euler's method": "validation_noise_scheduler",
-    "validation runs the very modules that are trained": "validation_torch_compile",
+    "noise is seeded and drawn on the CPU, to compare pictures": "validation_randomize validation_seed_source",
+    "a sheet holds input, base, made once, LoRA, target": "validation_stitch_input_location disable_benchmark",
+    "validation shows what is asked for, by Euler's method, through the very modules that are trained":
+        "validation_disable_unconditional validation_noise_scheduler validation_torch_compile",
     "validation pictures are compared with the targets, by PSNR": "evaluation_type",
     "there is no built-in library; user_prompt_library names a file": "validation_prompt_library",
     "pictures are logged one by one, and all on a sheet": "tracker_image_layout",
@@ -81,7 +73,7 @@ LYCORIS_IGNORED = by_key({
 # what to do instead -> keys of a config; the run refuses to start unless the key is off
 CONFIG_REFUSED = by_key({
     "use flow_schedule_shift: auto": "flow_schedule_auto_shift",
-    "use the times of flow_use_uniform_schedule, flow_use_beta_schedule or neither":
+    "use flow_use_uniform_schedule, flow_use_beta_schedule or neither":
         "flux_fast_schedule flow_custom_timesteps flow_timesteps_mode flow_cubic_schedule_weights",
     "the input is always mix(target, noise, t)": "input_perturbation input_perturbation_steps offset_noise",
     "Kontext was trained with text that is padded and not masked": "t5_padding flux_attention_masked_training",

@@ -43,8 +43,7 @@ def locate(model: str) -> str:
 
 def named(model: str) -> Preset:
     """The preset of a model as a user names it, before its files are looked at."""
-    folder = Path(locate(model))
-    return preset_of(folder) if folder.is_dir() else KONTEXT_DEV
+    return preset_of(Path(locate(model)))
 
 
 def preset_of(folder: Path) -> Preset:

@@ -1,18 +1,16 @@
 """Contact sheets: cards, each a row of pictures below lines of text, laid out in columns on one page."""
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.Image import Image as Picture
 
 MARGIN, LINE = 8, 16  # pixels
 RED = (200, 0, 0)
 
 
-def card(
-    lines: list[str], cells: list[tuple[str, Image.Image]], side: int = 256, shrink: bool = False, red: bool = False
-) -> Image.Image:
+def card(lines: list[str], cells: list[tuple[str, Picture]], side=256, shrink=False, red=False) -> Picture:
     """Lines of text above labelled pictures; in red if something is wrong with them.
 
-    Small pictures are enlarged without smoothing, by one whole number, to at most `side` pixels; `shrink` brings
-    larger ones to it, too.
+    Small ones are enlarged without smoothing, by one whole number, to `side` pixels at most; `shrink` shrinks others.
     """
     zoom = max(1, side // max(max(image.size) for _, image in cells))
     images = [ImageOps.scale(image, zoom, Image.Resampling.NEAREST) for _, image in cells]

@@ -44,12 +44,14 @@ def shift_between(a: Image.Image, b: Image.Image) -> Shift:
     """
     assert a.size == b.size, (a.size, b.size)
     factor = math.ceil(max(a.size) / LOOKED_AT)
-    spectra = [np.fft.rfft2(windowed(image.convert("L").reduce(factor))) for image in (a, b)]
+    greys = [np.asarray(image.convert("L").reduce(factor), np.float64) for image in (a, b)]
+    height, width = greys[0].shape
+    window = np.hanning(height)[:, None] * np.hanning(width)[None]  # borders would else be taken for content
+    spectra = [np.fft.rfft2((grey - np.average(grey, weights=window)) * window) for grey in greys]
     cross = spectra[0].conj() * spectra[1]
     strength = np.abs(cross)
     if not strength.any():  # a flat picture
         return Shift(0.0, 0.0, 0.0)
-    height, width = -(-a.height // factor), -(-a.width // factor)
     squared = np.fft.fftfreq(height)[:, None] ** 2 + np.fft.rfftfreq(width)[None] ** 2
     phases = np.where(strength > 1e-6 * strength.max(), cross / np.maximum(strength, 1e-12), 0)
     surface = np.abs(np.fft.irfft2(phases * np.exp(-squared / (2 * SMOOTHING**2)), s=(height, width)))
@@ -58,13 +60,6 @@ def shift_between(a: Image.Image, b: Image.Image) -> Shift:
     dy = (y + below_pixel(surface[:, width // 2], height // 2) + height / 2) % height - height / 2
     dx = (x + below_pixel(surface[height // 2], width // 2) + width / 2) % width - width / 2
     return Shift(float(dx * factor), float(dy * factor), confidence(surface))
-
-
-def windowed(image: Image.Image) -> np.ndarray:
-    """A grey picture as numbers about 0 that fade towards the borders, which would else be taken for content."""
-    window = np.hanning(image.height)[:, None] * np.hanning(image.width)[None]
-    values = np.asarray(image, np.float64)
-    return (values - np.average(values, weights=window)) * window
 
 
 def below_pixel(line: np.ndarray, at: int) -> float:

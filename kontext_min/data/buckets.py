@@ -45,44 +45,37 @@ class Geometry:
     """How the pictures of a set are brought to training size.
 
     resolution: of `unit` pixel_area (square root of the area, in pixels), pixel (shorter side) or area (megapixels).
-    Without `crop` a picture keeps its aspect, to 2 decimals, and only what the bucket's rounding asks for is cut;
-    `crop` to a square cuts it to one. `style` says where the cut lies.
+    Unless `square`, a picture keeps its aspect, to 2 decimals, and only what the bucket's rounding asks for is cut.
     """
 
     resolution: float = 1024
     unit: str = "pixel_area"
     step: int = 64  # sides are multiples of it, in pixels
     square: bool = False
-    style: str = "center"  # center, corner (upper left) or random
+    style: str = "center"  # where the cut lies: center, corner (upper left) or random
     downsample: tuple[float, float] | None = None  # pictures above the first size are brought to the second beforehand
 
     def bucket(self, size: Size) -> Size:
         """The training size of a picture."""
         edge = (self.resolution * 1e6) ** 0.5 if self.unit == "area" else self.resolution
-        aspect = round(size.width / size.height, 2) or 0.01
-        if self.square:
-            return rounded(edge, edge, self.step)
+        aspect = 1 if self.square else round(size.width / size.height, 2) or 0.01
         if self.unit == "pixel":
             return rounded(edge * max(1, aspect), edge / min(1, aspect), self.step)
         return bucket_size(aspect, edge, self.step)
 
     def transform(self, size: Size, draw: tuple[float, float]) -> "Transform":
         """The one transform of a picture and its strict references. draw: two numbers in [0, 1) for style random."""
-        bucket = self.bucket(size)
-        width = min(1.0, size.height * bucket.width / bucket.height / size.width)  # shares of the picture's sides
-        height = min(1.0, size.width * bucket.height / bucket.width / size.height)
-        x, y = {"center": (0.5, 0.5), "corner": (0.0, 0.0), "random": draw}[self.style]
-        left, upper = x * (1 - width), y * (1 - height)
-        first, large = None, extent(size, self.unit)
+        bucket, first, large = self.bucket(size), None, extent(size, self.unit)
+        box = crop_box(size, bucket, {"center": (0.5, 0.5), "corner": (0.0, 0.0), "random": draw}[self.style])
         if self.downsample and large > self.downsample[0]:
             shrink = (self.downsample[1] / large) ** (0.5 if self.unit == "area" else 1)
             first = Size(*(max(1, round(side * shrink)) for side in size))
-        return Transform(bucket, (left, upper, left + width, upper + height), first)
+        return Transform(bucket, box, first)
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Cut out a box (left, upper, right, lower, as shares of the sides) and resize it: the same for any pixel count."""
+    """Cut out a box of `crop_box` and resize it: the same for any pixel count."""
 
     size: Size
     box: tuple[float, float, float, float]
@@ -101,9 +94,8 @@ class Transform:
 
 def extent(size: Size, unit: str) -> float:
     """How large a picture is, in the unit of `Geometry.resolution`."""
-    if unit == "pixel":
-        return min(size)
-    return size.width * size.height / 1e6 if unit == "area" else (size.width * size.height) ** 0.5
+    area = size.width * size.height
+    return {"pixel": min(size), "area": area / 1e6, "pixel_area": area**0.5}[unit]
 
 
 def bucket_size(aspect: float, edge: float, step: int) -> Size:
@@ -124,25 +116,26 @@ def same_aspect(a: Size, b: Size) -> bool:
     return abs(small.width - large.width / down) <= 1 or abs(small.height - large.height / across) <= 1
 
 
-def crop_box(size: Size, aspect: Size) -> tuple[float, float, float, float]:
-    """The largest centred (left, upper, right, lower) of a picture with the aspect of another size, in exact pixels."""
-    width = min(size.width, size.height * aspect.width / aspect.height)
-    height = min(size.height, size.width * aspect.height / aspect.width)
-    left, upper = (size.width - width) / 2, (size.height - height) / 2
+def crop_box(size: Size, aspect: Size, at: tuple[float, float] = (0.5, 0.5)) -> tuple[float, float, float, float]:
+    """The largest box of another size's aspect, exact: (left, upper, right, lower) as shares of the picture's sides.
+
+    at: where what is cut off lies, 0 to 1 across and down: all of it right and below, in equal parts, left and above.
+    """
+    width = min(1.0, size.height * aspect.width / aspect.height / size.width)
+    height = min(1.0, size.width * aspect.height / aspect.width / size.height)
+    left, upper = at[0] * (1 - width), at[1] * (1 - height)
     return left, upper, left + width, upper + height
 
 
 def fit(image: Image.Image, size: Size) -> Image.Image:
     """Centre-crop to the aspect of `size`, then resize to it with LANCZOS; the crop is exact, not rounded to pixels."""
-    if image.size == size:
-        return image
-    return image.resize(size, LANCZOS, box=crop_box(Size(*image.size), size))
+    return Transform(size, crop_box(Size(*image.size), size))(image)
 
 
 def share_cut(size: Size, aspect: Size) -> float:
     """The share of a picture's area that `fit` cuts off, 0 to 1."""
     left, upper, right, lower = crop_box(size, aspect)
-    return 1 - (right - left) * (lower - upper) / (size.width * size.height)
+    return 1 - (right - left) * (lower - upper)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def weights_id(component: Component, memo: Path) -> str:
     return digest(*parts)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that then appears whole or not at all; several runs may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
 def checksum(value: Mapping[str, Tensor]) -> str:
     """Of names and bytes."""
     parts = [part for name in sorted(value) for part in (name, value[name].view(torch.uint8).numpy().tobytes())]
@@ -65,38 +75,29 @@ class Cache:
 
     def whole(self, key: str) -> bool:
         """Whether an entry is there and undamaged; a damaged one is removed, with a line, so that it is made anew."""
-        if not self.path(key).is_file():
-            return False
         try:
-            return bool(self.get(key))
+            return self.path(key).is_file() and bool(self.get(key))
         except ValueError:
             print(f"{self.path(key)} is damaged; it is made anew")
             self.path(key).unlink()
             return False
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """An entry. FileNotFoundError or ValueError when it is gone or damaged, with the remedy."""
-        path = self.path(key)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} vanished while it was needed; start again, and it is made anew")
+        """An entry. ValueError with the remedy when it is gone or damaged."""
         try:
-            with safe_open(path, framework="pt") as handle:
+            with safe_open(self.path(key), framework="pt") as handle:
                 value = {name: handle.get_tensor(name) for name in handle.keys()}
-                expected = (handle.metadata() or {}).get("checksum")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it, and it is made anew") from error
-        if checksum(value) != expected:
-            raise ValueError(f"{path} is damaged (its checksum differs); delete it, and it is made anew")
-        return value
+                if checksum(value) == (handle.metadata() or {}).get("checksum"):
+                    return value
+                raise ValueError("its checksum differs")
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{self.path(key)} is gone or damaged ({error}); start again: it is made anew") from error
 
     def put(self, key: str, value: Mapping[str, Tensor]):
         """Keep an entry."""
-        path = self.path(key)
         value = {name: tensor.cpu().contiguous() for name, tensor in value.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several runs may fill one cache
-        save_file(value, temporary, metadata={"checksum": checksum(value)})
-        temporary.replace(path)
+        with whole_file(self.path(key)) as file:
+            save_file(value, file, metadata={"checksum": checksum(value)})
 
     def prune(self, keys: Container[str]) -> tuple[int, int]:
         """Remove every entry that is not among `keys`, and nothing that is no entry. -> (entries, bytes) removed."""

@@ -1,7 +1,4 @@
-"""What can be said of a data set before anything is trained: counts, buckets, disk, and one page that shows every pair.
-
-Nothing here needs weights or a GPU, and nothing is written.
-"""
+"""What can be said of a data set without weights or GPU: counts, buckets, disk, and one page that shows every pair."""
 
 import math
 from collections import Counter
@@ -32,10 +29,8 @@ def contact_sheet(examples: list[Example], mix: Mix) -> tuple[Image.Image, list[
         elif len(plain) < DRAWN:
             plain.append(made)
     cards = [*flagged.values(), *plain][:DRAWN]
-    heading = [
-        f"{examples[0].set_id}: {len(examples)} {'pairs' if count else 'pictures without a reference'}",
-        "as the model sees them in epoch 0; of the whole target, what lies outside the orange line is cut off",
-    ]
+    heading = [f"{examples[0].set_id}: {len(examples)} {'pairs' if count else 'pictures without a reference'}"]
+    heading += ["as the model sees them in epoch 0; of the whole target, what lies outside the orange line is cut off"]
     if len(cards) < len(examples):
         heading.append(f"{len(cards)} of them are drawn here, all were looked at")
     if flagged:
@@ -45,32 +40,30 @@ def contact_sheet(examples: list[Example], mix: Mix) -> tuple[Image.Image, list[
 
 def look(example: Example, mix: Mix, side: int) -> tuple[Image.Image, list[str]]:
     """Open an example's pictures, as epoch 0 shows them, once each -> its card, and what is wrong with its frames."""
-    original = example.target.picture.open()
-    target = example.target.transform(original)
-    references = [view.open() for view in example.references]
-    shifts = [shift_between(r, target) if r.size == target.size else None for r in references]
-    measured = [(view, shift) for view, shift in zip(example.references, shifts, strict=True) if shift is not None]
-    warnings = [
-        f"warning: {example.set_id}: {view.picture.path} and {example.target.picture.path} show different frames, "
-        f"shifted by {shift} at {view.size}; align them or use reference_loose"
-        for view, shift in measured
-        if view.strict and shift.wrong
-    ]
+    original, cells, warnings = example.target.picture.open(), [], []
+    target, compared = example.target.transform(original), None
     left, upper, right, lower = example.target.transform.box
     cut = f"{1 - (right - left) * (lower - upper):.0%} cut off"
-    shown = [f"{Size(*r.size)}" if s is None else f"shift {s}" for r, s in zip(references, shifts, strict=True)]
-    title = f"{example.name}   {'; '.join([f'{Size(*original.size)} to {example.target.size}, {cut}', *shown])}"
-    cells = [*(("reference", image) for image in references), ("target", target)]
-    if example.mask:  # what does not count is dark
-        dark = target.point(lambda value: value // 4)
-        cells[-1] = ("target", Image.composite(target, dark, example.mask.open().convert("L")))
-    if references:
-        compared = next((r for r in references if r.size == target.size), target)
-        difference = ImageChops.difference(compared, target).point(lambda value: value * AMPLIFIED)
+    said = [f"{example.name}   {Size(*original.size)} to {example.target.size}, {cut}"]
+    for view in example.references:
+        cells.append(("reference", reference := view.open()))
+        if reference.size != target.size:
+            said.append(str(view.size))
+            continue
+        compared, shift = compared or reference, shift_between(reference, target)
+        said.append(f"shift {shift}")
+        if view.strict and shift.wrong:
+            what = f"{view.picture.path} and {example.target.picture.path} show different frames, shifted by {shift}"
+            what += f" at {view.size}; align them or use reference_loose"
+            warnings.append(f"warning: {example.set_id}: {what}")
+    mask = example.mask.open().convert("L") if example.mask else Image.new("L", target.size, 255)
+    cells.append(("target", Image.composite(target, target.point(lambda value: value // 4), mask)))  # black is dark
+    if example.references:
+        difference = ImageChops.difference(compared or target, target).point(lambda value: value * AMPLIFIED)
         cells.append((f"difference x{AMPLIFIED}", difference))
     cells.append(("whole target", framed(original, example.target)))
     caption = use_of(0, example, mix.complete(), 0).caption
-    return card([title, caption], cells, side, shrink=True, red=bool(warnings)), warnings
+    return card(["; ".join(said), caption], cells, side, shrink=True, red=bool(warnings)), warnings
 
 
 def framed(original: Image.Image, view: View) -> Image.Image:

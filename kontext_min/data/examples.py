@@ -3,8 +3,8 @@
 Everything random is a function of (seed, name, epoch): the same on every machine, with any workers, after resume.
 """
 
-import os
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kontext_min.checkpoints.load import Checkpoint, load_vae
-from kontext_min.data.buckets import Geometry, Size, Transform
-from kontext_min.data.cache import Cache, digest, weights_id
+from kontext_min.data.buckets import Size, Transform
+from kontext_min.data.cache import Cache, digest, weights_id, whole_file
 from kontext_min.data.degrade import degrade
 from kontext_min.data.pairs import Picture
 from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights
@@ -33,25 +33,12 @@ def draw(*parts: str | int) -> np.random.Generator:
 
 @dataclass(frozen=True, eq=False)
 class Degradation:
-    """A generator that makes a reference out of its target."""
+    """A generator that makes a reference out of its target, and where it is kept; None: made anew at every use."""
 
     name: str
     parameters: dict
     seed: tuple[str | int, ...]
-    folder: Path | None  # where it is kept as a lossless file; None: made anew at every use, differently in every epoch
-
-
-@dataclass(frozen=True)
-class Crop:
-    """How a picture's crop is found: by geometry and size, and for random ones by a draw of (seed, epoch)."""
-
-    geometry: Geometry
-    size: Size  # of the picture that is cut
-    seed: tuple[str | int, ...]
-
-    def at(self, epoch: int) -> Transform:
-        """The transform of an epoch."""
-        return self.geometry.transform(self.size, tuple(draw("crop", *self.seed, epoch).random(2).tolist()))
+    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +49,9 @@ class View:
     transform: Transform
     degradation: Degradation | None = None
     strict: bool = False  # a reference that must show its target's frame
-    crop: Crop | None = None  # cut anew in every epoch
-    epoch: int = 0
+    crop: Callable[[int], Transform] | None = None  # cut anew in every epoch
     mask: bool = False  # no picture, but where the loss counts
+    epoch: int = 0
 
     @property
     def size(self) -> Size:
@@ -78,7 +65,7 @@ class View:
 
     def at(self, epoch: int) -> "View":
         """The view of an epoch: itself unless it is made anew at every use."""
-        transform = self.crop.at(epoch) if self.crop else self.transform
+        transform = self.crop(epoch) if self.crop else self.transform
         return replace(self, epoch=epoch, transform=transform) if self.fleeting else self
 
     def key(self) -> str:
@@ -97,17 +84,13 @@ class View:
 
     def file(self) -> Path | None:
         """Where a kept degradation lies; its name changes with source and parameters."""
-        if self.degradation is None or self.degradation.folder is None:
-            return None
-        return self.degradation.folder / f"{self.picture.path.stem}-{self.key()[:12]}.png"
+        folder = self.degradation and self.degradation.folder
+        return folder and folder / f"{self.picture.path.stem}-{self.key()[:12]}.png"
 
     def make(self):
-        """Write the degraded picture that is to be kept, whole or not at all."""
-        file = self.file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        self.open().save(temporary, "PNG")
-        temporary.replace(file)
+        """Write the degraded picture that is to be kept."""
+        with whole_file(self.file()) as file:
+            self.open().save(file, "PNG")
 
 
 @dataclass(frozen=True)
@@ -162,7 +145,7 @@ class Use:
     @property
     def shape(self) -> tuple:
         """Uses of one shape can stand in one batch."""
-        return self.example.target.size, tuple(view.size for view in self.references), self.example.regularise
+        return self.target.size, tuple(view.size for view in self.references), self.example.regularise
 
     def views(self) -> tuple[View, ...]:
         """Target, then the references shown."""
@@ -208,8 +191,7 @@ class Examples:
     prompts: tuple[str, ...] = ()  # texts that are needed beside the captions
 
     def __post_init__(self):
-        self.vae_id = self.weights_of("vae")
-        encoders = [self.weights_of(part) for part in ("text_encoder", "text_encoder_2")]
+        self.vae_id, *encoders = map(self.weights_of, ("vae", "text_encoder", "text_encoder_2"))
         folders = [self.checkpoint.folder / part for part in ("tokenizer", "tokenizer_2")]
         tokenizers = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.*"))]
         self.text_id = digest(*encoders, *tokenizers, str(self.dtype))
@@ -249,11 +231,11 @@ class Examples:
                 self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
             del encode
             free(device)
-        places = [(self.keys[v], Cache(e.cache_dir), v) for e in self.examples for v in e.views() if not v.fleeting]
-        views = {key: (cache, view) for key, cache, view in places if not cache.whole(key)}
+        kept = [(Cache(e.cache_dir), view) for e in self.examples for view in e.views() if not view.fleeting]
+        views = {(cache, self.keys[view]): view for cache, view in kept if not cache.whole(self.keys[view])}
         if views:
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
-            for key, (cache, view) in tqdm(views.items(), desc="encoding pictures", unit=" pictures"):
+            for (cache, key), view in tqdm(views.items(), desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": encode_view(vae, view)})
             del vae
             free(device)
@@ -283,9 +265,10 @@ class Examples:
 
     def batch(self, uses: list[Use], device: torch.device) -> Batch:
         """Uses of equal shapes as one batch on the device."""
-        columns = zip(*([self.latents(use.example, view) for view in use.views()] for use in uses), strict=True)
+        rows = ([self.latents(use.example, view) for view in use.views()] for use in uses)
         texts = zip(*(self.text(use.caption) for use in uses), strict=True)
-        txt, vec, target, *references = (torch.cat(column).to(device) for column in (*texts, *columns))
+        columns = (*texts, *zip(*rows, strict=True))
+        txt, vec, target, *references = (torch.cat(column).to(device) for column in columns)
         condition, weight = Condition(txt, vec, references), None
         if any(use.mask for use in uses):
             weight = torch.cat([self.weight(use, target.shape[-2:]) for use in uses]).to(device)

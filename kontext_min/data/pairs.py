@@ -9,6 +9,8 @@ import io
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +33,11 @@ class Picture:
     def open(self) -> Image.Image:
         """RGB, turned upright."""
         image = open_image(self.path)
-        if not self.half:
-            return image
-        if image.width < 2:
+        if self.half and image.width < 2:
             raise ValueError(f"{self.path} is too narrow to hold two pictures")
-        left = 0 if self.half == "left" else image.width - image.width // 2
-        return image.crop((left, 0, left + image.width // 2, image.height))
+        width = image.width // 2
+        left = image.width - width if self.half == "right" else 0
+        return image.crop((left, 0, left + width, image.height)) if self.half else image
 
     def size(self) -> Size:
         """Of the opened picture, from the file's header."""
@@ -44,16 +45,12 @@ class Picture:
         return Size(size.width // 2, size.height) if self.half else size
 
 
-Pictures = dict[str, Picture]  # by relative path without extension
+Pictures, Captions = dict[str, Picture], dict[str, tuple[str, ...]]  # by relative path without extension
 
 
 def in_folder(folder: Path, problems: Problems) -> Pictures:
     """All pictures under a folder; hidden files are left out, names that only differ in extension are problems."""
-    if not os.path.isdir(folder):  # False also where it cannot be looked at
-        problems.add("folders that do not exist", f"{folder}; correct instance_data_dir")
-        return {}
-    found: dict[str, list[Path]] = defaultdict(list)
-    locked: list[OSError] = []
+    found, locked = defaultdict(list), []
     tree = os.walk(folder, onerror=locked.append, followlinks=True)
     for path in sorted(Path(parent, name) for parent, _, names in tree for name in names):
         if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
@@ -61,25 +58,25 @@ def in_folder(folder: Path, problems: Problems) -> Pictures:
         elif path.suffix.lower() in NOT_READ:
             problems.add("pictures of a kind that is not read", f"{path}; save it as .png")
     for error in locked:
-        problems.add("folders that cannot be read", f"{error.filename} ({error.strerror}); check its permissions")
+        problems.add("folders that cannot be read", f"{error.filename} ({error.strerror}); correct instance_data_dir")
     if not found and not locked:
         problems.add("folders without pictures", f"{folder} (looked for {', '.join(sorted(EXTENSIONS))})")
-    for paths in found.values():
-        if len(paths) > 1:
-            names = ", ".join(path.name for path in paths)
-            problems.add("names with several pictures", f"{paths[0].parent}: {names}; keep one of them")
+    for first, *others in found.values():
+        for other in others:
+            problems.add("names with several pictures", f"{first}, {other.name}; keep one of them")
     return {name: Picture(paths[0]) for name, paths in found.items()}
 
 
 def check_readable(sets: list[Pictures], problems: Problems):
     """Pictures that cannot be decoded become problems. Every pixel of every file is read: a header may lie."""
-    for picture in {picture.path: picture for pictures in sets for picture in pictures.values()}.values():
+    different, alpha = {picture.path: picture for pictures in sets for picture in pictures.values()}, 0
+    for path, picture in different.items():
         try:
             picture.open()
-            with Image.open(picture.path) as image:
-                problems.remarks["pictures with an alpha channel are laid on white"] += image.has_transparency_data
+            alpha += Image.open(path).has_transparency_data
         except (ValueError, FileNotFoundError) as error:
             problems.add("unreadable pictures", str(error))
+    problems.facts += [f"{alpha} pictures with an alpha channel are laid on white"] if alpha else []
 
 
 def check_captions(folder: Path, pictures: Pictures, problems: Problems):
@@ -95,28 +92,20 @@ def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], prob
 
     textfile: NAME.txt, one caption a line · filename: NAME, blanks for underscores · instanceprompt: the set's prompts
     """
-    if strategy == "filename":
-        captions, why = [path.stem.replace("_", " ")], "its name says nothing"
-    elif strategy == "textfile":
-        captions, why = read_textfile(path.with_suffix(".txt"))
-    else:
+    if strategy in ("instanceprompt", None):
         return prompts if strategy else ()
-    captions = tuple(caption.strip() for caption in captions if caption.strip())
+    file, text, why = path.with_suffix(".txt"), path.stem.replace("_", " "), "its name says nothing"
+    if strategy == "textfile":
+        try:
+            text, why = file.read_text(encoding="utf-8-sig"), f"{file.name} is empty"
+        except FileNotFoundError:
+            text, why = "", f"{file.name} is missing"
+        except (OSError, UnicodeDecodeError) as error:
+            text, why = "", f"{file.name} is no readable UTF-8: {error}"
+    captions = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not captions:
         problems.add("pictures without a caption", f"{path} ({why})")
     return captions
-
-
-def read_textfile(file: Path) -> tuple[list[str], str]:
-    """The lines of a caption file, and why there are none if there are none."""
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines(), f"{file.name} is empty"
-    except FileNotFoundError:
-        return [], f"{file.name} is missing"
-    except OSError as error:
-        return [], f"{file.name}: {error.strerror}"
-    except UnicodeDecodeError:
-        return [], f"{file.name} is not UTF-8"
 
 
 def match(targets: Pictures, references: Pictures, title: str, problems: Problems):
@@ -141,7 +130,7 @@ def side_by_side(pictures: Pictures, reference: str) -> tuple[Pictures, Pictures
     return tuple({name: Picture(picture.path, half) for name, picture in pictures.items()} for half in halves)
 
 
-def from_file(file: Path, problems: Problems) -> tuple[Pictures, dict[str, tuple[str, ...]], list[Pictures]]:
+def from_file(file: Path, problems: Problems) -> tuple[Pictures, Captions, list[Pictures]]:
     """A JSONL or CSV file, paths relative to its folder -> targets, captions, first references, second ones, …."""
     targets, captions, rows = {}, {}, {}
     for number, record in records(file, problems):
@@ -150,9 +139,6 @@ def from_file(file: Path, problems: Problems) -> tuple[Pictures, dict[str, tuple
             target, references, caption = fields(record)
         except ValueError as error:
             problems.add("malformed lines", f"{where}: {error}")
-            continue
-        if any(path.is_absolute() or ".." in path.parts for path in map(Path, (target, *references))):
-            problems.add("paths that leave the folder", f"{where}: paths must be relative to {file.parent}, without ..")
             continue
         name = Path(target).with_suffix("").as_posix()
         if name in targets:
@@ -169,9 +155,27 @@ def from_file(file: Path, problems: Problems) -> tuple[Pictures, dict[str, tuple
     return targets, captions, columns
 
 
-def fields(record: dict) -> tuple[str, list[str], str]:
+def records(file: Path, problems: Problems) -> Iterable[tuple[int, str | dict]]:
+    """The numbers and contents of a file's lines: JSON as text, CSV by column."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.add("files that cannot be read", f"pairs_file {file}: {error}")
+        return []
+    if file.suffix.lower() != ".csv":
+        return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    return ((reader.line_num, {key: value for key, value in row.items() if value}) for row in reader)
+
+
+def fields(record: str | dict) -> tuple[str, list[str], str]:
     """(target, references, caption) of a line. ValueError says what is wrong with it."""
     known = ("target", "reference", "references", "caption")
+    if isinstance(record, str):
+        with suppress(ValueError):
+            record = json.loads(record)
+    if not isinstance(record, dict):
+        raise ValueError('not one JSON object {"target": …}')
     if None in record:
         raise ValueError("more fields than line 1; quote a caption that holds a comma")
     if unknown := [str(key) for key in record if key not in known]:
@@ -185,30 +189,6 @@ def fields(record: dict) -> tuple[str, list[str], str]:
     references = [references] if isinstance(references, str) else references
     if not isinstance(references, list) or not all(isinstance(text, str) for text in (target, *references, caption)):
         raise ValueError("target, reference and caption should be texts, references a list of texts")
+    if any(path.is_absolute() or ".." in path.parts for path in map(Path, (target, *references))):
+        raise ValueError("paths must be relative to the file's folder, without ..")
     return target, references, caption
-
-
-def records(file: Path, problems: Problems) -> list[tuple[int, dict]]:
-    """The lines of a JSONL or CSV file as mappings, with their numbers."""
-    if not file.is_file():
-        problems.add("files that do not exist", f"{file}; correct pairs_file")
-        return []
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        problems.add("malformed lines", f"{file} is not UTF-8")
-        return []
-    if file.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        return [(reader.line_num, {key: value for key, value in row.items() if value}) for row in reader]
-    parsed = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-                assert isinstance(record, dict)
-            except (ValueError, AssertionError):
-                problems.add("malformed lines", f'{file}, line {number} is not one JSON object {{"target": …}}')
-            else:
-                parsed.append((number, record))
-    return parsed

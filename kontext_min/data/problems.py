@@ -1,7 +1,7 @@
 """Everything that is wrong with the data, gathered so that it can be said at once."""
 
 import difflib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 
 SHOWN = 20  # of each kind
@@ -12,8 +12,7 @@ class Problems:
 
     def __init__(self):
         self.found: dict[str, list[str]] = defaultdict(list)
-        self.facts: list[str] = []  # what was found, said with the problems
-        self.remarks: Counter[str] = Counter()  # what is no problem but should be said once
+        self.facts: list[str] = []  # what else was found, said with the problems or without
 
     def add(self, kind: str, text: str):
         """One finding, naming the file or the key."""
@@ -25,16 +24,13 @@ class Problems:
 
     def raise_any(self):
         """ValueError listing all of them, if there are any."""
-        if not self.found:
-            return
         lines = ["the data cannot be used as it is; nothing was started", *(f"  {fact}" for fact in self.facts)]
         for kind, found in self.found.items():
             entries = list(dict.fromkeys(found))  # a set that two others name was looked at twice
-            lines.append(f"  {len(entries)} {kind}:")
-            lines += [f"    {entry}" for entry in entries[:SHOWN]]
-            if len(entries) > SHOWN:
-                lines.append(f"    … and {len(entries) - SHOWN} more")
-        raise ValueError("\n".join(lines))
+            more = [f"… and {len(entries) - SHOWN} more"] if len(entries) > SHOWN else []
+            lines += [f"  {len(entries)} {kind}:", *(f"    {entry}" for entry in entries[:SHOWN] + more)]
+        if self.found:
+            raise ValueError("\n".join(lines))
 
 
 def near_miss(name: str, candidates: Iterable[str]) -> str:

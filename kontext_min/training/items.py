@@ -48,11 +48,12 @@ def pair_item(config: Config, use: Use, unseen: bool | None) -> Item:
 
 def asked(config: Config, problems: Problems) -> list[ValidationItem]:
     """What `validation`, `validation_prompt` and the libraries ask for; what is wrong with it becomes problems."""
-    wanted = list(config.validation)
-    if config.validation_prompt:
-        wanted.append(ValidationItem(prompt=config.validation_prompt))
-    if config.user_prompt_library:
-        wanted += from_library(config.user_prompt_library, problems)
+    prompt, wanted = config.validation_prompt, list(config.validation)
+    wanted += [ValidationItem(prompt=prompt)] if prompt else []
+    try:
+        wanted += from_library(config.user_prompt_library) if config.user_prompt_library else []
+    except (ValueError, FileNotFoundError) as error:
+        problems.add("prompt libraries that cannot be read", str(error))
     for item in wanted:
         try:
             sizes_of(item.size or config.validation_resolution)
@@ -63,17 +64,13 @@ def asked(config: Config, problems: Problems) -> list[ValidationItem]:
     return wanted
 
 
-def from_library(file: Path, problems: Problems) -> list[ValidationItem]:
+def from_library(file: Path) -> list[ValidationItem]:
     """A JSON file of name -> prompt, or name -> an entry as in `validation`."""
-    try:
-        entries = read_json5(file)
-        if not isinstance(entries, dict):
-            raise ValueError(f'{file} should hold one object, {{"name": "prompt"}}')
-        whole = {name: entry if isinstance(entry, dict) else {"prompt": entry} for name, entry in entries.items()}
-        return [checked(ValidationItem, {"name": name, **whole[name]}, f"{file}, {name}") for name in whole]
-    except (ValueError, FileNotFoundError) as error:
-        problems.add("prompt libraries that cannot be read", str(error))
-        return []
+    entries = read_json5(file)
+    if not isinstance(entries, dict):
+        raise ValueError(f'{file} should hold one object, {{"name": "prompt"}}')
+    whole = {name: entry if isinstance(entry, dict) else {"prompt": entry} for name, entry in entries.items()}
+    return [checked(ValidationItem, {"name": name, **whole[name]}, f"{file}, {name}") for name in whole]
 
 
 def sizes_of(text: str | None) -> list[Size | None]:
@@ -83,33 +80,30 @@ def sizes_of(text: str | None) -> list[Size | None]:
 
 
 def asked_items(config: Config, wanted: ValidationItem, first: Item, preset: Preset) -> list[Item]:
-    """What was asked for, once per size. first: the validation pair whose references serve where none are named."""
-    borrowed = wanted.images is None
-    name = wanted.name or wanted.prompt[:TITLE]
+    """What was asked for, once per size. first: the validation pair whose references serve where none are named.
+
+    Without a size, pictures are what infer.py makes. With one, references keep their aspect at its area; the picture
+    is exactly of it if the item itself names it, or has the first reference's size.
+    """
+    borrowed, name = wanted.images is None, wanted.name or wanted.prompt[:TITLE]
     negative = config.validation_negative_prompt if wanted.negative is None else wanted.negative
     seed = config.validation_seed if wanted.seed is None else wanted.seed
-    sizes = sizes_of(wanted.size or (None if borrowed else config.validation_resolution))
-    if borrowed:
-        shapes = [(size.floored(TOKEN) if size else first.size, first.references) for size in sizes]
-    else:
-        shapes = [as_shipped(wanted.images, size, bool(wanted.size), preset) for size in sizes]
-    titles = [name if len(sizes) == 1 else f"{name} {size}" for size in sizes]
-    return [Item(t, wanted.prompt, negative, seed, *shape) for t, shape in zip(titles, shapes, strict=True)]
+    sizes, items = sizes_of(wanted.size or (None if borrowed else config.validation_resolution)), []
+    for size in sizes:
+        views = first.references if borrowed else tuple(shown(Picture(path), size, preset) for path in wanted.images)
+        if size and (wanted.size or not views):
+            own = size.floored(TOKEN)
+        else:
+            own = first.size if borrowed else views[0].size if views else preset.default
+        title = name if len(sizes) == 1 else f"{name} {size}"
+        items.append(Item(title, wanted.prompt, negative, seed, own, views))
+    return items
 
 
-def as_shipped(paths: list[Path], size: Size | None, exact: bool, preset: Preset) -> tuple[Size, tuple[View, ...]]:
-    """The output's size, and references by their files. Without a size both are what infer.py makes of them.
-
-    With one, references keep their aspect at its area; the output is exactly of it, or has the first one's aspect.
-    """
-    views = []
-    for picture in map(Picture, paths):
-        whole = picture.size()
-        own = nearest_aspect(whole, preset.sizes)
-        if size is not None:
-            own = bucket_size(whole.width / whole.height, (size.width * size.height) ** 0.5, TOKEN)
-        box = [edge / side for edge, side in zip(crop_box(whole, own), (*whole, *whole), strict=True)]
-        views.append(View(picture, Transform(own, tuple(box))))
-    if size is not None and (exact or not views):
-        return size.floored(TOKEN), tuple(views)
-    return views[0].size if views else preset.default, tuple(views)
+def shown(picture: Picture, size: Size | None, preset: Preset) -> View:
+    """A reference in its own aspect: of about the area of a size, or of the model's preferred size."""
+    whole = picture.size()
+    own = nearest_aspect(whole, preset.sizes)
+    if size is not None:
+        own = bucket_size(whole.width / whole.height, (size.width * size.height) ** 0.5, TOKEN)
+    return View(picture, Transform(own, crop_box(whole, own)))

@@ -1,15 +1,16 @@
 """The data list of a config -> planned examples. Whatever is wrong with any set is gathered and said at once."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from kontext_min.config import Config, Dataset, Generator, ValidationItem
 from kontext_min.data import pairs
-from kontext_min.data.buckets import Geometry, extent, same_aspect
+from kontext_min.data.buckets import Geometry, Transform, extent, same_aspect
 from kontext_min.data.cache import Cache
 from kontext_min.data.degrade import check as check_generator
-from kontext_min.data.examples import Crop, Degradation, Example, Mix, View, draw
-from kontext_min.data.pairs import Picture, Pictures
+from kontext_min.data.examples import Degradation, Example, Mix, View, draw
+from kontext_min.data.pairs import Captions, Picture, Pictures
 from kontext_min.data.problems import Problems, near_miss
 from kontext_min.training.items import asked
 
@@ -21,20 +22,21 @@ class Sets:
     training: list[Example]
     validation: list[Example]  # the first num_eval_images are shown, all are evaluated
     notes: list[str]  # for the screen: counts, where captions come from, what is made
-    unseen: bool = False  # whether validation is kept from training
-    asked: tuple[ValidationItem, ...] = ()  # what is shown beside the pairs
+    unseen: bool  # whether validation is kept from training
+    asked: list[ValidationItem]  # what is shown beside the pairs
 
 
-@dataclass(frozen=True)
-class References:
-    """One reference set of a target set: pictures and captions by the targets' names, and their geometry."""
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The pictures and captions of one set, by the targets' names."""
 
     id: str
     pictures: Pictures
-    captions: dict[str, tuple[str, ...]]
-    geometry: Geometry | None = None  # None: strict, by the target's own transform
+    captions: Captions
+    geometry: Geometry | None = None  # of targets and loose references; None: by the target's own transform
     generator: Generator | None = None  # the pictures are the targets, degraded by it
     mask: bool = False  # the pictures are masks of the targets' loss
+    how: str = "cut like the target (strict)"  # references become what the model sees
 
 
 def mix_of(config: Config) -> Mix:
@@ -56,27 +58,22 @@ def read_sets(config: Config, step: int) -> Sets:
     Validation takes eval sets and what validation_split holds out; without them, the first pairs that are trained on.
     """
     reader = Reader(config, config.aspect_bucket_alignment or step)
-    found = {role: [e for entry in reader.of(role) for e in reader.plan(entry)] for role in ("image", "eval")}
-    wanted = asked(config, reader.problems)
-    chosen = {entry.id for entry in reader.entries if not entry.disable_validation}
-    if config.eval_dataset_id is not None:
-        if config.eval_dataset_id not in {entry.id for role in found for entry in reader.of(role)}:
-            hint = near_miss(config.eval_dataset_id, reader.by_id)
-            reader.problems.add("unknown ids", f"eval_dataset_id {config.eval_dataset_id} is no set of targets{hint}")
-        chosen &= {config.eval_dataset_id}
-    held_out = hold_out([e for e in found["image"] if e.set_id in chosen], config, reader.problems)
+    wrong, wanted, name = reader.wrong, asked(config, reader.problems), config.eval_dataset_id
+    training, unseen = ([e for entry in reader.of(role) for e in reader.plan(entry)] for role in ("image", "eval"))
+    if name and name not in {entry.id for entry in reader.of("image", "eval")}:
+        wrong("unknown ids", f"eval_dataset_id {name} is no set of targets{near_miss(name, reader.by_id)}")
+    chosen = {entry.id for entry in reader.entries if not entry.disable_validation and name in (None, entry.id)}
+    held_out = hold_out([e for e in training if e.set_id in chosen], config, reader.problems)
     reader.problems.raise_any()
     apart = {(e.set_id, e.name) for e in held_out}
-    training = [e for e in found["image"] if (e.set_id, e.name) not in apart]
-    notes = reader.notes + [f"{count} {remark}" for remark, count in reader.problems.remarks.items() if count]
-    unseen = [e for e in found["eval"] if e.set_id in chosen] + held_out
+    training = [e for e in training if (e.set_id, e.name) not in apart]
+    unseen = [e for e in unseen if e.set_id in chosen] + held_out
+    shown, notes = unseen[: max(config.num_eval_images, config.num_eval_pairs)], reader.problems.facts
     if unseen:
         notes.append(f"{len(unseen)} pairs are never trained on; validation is on these")
-        return Sets(training, unseen[: max(config.num_eval_images, config.num_eval_pairs)], notes, True, tuple(wanted))
-    shown = [e for e in training if e.set_id in chosen][: config.num_eval_images]
-    if shown:
+    elif shown := [e for e in training if e.set_id in chosen][: config.num_eval_images]:
         notes.append("validation shows pairs that are trained on; validation_split=4 keeps four from training")
-    return Sets(training, shown, notes, False, tuple(wanted))
+    return Sets(training, shown, notes, bool(unseen), wanted)
 
 
 def hold_out(examples: list[Example], config: Config, problems: Problems) -> list[Example]:
@@ -93,119 +90,85 @@ def hold_out(examples: list[Example], config: Config, problems: Problems) -> lis
     return sorted((e for e in examples if e.name in names[:count]), key=lambda e: names.index(e.name))
 
 
-@dataclass(frozen=True)
-class Found:
-    """A target set as it lies on disk: pictures and captions by name, reference sets, a set of masks among them."""
-
-    targets: Pictures
-    captions: dict[str, tuple[str, ...]]
-    sets: list[References]
-
-
 class Reader:
-    """Reads all sets of one config; `problems` and `notes` grow as it goes."""
+    """Reads all sets of one config; `problems` grow as it goes."""
 
     def __init__(self, config: Config, step: int):
-        self.config, self.step = config, step
-        self.problems, self.notes = Problems(), []
+        self.config, self.step, self.problems, listed = config, step, Problems(), config.datasets()
         self.wrong = self.problems.add
-        listed = config.datasets()
         self.disabled = {entry.id for entry in listed if entry.disabled}
-        entries = [entry for entry in listed if not entry.disabled]
-        named = {name for entry in entries for name in entry.conditioning_data if name != entry.id}
-        strict = {"conditioning_type": "reference_strict"}  # a set that another names as its references is one
-        self.entries = [
-            e.model_copy(update=strict) if e.id in named and e.role == "image" and not e.conditioning_data else e
-            for e in entries
-        ]
+        self.entries = [entry for entry in listed if not entry.disabled]
+        named = {name for entry in self.entries for name in entry.conditioning_data if name != entry.id}
+        for i, entry in enumerate(self.entries):  # a set that another names as its references is one
+            if entry.id in named and entry.role == "image" and not entry.conditioning_data:
+                self.entries[i] = entry.model_copy(update={"conditioning_type": "reference_strict"})
         self.by_id = {entry.id: entry for entry in self.entries}
-        for name, count in Counter(entry.id for entry in entries).items():
-            if count > 1:
-                self.wrong("ids that stand twice", name)
+        for name in repeated(entry.id for entry in self.entries):
+            self.wrong("ids that stand twice", name)
         if not self.of("image"):
             self.wrong("missing sets", "no entry holds targets: give one instance_data_dir")
         if len(self.of("text_embeds")) > 1:
             self.wrong("ids that stand twice", "there can only be one text_embeds entry")
-        made = {generated_id(entry, generator) for entry in entries for generator in entry.conditioning}
-        for entry in self.of("conditioning") if named <= self.by_id.keys() | made else []:  # else: said in `named`
+        for entry in self.of("conditioning"):
             if entry.id not in named:
                 self.wrong("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
 
-    def of(self, role: str) -> list[Dataset]:
-        """The entries of a role."""
-        return [entry for entry in self.entries if entry.role == role]
+    def of(self, *roles: str) -> list[Dataset]:
+        """The entries of these roles."""
+        return [entry for entry in self.entries if entry.role in roles]
 
     def plan(self, entry: Dataset) -> list[Example]:
-        """The examples of one target set; [] when something is wrong with it."""
+        """The examples of one target set, from what lies on disk; [] when something is wrong with it."""
         known = self.problems.count()
-        found = self.find(entry)
-        self.check_captions(entry, found)
-        geometry = self.geometry(entry)
-        if self.problems.count() > known:
-            return []
-        least, unit = entry.minimum_image_size, entry.resolution_type
-        small = [name for name in sorted(found.targets) if least and extent(found.targets[name].size(), unit) < least]
-        names = sorted(found.targets.keys() - small)
-        if not names:
-            self.wrong("sets without pictures", f"{entry.id}: all are below minimum_image_size")
-        examples = [self.example(entry, geometry, found, name) for name in names]
-        self.notes += described(entry, examples, found, small)
-        return examples
-
-    def find(self, entry: Dataset) -> Found:
-        """Targets, their captions, and complete reference sets."""
-        if entry.strategy == "instanceprompt" and not all(map(str.strip, entry.instance_prompt or [""])):
-            self.wrong("incomplete entries", f"{entry.id}: caption_strategy instanceprompt needs instance_prompt")
-        if sum(map(bool, (entry.side_by_side, entry.reference_suffix, entry.pairs_file))) > 1:
-            what = "side_by_side, reference_suffix and pairs_file exclude each other"
-            self.wrong("incomplete entries", f"{entry.id}: {what}")
         if (entry.instance_data_dir is None) == (entry.pairs_file is None):
             self.wrong("incomplete entries", f"{entry.id} needs instance_data_dir or pairs_file, one of them")
-            return Found({}, {}, [])
-        if file := entry.pairs_file:
-            targets, captions, columns = pairs.from_file(file, self.problems)
-            sets = [References(f"{file.name}, reference {i}", column, {}) for i, column in enumerate(columns, 1)]
-            found = Found(targets, captions, sets)
-        else:
-            found = self.in_folder(entry)
+            return []
+        pictures, captions, beside = self.targets(entry)
+        others = [Source(name, found, {}) for name, found in beside.items()]
         made = [generated_id(entry, generator) for generator in entry.conditioning]
-        for name in entry.conditioning_data:
-            if name not in made and (references := self.named(entry, name)):
-                found.sets.append(references)
-        pairs.check_readable([found.targets, *(s.pictures for s in found.sets)], self.problems)
-        counts = [f"{len(found.targets)} targets", f"{sum(map(bool, found.captions.values()))} captions"]
-        counts += [f"{len(references.pictures)} references in {references.id}" for references in found.sets]
-        self.problems.facts.append(f"{entry.id}: {', '.join(counts)}")
-        for references in found.sets:
-            pairs.match(found.targets, references.pictures, references.id, self.problems)
-        found.sets.extend(self.generated(entry, generator, found.targets) for generator in entry.conditioning)
-        return found
+        others += filter(None, [self.named(entry, name) for name in entry.conditioning_data if name not in made])
+        pairs.check_readable([pictures, *(source.pictures for source in others)], self.problems)
+        for source in others:
+            pairs.match(pictures, source.pictures, source.id, self.problems)
+        others += [self.generated(entry, generator, pictures) for generator in entry.conditioning]
+        self.problems.facts += described(entry, captions, others)
+        targets = Source(entry.id, pictures, captions, self.geometry(entry))
+        self.check(entry, others)
+        if self.problems.count() > known:
+            return []
+        least, unit = entry.minimum_image_size or 0, entry.resolution_type
+        small = [name for name in sorted(pictures) if extent(pictures[name].size(), unit) < least]
+        text = f"{entry.id}: {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}"
+        self.problems.facts += [text] if small else []
+        if len(small) == len(pictures):
+            self.wrong("sets without pictures", f"{entry.id}: all are below minimum_image_size")
+        return [self.example(entry, targets, others, name) for name in sorted(pictures.keys() - small)]
 
-    def captions(self, entry: Dataset, pictures: Pictures) -> dict[str, tuple[str, ...]]:
+    def targets(self, entry: Dataset) -> tuple[Pictures, Captions, dict[str, Pictures]]:
+        """Targets and captions by name, and the references that lie in the same file or folder."""
+        if file := entry.pairs_file:
+            pictures, captions, columns = pairs.from_file(file, self.problems)
+            return pictures, captions, {f"{file.name}, reference {i}": c for i, c in enumerate(columns, 1)}
+        pictures, beside = pairs.in_folder(entry.instance_data_dir, self.problems), {}
+        if entry.strategy == "textfile":
+            pairs.check_captions(entry.instance_data_dir, pictures, self.problems)
+        if half := entry.side_by_side:
+            pictures, beside[f"{entry.id} (other half)"] = pairs.side_by_side(pictures, half.removeprefix("reference_"))
+        elif suffix := entry.reference_suffix:
+            pictures, beside[f"{entry.id} (*{suffix})"] = pairs.by_suffix(pictures, suffix)
+        return pictures, self.captions(entry, pictures), beside
+
+    def captions(self, entry: Dataset, pictures: Pictures) -> Captions:
         """The captions of a set's pictures by its strategy."""
         how = (entry.strategy, tuple(entry.instance_prompt), self.problems)
         return {name: pairs.captions_of(picture.path, *how) for name, picture in pictures.items()}
 
-    def in_folder(self, entry: Dataset) -> Found:
-        """Targets of a folder, and the references that lie in the same folder, if the entry says so."""
-        pictures, sets = pairs.in_folder(entry.instance_data_dir, self.problems), []
-        if entry.strategy == "textfile":
-            pairs.check_captions(entry.instance_data_dir, pictures, self.problems)
-        if entry.side_by_side:
-            pictures, others = pairs.side_by_side(pictures, entry.side_by_side.removeprefix("reference_"))
-            sets = [References(f"{entry.id} (other half)", others, {})]
-        elif entry.reference_suffix:
-            pictures, others = pairs.by_suffix(pictures, entry.reference_suffix)
-            sets = [References(f"{entry.id} (*{entry.reference_suffix})", others, {})]
-        return Found(pictures, self.captions(entry, pictures), sets)
-
-    def named(self, entry: Dataset, name: str) -> References | None:
+    def named(self, entry: Dataset, name: str) -> Source | None:
         """A reference set by its id."""
         source = self.by_id.get(name)
         if source is None:
             hint = "; it is disabled" if name in self.disabled else near_miss(name, self.by_id)
-            what = f"conditioning_data names {name}, which is no id in the list{hint}"
-            return self.wrong("unknown ids", f"{entry.id}: {what}")
+            return self.wrong("unknown ids", f"{entry.id}: conditioning_data names {name}, which is no id{hint}")
         if name == entry.id or source.conditioning_data or source.role in ("eval", "text_embeds"):
             why = "it has conditioning_data" if source.conditioning_data else f"it is a set of {source.role}"
             what = "itself" if name == entry.id else f"{name}, which is no reference set: {why}"
@@ -217,106 +180,104 @@ class Reader:
             self.wrong("circular references", f"{what}: that would teach copying")
         pictures = pairs.in_folder(source.instance_data_dir, self.problems)
         if source.conditioning_type == "mask":
-            return References(name, pictures, {}, mask=True)
-        geometry = None
-        if source.conditioning_type == "reference_loose":  # as large as its targets unless it says otherwise
-            size = {"resolution": entry.resolution, "resolution_type": entry.resolution_type}
-            stated = "resolution" in source.model_fields_set
-            geometry = self.geometry(source if stated else source.model_copy(update=size))
-        return References(name, pictures, self.captions(source, pictures), geometry)
+            return Source(name, pictures, {}, mask=True, how="the loss counts where they are white")
+        captions = self.captions(source, pictures)
+        if source.conditioning_type != "reference_loose":
+            return Source(name, pictures, captions)
+        if "resolution" not in source.model_fields_set:  # as large as its targets
+            source = source.model_copy(update=entry.model_dump(include={"resolution", "resolution_type"}))
+        return Source(name, pictures, captions, self.geometry(source), how="own size (loose)")
 
-    def generated(self, entry: Dataset, generator: Generator, targets: Pictures) -> References:
+    def generated(self, entry: Dataset, generator: Generator, targets: Pictures) -> Source:
         """The set that a generator makes: the targets, degraded."""
+        kind, kept = generator.type, generator.when == "start"
         try:
-            check_generator(generator.type, generator.parameters)
+            check_generator(kind, generator.parameters)
         except ValueError as error:
             self.wrong("generators", f"{entry.id}: {error}")
-        if entry.vae_cache_clear_each_epoch and generator.when == "start":
-            what = f"vae_cache_clear_each_epoch needs {generator.type} with when: step"
-            self.wrong("generators", f"{entry.id}: {what}")
+        if entry.vae_cache_clear_each_epoch and kept:
+            self.wrong("generators", f"{entry.id}: vae_cache_clear_each_epoch needs {kind} with when: step")
         captions = [generator.captions] if isinstance(generator.captions, str) else generator.captions or []
         if not all(map(str.strip, captions)):
-            self.wrong("generators", f"{entry.id}: one of the captions of {generator.type} is empty")
+            self.wrong("generators", f"{entry.id}: one of the captions of {kind} is empty")
+        how = f"made from the targets by {kind}, {'once' if kept else 'anew at every use'}"
+        how += ": the degraded picture is the reference, the original the target"
         own = dict.fromkeys(targets, tuple(captions))
-        return References(generated_id(entry, generator), targets, own, generator=generator)
+        return Source(generated_id(entry, generator), targets, own, generator=generator, how=how)
 
-    def check_captions(self, entry: Dataset, found: Found):
-        """Every use needs a caption, and it must be clear whose it is."""
-        sets = [references for references in found.sets if not references.mask]
-        masks = len(found.sets) - len(sets)
+    def check(self, entry: Dataset, others: list[Source]):
+        """Every use needs a caption, it must be clear whose it is, and what a set says must agree."""
+        references = [source for source in others if not source.mask]
+        with_own, masks = [s.id for s in references if any(s.captions.values())], len(others) - len(references)
+        if entry.strategy == "instanceprompt" and not all(map(str.strip, entry.instance_prompt or [""])):
+            self.wrong("incomplete entries", f"{entry.id}: caption_strategy instanceprompt needs instance_prompt")
+        if sum(map(bool, (entry.side_by_side, entry.reference_suffix, entry.pairs_file))) > 1:
+            what = "side_by_side, reference_suffix and pairs_file exclude each other"
+            self.wrong("incomplete entries", f"{entry.id}: {what}")
         if masks > 1:
             self.wrong("incomplete entries", f"{entry.id} names {masks} sets of masks; one is all it can use")
-        with_own = [references.id for references in sets if any(references.captions.values())]
-        if self.config.conditioning_multidataset_sampling == "combined" and len(sets) > 1 and with_own:
-            what = f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot"
-            self.wrong("captions", what)
-        if entry.strategy is None and entry.pairs_file is None and not (sets and len(with_own) == len(sets)):
+        if self.config.conditioning_multidataset_sampling == "combined" and len(references) > 1 and with_own:
+            self.wrong("captions", f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot")
+        if not (entry.strategy or entry.pairs_file) and not (with_own and len(with_own) == len(references)):
             self.wrong("captions", f"{entry.id} has caption_strategy null, and so have its references")
-        for name, count in Counter(references.id for references in sets).items():
-            if count > 1:
-                self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
+        for name in repeated(source.id for source in references):
+            self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
 
     def geometry(self, entry: Dataset) -> Geometry:
         """How a set's pictures are brought to size."""
-        largest, downsampled = entry.maximum_image_size, entry.target_downsample_size
+        unit, largest, downsampled = entry.resolution_type, entry.maximum_image_size, entry.target_downsample_size
         if (largest is None) != (downsampled is None):
             self.wrong("incomplete entries", f"{entry.id}: maximum_image_size needs target_downsample_size too")
-        if entry.resolution > (67 if entry.resolution_type == "area" else 8192):
-            unit = "megapixels" if entry.resolution_type == "area" else "pixels"
-            self.wrong("sizes that no model takes", f"{entry.id}: resolution {entry.resolution:g} {unit}")
         if largest and (downsampled or 0) > largest:
             self.wrong("incomplete entries", f"{entry.id}: target_downsample_size is above maximum_image_size")
-        square = entry.crop and entry.crop_aspect == "square"
-        style = entry.crop_style.replace("centre", "center")
-        downsample = largest and (largest, downsampled)
-        return Geometry(entry.resolution, entry.resolution_type, self.step, square, style, downsample)
+        if entry.resolution > (67 if unit == "area" else 8192):
+            what = f"resolution {entry.resolution:g} {'megapixels' if unit == 'area' else 'pixels'}"
+            self.wrong("sizes that no model takes", f"{entry.id}: {what}")
+        square, style = entry.crop and entry.crop_aspect == "square", entry.crop_style.replace("centre", "center")
+        return Geometry(entry.resolution, unit, self.step, square, style, largest and (largest, downsampled))
 
-    def example(self, entry: Dataset, geometry: Geometry, found: Found, name: str) -> Example:
+    def example(self, entry: Dataset, targets: Source, others: list[Source], name: str) -> Example:
         """One target with one view per reference set, and its mask."""
-        picture, seed = found.targets[name], (self.config.seed, entry.id, name)
-        target = view(entry, picture, Crop(geometry, picture.size(), seed))
-        views, own_captions, mask = [], [], None
-        for references in found.sets:
-            other = references.pictures[name]
-            if references.mask:
-                mask = self.mask(other, target)
-                continue
-            own_captions.append(references.captions.get(name, ()))
-            own_seed = (*seed, references.id)
-            if made := references.generator:
-                kept = made.instance_data_dir or self.config.cache_dir / "conditioning_data" / references.id
-                how = Degradation(made.type, made.parameters, own_seed, kept if made.when == "start" else None)
-                views.append(replace(target, degradation=how))
-            elif references.geometry:
-                views.append(view(entry, other, Crop(references.geometry, other.size(), own_seed)))
-            else:
-                self.check_aspect(other, picture, "strict references", " or use reference_loose")
-                views.append(replace(target, picture=other, strict=True))
+        seed = (self.config.seed, entry.id, name)
+        target = view(entry, targets.pictures[name], targets.geometry, seed)
+        views = {source: self.other(entry, source, target, name) for source in others}
+        references = {source: made for source, made in views.items() if not source.mask}
+        mask = next((made for made in views.values() if made.mask), None)
+        captions = (targets.captions[name], tuple(source.captions.get(name, ()) for source in references))
         folder = entry.cache_dir_vae or self.config.cache_dir / "latents"
         often = (entry.repeats, entry.probability, entry.is_regularisation_data)
-        captions = (found.captions[name], tuple(own_captions))
-        return Example(entry.id, name, target, tuple(views), *captions, folder, *often, mask)
+        return Example(entry.id, name, target, tuple(references.values()), *captions, folder, *often, mask)
 
-    def check_aspect(self, other: Picture, picture: Picture, what: str, way_out: str = ""):
-        """What is cut by a target's transform has its aspect."""
-        if not same_aspect(other.size(), picture.size()):
-            one, two = f"{other.path} is {other.size()}", f"{picture.path} {picture.size()}"
-            self.wrong(f"{what} of another aspect", f"{one}, {two}; crop them alike{way_out}")
+    def other(self, entry: Dataset, source: Source, target: View, name: str) -> View:
+        """What a set has for a target: a reference, or the mask."""
+        picture, seed = source.pictures[name], (self.config.seed, entry.id, name, source.id)
+        if made := source.generator:
+            kept = made.instance_data_dir or self.config.cache_dir / "conditioning_data" / source.id
+            how = Degradation(made.type, made.parameters, seed, kept if made.when == "start" else None)
+            return replace(target, degradation=how)
+        if source.geometry:
+            return view(entry, picture, source.geometry, seed)
+        if not same_aspect(picture.size(), target.picture.size()):
+            kind, way_out = ("masks", "") if source.mask else ("strict references", " or use reference_loose")
+            what = f"{picture.path} is {picture.size()}, {target.picture.path} {target.picture.size()}"
+            self.wrong(f"{kind} of another aspect", f"{what}; crop them alike{way_out}")
+        cut = replace(target, picture=picture, strict=not source.mask, mask=source.mask)
+        if cut.mask and not self.config.masked_loss_weight and cut.open().getextrema()[0][1] == 0:
+            what = "what is left after the crop is black, so nothing would be learnt of its target"
+            self.wrong("masks without white", f"{picture.path}: {what}")
+        return cut
 
-    def mask(self, picture: Picture, target: View) -> View:
-        """A mask that is cut exactly as its target is."""
-        self.check_aspect(picture, target.picture, "masks")
-        mask = replace(target, picture=picture, mask=True)
-        if not self.config.masked_loss_weight and mask.open().getextrema()[0][1] == 0:
-            text = f"{picture.path}: what is left after the crop is black, so nothing would be learnt of its target"
-            self.wrong("masks without white", text)
-        return mask
 
+def view(entry: Dataset, picture: Picture, geometry: Geometry, seed: tuple[str | int, ...]) -> View:
+    """A picture cut as in epoch 0, or anew in every epoch."""
+    size = picture.size()
 
-def view(entry: Dataset, picture: Picture, crop: Crop) -> View:
-    """A picture by its crop, of epoch 0 or anew in every epoch."""
-    fresh = entry.vae_cache_clear_each_epoch and entry.crop_style == "random"
-    return View(picture, crop.at(0), crop=crop if fresh else None)
+    def crop(epoch: int) -> Transform:
+        return geometry.transform(size, tuple(draw("crop", *seed, epoch).random(2).tolist()))
+
+    return View(
+        picture, crop(0), crop=crop if entry.vae_cache_clear_each_epoch and geometry.style == "random" else None
+    )
 
 
 def generated_id(entry: Dataset, generator: Generator) -> str:
@@ -324,22 +285,19 @@ def generated_id(entry: Dataset, generator: Generator) -> str:
     return f"{entry.id}_conditioning_{generator.name or generator.type}"
 
 
-def described(entry: Dataset, examples: list[Example], found: Found, small: list[str]) -> list[str]:
-    """What the screen says of a target set."""
+def repeated(names: Iterable[str]) -> list[str]:
+    """Those that stand more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def described(entry: Dataset, captions: Captions, others: list[Source]) -> list[str]:
+    """What the screen says of a target set: how much of what there is, and how it is used."""
     source = f"of the set ({entry.strategy})" if entry.strategy else "of its references"
     source = f"of {entry.pairs_file.name}" if entry.pairs_file else source
-    kind = "" if examples and examples[0].references else "; no references: text-to-image"
-    count = sum(len(example.captions) for example in examples)
+    kind = "" if any(not other.mask for other in others) else "; no references: text-to-image"
     lines = [f"{entry.id}: {key} is ignored: {why}" for key, why in entry.ignored.items()]
-    lines.append(f"{entry.id}: {len(examples)} targets, {count} captions {source}{kind}")
-    for references in found.sets:
-        how = "own size (loose)" if references.geometry else "cut like the target (strict)"
-        if made := references.generator:
-            how = f"made from the targets by {made.type}, {'once' if made.when == 'start' else 'anew at every use'}"
-            how += ": the degraded picture is the reference, the original the target"
-        how = "the loss counts where they are white" if references.mask else how
-        own = "; its own captions take the place of the targets'" if any(references.captions.values()) else ""
-        lines.append(f"  reference {references.id}: {len(references.pictures)} pictures, {how}{own}")
-    if small:
-        lines.append(f"  {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}")
+    lines.append(f"{entry.id}: {len(captions)} targets, {sum(map(len, captions.values()))} captions {source}{kind}")
+    for other in others:
+        own = "; its own captions take the place of the targets'" if any(other.captions.values()) else ""
+        lines.append(f"{entry.id}, reference {other.id}: {len(other.pictures)} pictures, {other.how}{own}")
     return lines

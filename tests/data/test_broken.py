@@ -106,7 +106,7 @@ def case_mismatch(data, entries):
     (data / "reference/a.png").rename(data / "reference/A.png")
 
 
-@broken("1 names with several pictures", "target: a.jpg, a.png; keep one of them")
+@broken("1 names with several pictures", "target/a.jpg, a.png; keep one of them")
 def duplicate_stem(data, entries):
     save(data / "target/a.jpg")
 
@@ -148,7 +148,7 @@ def empty_folder(data, entries):
     entries[1]["instance_data_dir"] = str(data / "reference/none")
 
 
-@broken("1 folders that do not exist", "/nowhere", "instance_data_dir")
+@broken("1 folders that cannot be read", "/nowhere", "instance_data_dir")
 def missing_folder(data, entries):
     entries[0]["instance_data_dir"] = str(data / "nowhere")
     shutil.rmtree(data / "reference")
@@ -157,7 +157,7 @@ def missing_folder(data, entries):
     del entries[0]["conditioning_data"]
 
 
-@broken("1 folders that do not exist", "target/a.png/below")
+@broken("1 folders that cannot be read", "target/a.png/below")
 def folder_below_a_file(data, entries):
     entries[0] = {"id": "edits", "instance_data_dir": str(data / "target/a.png/below")}
     del entries[1]
@@ -192,7 +192,7 @@ def empty_caption(data, entries):
     (data / "target/a.txt").write_text(" \n\n")
 
 
-@broken("1 pictures without a caption", "target/a.png (a.txt is not UTF-8)")
+@broken("1 pictures without a caption", "target/a.png (a.txt is no readable UTF-8")
 def latin1_caption(data, entries):
     (data / "target/a.txt").write_bytes("mach es schön".encode("latin-1"))
 
@@ -230,7 +230,7 @@ def no_captions_anywhere(data, entries):
 # --------------------------------------------------------------------------------------------------------- ids
 
 
-@broken("1 unknown ids", "edits: conditioning_data names rfs", "did you mean refs?")
+@broken("1 unknown ids", "edits: conditioning_data names rfs", "did you mean refs?", findings=2)  # refs is unused
 def unknown_id(data, entries):
     entries[0]["conditioning_data"] = ["rfs"]
 
@@ -305,7 +305,7 @@ def refused_generator(data, entries):
     generated(entries, {"type": "canny"})
 
 
-@broken("1 generators", "blur_type is 'gausian'", "one of gaussian, box, both")
+@broken("1 generators", "blur_type is 'gausian'", "'gaussian', 'box' or 'both'")
 def unknown_blur_type(data, entries):
     generated(entries, {"type": "superresolution", "blur_type": "gausian"})
 
@@ -315,7 +315,7 @@ def reversed_quality_range(data, entries):
     generated(entries, {"type": "jpeg_artifacts", "quality_mode": "range", "quality_range": [30, 10]})
 
 
-@broken("1 generators", "has no parameter 'blur_radios'", "did you mean blur_radius?")
+@broken("1 generators", "superresolution.blur_radios is 3", "did you mean blur_radius?")
 def unknown_generator_parameter(data, entries):
     generated(entries, {"type": "superresolution", "blur_radios": 3})
 
@@ -323,17 +323,17 @@ def unknown_generator_parameter(data, entries):
 # ---------------------------------------------------------------------------------------------------- pairs files
 
 
-@broken("1 paths that leave the folder", "pairs.jsonl, line 2")
+@broken("1 malformed lines", "pairs.jsonl, line 2")
 def absolute_path(data, entries):
     rows(data, entries, GOOD, {**GOOD, "target": str(data / "target/sub/b.png")})
 
 
-@broken("1 paths that leave the folder", "pairs.jsonl, line 1", "without ..")
+@broken("1 malformed lines", "pairs.jsonl, line 1", "without ..")
 def path_out_of_the_folder(data, entries):
     rows(data, entries, {**GOOD, "reference": "../data/reference/a.png"})
 
 
-@broken("1 malformed lines", "pairs.jsonl, line 2 is not one JSON object")
+@broken("1 malformed lines", "pairs.jsonl, line 2: not one JSON object")
 def malformed_line(data, entries):
     rows(data, entries, GOOD, '{"target": "target/sub/b.png",')
 
@@ -380,7 +380,7 @@ def csv_with_unquoted_comma(data, entries):
     rows(data, entries, *lines, name="pairs.csv")
 
 
-@broken("1 files that do not exist", "nowhere.jsonl", "pairs_file")
+@broken("1 files that cannot be read", "pairs_file", "nowhere.jsonl")
 def missing_pairs_file(data, entries):
     entries[:] = [{"id": "edits", "pairs_file": str(data / "nowhere.jsonl")}]
 

@@ -61,7 +61,7 @@ def test_fit_gives_the_size_and_never_stretches(size):
 
 def test_the_crop_is_centred_and_its_share_is_what_is_said():
     left, upper, right, lower = crop_box(Size(200, 100), Size(96, 96))
-    assert (left, upper, right, lower) == (50, 0, 150, 100)
+    assert (left, upper, right, lower) == (0.25, 0, 0.75, 1)
     assert share_cut(Size(200, 100), Size(96, 96)) == 0.5
 
 

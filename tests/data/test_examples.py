@@ -199,13 +199,20 @@ def test_the_second_start_encodes_nothing_and_other_weights_encode_anew(kontext,
     assert start().encode(CPU) == (0, 15)
 
 
+def test_two_sets_of_the_same_pictures_may_have_caches_of_their_own(kontext, tmp_path, examples):
+    (first,) = one_set(examples[:1])
+    prepared = ready(kontext, tmp_path, [first, replace(first, set_id="twin", cache_dir=tmp_path / "own")])
+    one, other = (prepared.batch([use], CPU) for use in prepared.uses(0))
+    assert torch.equal(one.target, other.target) and list((tmp_path / "own").rglob("*.safetensors"))
+
+
 def test_a_damaged_entry_is_found_and_made_again(kontext, tmp_path, examples, capsys):
     prepared = ready(kontext, tmp_path, one_set(examples))
     path = Cache(tmp_path / "latents").path(prepared.keys[examples[0].target])
     content = bytearray(path.read_bytes())
     for damage in (bytes(content[:100]), bytes(content[:-4]) + b"\x00\x01\x02\x03"):
         path.write_bytes(damage)
-        with pytest.raises(ValueError, match="damaged.*delete it"):
+        with pytest.raises(ValueError, match="damaged.*start again"):
             prepared.batch([prepared.uses(0)[0]], CPU)
         assert prepared.encode(CPU) == (0, 1)
         assert "damaged; it is made anew" in capsys.readouterr().out
