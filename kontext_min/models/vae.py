@@ -63,38 +63,33 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(rearrange(attention, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
-class Downsample(nn.Module):
+def named(**parts: nn.Module) -> nn.Sequential:
+    """Modules that run one after another, under the names of the files."""
+    return nn.Sequential(OrderedDict(parts))
+
+
+def downsample(channels: int) -> nn.Sequential:
     """Halve the resolution: pad right and bottom by one (not symmetric), 3x3 convolution with stride 2."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Sequential:
     """Double the resolution: nearest neighbour, 3x3 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
 
 
 def level(channels: list[int], groups: int) -> nn.Sequential:
     """Residual blocks at one resolution, from channels[0] to [1] and so on; a change of resolution may follow."""
-    blocks = (ResnetBlock(before, after, groups) for before, after in pairwise(channels))
-    return nn.Sequential(OrderedDict(block=nn.Sequential(*blocks)))
+    return named(block=nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in pairwise(channels))))
 
 
 def middle(channels: int, groups: int) -> nn.Sequential:
     """Residual block, attention, residual block at the lowest resolution."""
-    block_1, attn_1 = ResnetBlock(channels, channels, groups), AttnBlock(channels, groups)
-    return nn.Sequential(OrderedDict(block_1=block_1, attn_1=attn_1, block_2=ResnetBlock(channels, channels, groups)))
+    return named(
+        block_1=ResnetBlock(channels, channels, groups),
+        attn_1=AttnBlock(channels, groups),
+        block_2=ResnetBlock(channels, channels, groups),
+    )
 
 
 class Encoder(nn.Module):
@@ -108,7 +103,7 @@ class Encoder(nn.Module):
         for i, out in enumerate(channels):
             self.down.append(level([width] + [out] * config.layers_per_block, groups))
             if i < len(channels) - 1:
-                self.down[i].downsample = Downsample(out)
+                self.down[i].downsample = downsample(out)
             width = out
         self.mid = middle(width, groups)
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
@@ -132,7 +127,7 @@ class Decoder(nn.Module):
         for i, out in reversed(list(enumerate(channels))):
             self.up.insert(0, level([width] + [out] * (config.layers_per_block + 1), groups))
             if i > 0:
-                self.up[0].upsample = Upsample(out)
+                self.up[0].upsample = upsample(out)
             width = out
         self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
