@@ -7,9 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kontext_min import flow, sampler
+from kontext_min import flow, presets, sampler
+from kontext_min.adapters.inject import apply_updates, placed
+from kontext_min.adapters.read import AdapterFile
+from kontext_min.checkpoints import load
 from kontext_min.data.buckets import LANCZOS, Size, fit, nearest_aspect, parse_size
-from kontext_min.encoders import decode_image, encode_image
+from kontext_min.encoders import decode_image, encode_image, encode_texts
 from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
@@ -32,6 +35,27 @@ class Editor:
     def device(self) -> torch.device:
         """Where the sampling runs."""
         return next(self.flux.parameters()).device
+
+
+def open_editor(
+    model: str, loras: list[tuple[AdapterFile, float]], texts: list[str], device: torch.device, dtype: torch.dtype
+) -> tuple[Editor, dict[str, Text]]:
+    """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec).
+
+    loras: each with its strength; ValueError names the one that does not fit, before anything is loaded.
+    """
+    checkpoint = load.find(presets.locate(model))
+    empty, *_ = load.empty_flux(checkpoint)
+    for lora, _ in loras:
+        try:
+            placed(empty, lora.updates)
+        except ValueError as error:
+            raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
+    encoded = encode_texts(checkpoint, texts, device, dtype)
+    vae, flux = load.load_vae(checkpoint, device, torch.float32), load.load_flux(checkpoint, device, dtype)
+    for lora, strength in loras:
+        apply_updates(flux, lora.updates, strength, dtype)
+    return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
 
 
 def output_size(references: list[Size], size: str, reference_size: str, preset: Preset, multiple: int) -> Size:
