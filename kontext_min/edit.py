@@ -64,23 +64,19 @@ def output_size(references: list[Size], size: str, reference_size: str, preset: 
         return parse_size(size).floored(multiple)
     if not references:
         return preset.default
-    return sized(references[0], nearest_aspect(references[0], preset.sizes), reference_size, multiple)
+    return seen_size(references[0], reference_size, nearest_aspect(references[0], preset.sizes), preset, multiple)
 
 
-def sized(reference: Size, match: Size, rule: str, multiple: int) -> Size:
-    """The size in which the model sees a reference. rule: keep (floored to tokens), match, or WxH; auto has `match`."""
-    if rule == "keep":
-        return reference.floored(multiple)
-    return match if rule in ("auto", "match") else parse_size(rule).floored(multiple)
+def seen_size(original: Size, rule: str, output: Size, preset: Preset, multiple: int) -> Size:
+    """The size in which the model sees a reference: `keep` its own in tokens, `match` the output's, `auto`, or WxH."""
+    sizes = {"match": output, "keep": original.floored(multiple), "auto": nearest_aspect(original, preset.sizes)}
+    return sizes.get(rule) or parse_size(rule).floored(multiple)
 
 
-def prepare_reference(image: Image.Image, size: Size, rule: str, preset: Preset, multiple: int) -> Image.Image:
-    """A reference as the model sees it; `size` is the output's. `keep` resizes without a crop, all others crop."""
-    original = Size(*image.size)
-    if rule == "keep":
-        return image.resize(original.floored(multiple), LANCZOS)
-    match = nearest_aspect(original, preset.sizes) if rule == "auto" else size
-    return fit(image, sized(original, match, rule, multiple))
+def prepare_reference(image: Image.Image, output: Size, rule: str, preset: Preset, multiple: int) -> Image.Image:
+    """A reference as the model sees it. `keep` resizes without a crop, all others crop."""
+    size = seen_size(Size(*image.size), rule, output, preset, multiple)
+    return image.resize(size, LANCZOS) if rule == "keep" else fit(image, size)
 
 
 def edit(

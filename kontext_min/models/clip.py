@@ -14,12 +14,7 @@ from torch import Tensor, nn
 LEGACY_EOS = 2  # what the published config.json says, wrongly: then the end of text is the largest id
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), OpenAI's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's approximation; exact
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,6 @@ def word_slices(tokenizer: T5Tokenizer, prompt: str) -> dict[str, slice]:
 # ------------------------------------------------------------------------------------------------ measures
 
 
-def relative(part: Tensor, whole: Tensor) -> float:
-    """||part|| / ||whole||."""
-    return float(part.norm() / whole.norm())
-
-
 def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]) -> tuple[Table, ...]:
     """Make the edit as it is, and once within each context, named by (row, column).
 
@@ -125,7 +120,7 @@ def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractCon
     for (row, column), context in contexts.items():
         with context:
             x = experiment.run()
-        moved[row][column] = relative(x - plain, plain)
+        moved[row][column] = float((x - plain).norm() / plain.norm())
         pictures[row][column] = experiment.picture(x)
         quality[row][column] = psnr(pictures[row][column], before)
     return moved, quality, pictures
@@ -170,18 +165,16 @@ def follow(experiment: Experiment) -> tuple[list[Tensor], Table]:
     """
     predicted, table, field = [], defaultdict(dict), experiment.field(experiment.condition)
     less = {"text": experiment.conditions[""], "reference": replace(experiment.condition, references=[])}
+    without = {name: experiment.field(condition) for name, condition in less.items()}
+    if any(updates(experiment.flux)):
+        without["LoRA"] = muted(experiment.flux)(field)  # the same field, within the context
 
-    def watched(*at) -> Tensor:
-        v, (x, t, _) = field(*at), at
-        without = {name: experiment.field(condition)(*at) for name, condition in less.items()}
-        if any(updates(experiment.flux)):
-            with muted(experiment.flux):
-                without["LoRA"] = field(*at)
+    def watched(x: Tensor, t: Tensor, progress: float) -> Tensor:
+        v, column = field(x, t, progress), f"t = {float(t[0]):.3f}"
         predicted.append(x - t * v)
-        column = f"t = {float(t[0]):.3f}"
         table["speed"][column] = float(v.square().mean().sqrt())
         for name, other in without.items():
-            table[name][column] = relative(v - other, v)
+            table[name][column] = float((v - other(x, t, progress)).norm() / v.norm())
         return v
 
     for _ in sampler.euler(watched, experiment.noise, experiment.times):
