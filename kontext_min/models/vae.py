@@ -99,15 +99,14 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config.channels, config.groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down, width = nn.Sequential(), channels[0]
-        for i, out in enumerate(channels):
-            self.down.append(level([width] + [out] * config.layers_per_block, groups))
-            if i < len(channels) - 1:
-                self.down[i].downsample = downsample(out)
-            width = out
-        self.mid = middle(width, groups)
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+        self.down = nn.Sequential()
+        for before, out in pairwise((channels[0], *channels)):
+            self.down.append(level([before] + [out] * config.layers_per_block, groups))
+            if len(self.down) < len(channels):
+                self.down[-1].downsample = downsample(out)
+        self.mid = middle(channels[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.mid(self.down(self.conv_in(x)))
@@ -120,17 +119,15 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups = config.channels, config.groups
-        width = channels[-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
-        self.mid = middle(width, groups)
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
+        self.mid = middle(channels[-1], groups)
         self.up = nn.ModuleList()
-        for i, out in reversed(list(enumerate(channels))):
-            self.up.insert(0, level([width] + [out] * (config.layers_per_block + 1), groups))
-            if i > 0:
+        for before, out in pairwise((channels[-1], *reversed(channels))):
+            self.up.insert(0, level([before] + [out] * (config.layers_per_block + 1), groups))
+            if len(self.up) < len(channels):
                 self.up[0].upsample = upsample(out)
-            width = out
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+        self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
