@@ -7,9 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from kontext_min import flow, sampler
+from kontext_min import flow, presets, sampler
+from kontext_min.adapters.inject import apply_updates, placed
+from kontext_min.adapters.read import AdapterFile
+from kontext_min.checkpoints import load
 from kontext_min.data.buckets import LANCZOS, Size, fit, nearest_aspect, parse_size
-from kontext_min.encoders import decode_image, encode_image
+from kontext_min.encoders import decode_image, encode_image, encode_texts
 from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
@@ -34,29 +37,46 @@ class Editor:
         return next(self.flux.parameters()).device
 
 
+def open_editor(
+    model: str, loras: list[tuple[AdapterFile, float]], texts: list[str], device: torch.device, dtype: torch.dtype
+) -> tuple[Editor, dict[str, Text]]:
+    """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec).
+
+    loras: each with its strength; ValueError names the one that does not fit, before anything is loaded.
+    """
+    checkpoint = load.find(presets.locate(model))
+    empty, *_ = load.empty_flux(checkpoint)
+    for lora, _ in loras:
+        try:
+            placed(empty, lora.updates)
+        except ValueError as error:
+            raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
+    encoded = encode_texts(checkpoint, texts, device, dtype)
+    vae, flux = load.load_vae(checkpoint, device, torch.float32), load.load_flux(checkpoint, device, dtype)
+    for lora, strength in loras:
+        apply_updates(flux, lora.updates, strength, dtype)
+    return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
+
+
 def output_size(references: list[Size], size: str, reference_size: str, preset: Preset, multiple: int) -> Size:
     """The size of the picture to make: as asked, else that of the first reference as the model will see it."""
     if size != "auto":
         return parse_size(size).floored(multiple)
     if not references:
         return preset.default
-    return sized(references[0], nearest_aspect(references[0], preset.sizes), reference_size, multiple)
+    return seen_size(references[0], reference_size, nearest_aspect(references[0], preset.sizes), preset, multiple)
 
 
-def sized(reference: Size, match: Size, rule: str, multiple: int) -> Size:
-    """The size in which the model sees a reference. rule: keep (floored to tokens), match, or WxH; auto has `match`."""
-    if rule == "keep":
-        return reference.floored(multiple)
-    return match if rule in ("auto", "match") else parse_size(rule).floored(multiple)
+def seen_size(original: Size, rule: str, output: Size, preset: Preset, multiple: int) -> Size:
+    """The size in which the model sees a reference: `keep` its own in tokens, `match` the output's, `auto`, or WxH."""
+    sizes = {"match": output, "keep": original.floored(multiple), "auto": nearest_aspect(original, preset.sizes)}
+    return sizes.get(rule) or parse_size(rule).floored(multiple)
 
 
-def prepare_reference(image: Image.Image, size: Size, rule: str, preset: Preset, multiple: int) -> Image.Image:
-    """A reference as the model sees it; `size` is the output's. `keep` resizes without a crop, all others crop."""
-    original = Size(*image.size)
-    if rule == "keep":
-        return image.resize(original.floored(multiple), LANCZOS)
-    match = nearest_aspect(original, preset.sizes) if rule == "auto" else size
-    return fit(image, sized(original, match, rule, multiple))
+def prepare_reference(image: Image.Image, output: Size, rule: str, preset: Preset, multiple: int) -> Image.Image:
+    """A reference as the model sees it. `keep` resizes without a crop, all others crop."""
+    size = seen_size(Size(*image.size), rule, output, preset, multiple)
+    return image.resize(size, LANCZOS) if rule == "keep" else fit(image, size)
 
 
 def edit(

@@ -46,10 +46,8 @@ def position_ids(height: int, width: int, index: int = 0, offset: tuple[int, int
 
     index is 0 for the target and 1 for every reference; offset moves a further reference by (rows, columns) of tokens.
     """
-    rows = torch.arange(height // 2, dtype=torch.float32) + offset[0]
-    columns = torch.arange(width // 2, dtype=torch.float32) + offset[1]
-    grid = torch.cartesian_prod(rows, columns)  # (h/2 * w/2, 2), row-major
-    return torch.cat([torch.full((len(grid), 1), float(index)), grid], dim=1)
+    rows, columns = torch.arange(height // 2) + offset[0], torch.arange(width // 2) + offset[1]
+    return torch.cartesian_prod(torch.tensor([index]), rows, columns).float()  # row-major
 
 
 def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -68,10 +66,9 @@ def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def sequence_ids(target: Tensor, references: list[Tensor]) -> Tensor:
     """Position ids of the target's tokens followed by every reference's, (L_img, 3), on the target's device."""
-    sizes = [(r.shape[-2], r.shape[-1]) for r in references]
-    ids = [position_ids(target.shape[-2], target.shape[-1])]
-    for size, offset in zip(sizes, reference_offsets(sizes), strict=True):
-        ids.append(position_ids(*size, index=1, offset=offset))
+    sizes = [latents.shape[-2:] for latents in references]
+    ids = [position_ids(*target.shape[-2:])]
+    ids += [position_ids(*size, 1, offset) for size, offset in zip(sizes, reference_offsets(sizes), strict=True)]
     return torch.cat(ids).to(target.device)
 
 
@@ -90,7 +87,7 @@ def velocity(flux: Flux, x_t: Tensor, t: Tensor, condition: Condition, guidance:
         y=condition.vec,
         guidance=guidance,
     )
-    return unpack(prediction[:, : tokens[0].shape[1]], x_t.shape[-2], x_t.shape[-1])
+    return unpack(prediction[:, : tokens[0].shape[1]], *x_t.shape[-2:])
 
 
 # ------------------------------------------------------------------------------------------------ time

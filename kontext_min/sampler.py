@@ -5,6 +5,7 @@ Pure functions of callables: `guided` makes a velocity field of a transformer an
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,8 +49,6 @@ def euler(field: Field, x: Tensor, times: Tensor) -> Iterator[Tensor]:
 
     x (B, 16, h, w) fp32, noise at t = 1; times (steps + 1,), falling. The state stays in fp32.
     """
-    steps = len(times) - 1
-    for i in range(steps):
-        t = times[i].to(x.device).expand(x.shape[0])
-        x = x + (times[i + 1] - times[i]).to(x.device) * field(x, t, i / steps)
+    for i, (t, after) in enumerate(pairwise(times.to(x.device))):
+        x = x + (after - t) * field(x, t.expand(x.shape[0]), i / (len(times) - 1))
         yield x

@@ -14,12 +14,7 @@ from torch import Tensor, nn
 LEGACY_EOS = 2  # what the published config.json says, wrongly: then the end of text is the largest id
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), OpenAI's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's approximation; exact
 
 
 @dataclass(frozen=True)
@@ -37,28 +32,14 @@ class CLIPConfig:
     eps: float = 1e-5
 
 
-class Embeddings(nn.Module):
-    """Token plus position."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_positions, config.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        linears = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = linears
 
     def forward(self, x: Tensor) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -95,37 +76,28 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    """All layers, under the files' name `encoder.layers`."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-
-
-class TextModel(nn.Module):
-    """Embeddings, layers and the final norm, under the files' prefix `text_model.`."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
-
-
 class CLIPText(nn.Module):
     """ids (B, L) int64, ending in one or more end-of-text tokens -> pooled (B, hidden_size)."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
-        self.text_model = TextModel(config)
+        token = nn.Embedding(config.vocab_size, config.hidden_size)
+        position = nn.Embedding(config.max_positions, config.hidden_size)
+        layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({"token_embedding": token, "position_embedding": position}),
+            "encoder": nn.ModuleDict({"layers": layers}),
+            "final_layer_norm": nn.LayerNorm(config.hidden_size, eps=config.eps),
+        })  # fmt: skip
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.text_model.embeddings(ids)  # (B, L, hidden)
-        for layer in self.text_model.encoder.layers:
+        text = self.text_model
+        positions = text.embeddings.position_embedding.weight[: ids.shape[1]]
+        x = text.embeddings.token_embedding(ids) + positions  # (B, L, hidden)
+        for layer in text.encoder.layers:
             x = layer(x)
-        x = self.text_model.final_layer_norm(x)
+        x = text.final_layer_norm(x)
         eos = self.config.eos_token_id
         first_end = ids.argmax(dim=-1) if eos == LEGACY_EOS else (ids == eos).int().argmax(dim=-1)  # (B,)
         return x[torch.arange(len(x), device=x.device), first_end]

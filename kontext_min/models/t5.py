@@ -46,10 +46,10 @@ def position_buckets(length: int, num_buckets: int, max_distance: int, device: t
 class T5LayerNorm(nn.Module):
     """x / rms(x) * weight: no mean, no bias; the variance is taken in fp32."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, config: T5Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.eps = config.eps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.weight.dtype)
@@ -62,9 +62,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.num_heads = config.num_heads
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_bias_table:
             self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
@@ -80,56 +78,26 @@ class DenseReluDense(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_0, self.wi_1 = (nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
         self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
-class AttentionLayer(nn.Module):
-    """x + attention(norm(x))."""
-
-    def __init__(self, config: T5Config, has_bias_table: bool):
-        super().__init__()
-        self.SelfAttention = SelfAttention(config, has_bias_table)
-        self.layer_norm = T5LayerNorm(config.d_model, config.eps)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return x + self.SelfAttention(self.layer_norm(x), bias)
-
-
-class FeedForwardLayer(nn.Module):
-    """x + feed-forward(norm(x))."""
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.DenseReluDense = DenseReluDense(config)
-        self.layer_norm = T5LayerNorm(config.d_model, config.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.DenseReluDense(self.layer_norm(x))
-
-
 class Block(nn.Module):
-    """Attention, then feed-forward, under the names of the files: `layer.0` and `layer.1`."""
+    """Attention, then feed-forward, each as x + f(norm(x)), under the names of the files: `layer.0` and `layer.1`."""
 
     def __init__(self, config: T5Config, has_bias_table: bool):
         super().__init__()
-        self.layer = nn.ModuleList([AttentionLayer(config, has_bias_table), FeedForwardLayer(config)])
+        attention = {"SelfAttention": SelfAttention(config, has_bias_table), "layer_norm": T5LayerNorm(config)}
+        feed_forward = {"DenseReluDense": DenseReluDense(config), "layer_norm": T5LayerNorm(config)}
+        self.layer = nn.ModuleList([nn.ModuleDict(attention), nn.ModuleDict(feed_forward)])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.layer[1](self.layer[0](x, bias))
-
-
-class Stack(nn.Module):
-    """All blocks and the final norm."""
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.block = nn.ModuleList(Block(config, has_bias_table=i == 0) for i in range(config.num_layers))
-        self.final_layer_norm = T5LayerNorm(config.d_model, config.eps)
+        first, second = self.layer
+        x = x + first.SelfAttention(first.layer_norm(x), bias)
+        return x + second.DenseReluDense(second.layer_norm(x))
 
 
 class T5Encoder(nn.Module):
@@ -139,7 +107,8 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Stack(config)
+        blocks = nn.ModuleList(Block(config, has_bias_table=i == 0) for i in range(config.num_layers))
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": T5LayerNorm(config)})
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.shared(ids)  # (B, L, d_model)

@@ -3,7 +3,9 @@
 Names and layout are those of Black Forest Labs' `ae.safetensors` (83,819,683 parameters, 244 tensors).
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -37,13 +39,13 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
@@ -52,10 +54,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm(x)
@@ -64,60 +63,33 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(rearrange(attention, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
-class Downsample(nn.Module):
+def named(**parts: nn.Module) -> nn.Sequential:
+    """Modules that run one after another, under the names of the files."""
+    return nn.Sequential(OrderedDict(parts))
+
+
+def downsample(channels: int) -> nn.Sequential:
     """Halve the resolution: pad right and bottom by one (not symmetric), 3x3 convolution with stride 2."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Sequential:
     """Double the resolution: nearest neighbour, 3x3 convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
 
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, then (but at the last level) a change of resolution."""
-
-    def __init__(
-        self, blocks: list[ResnetBlock], downsample: nn.Module | None = None, upsample: nn.Module | None = None
-    ):
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-        if downsample is not None:
-            self.downsample = downsample
-        if upsample is not None:
-            self.upsample = upsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+def level(channels: list[int], groups: int) -> nn.Sequential:
+    """Residual blocks at one resolution, from channels[0] to [1] and so on; a change of resolution may follow."""
+    return named(block=nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in pairwise(channels))))
 
 
-class Middle(nn.Module):
+def middle(channels: int, groups: int) -> nn.Sequential:
     """Residual block, attention, residual block at the lowest resolution."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+    return named(
+        block_1=ResnetBlock(channels, channels, groups),
+        attn_1=AttnBlock(channels, groups),
+        block_2=ResnetBlock(channels, channels, groups),
+    )
 
 
 class Encoder(nn.Module):
@@ -127,21 +99,18 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config.channels, config.groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        levels, width = [], channels[0]
-        for i, out in enumerate(channels):
-            blocks = [ResnetBlock(width if j == 0 else out, out, groups) for j in range(config.layers_per_block)]
-            levels.append(Level(blocks, downsample=Downsample(out) if i < len(channels) - 1 else None))
-            width = out
-        self.down = nn.ModuleList(levels)
-        self.mid = Middle(width, groups)
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)
+        self.down = nn.Sequential()
+        for before, out in pairwise((channels[0], *channels)):
+            self.down.append(level([before] + [out] * config.layers_per_block, groups))
+            if len(self.down) < len(channels):
+                self.down[-1].downsample = downsample(out)
+        self.mid = middle(channels[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        h = self.mid(self.down(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -150,22 +119,20 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         channels, groups = config.channels, config.groups
-        width = channels[-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
-        self.mid = Middle(width, groups)
-        levels = []
-        for i, out in reversed(list(enumerate(channels))):
-            blocks = [ResnetBlock(width if j == 0 else out, out, groups) for j in range(config.layers_per_block + 1)]
-            levels.insert(0, Level(blocks, upsample=Upsample(out) if i > 0 else None))
-            width = out
-        self.up = nn.ModuleList(levels)
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, config.in_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
+        self.mid = middle(channels[-1], groups)
+        self.up = nn.ModuleList()
+        for before, out in pairwise((channels[-1], *reversed(channels))):
+            self.up.insert(0, level([before] + [out] * (config.layers_per_block + 1), groups))
+            if len(self.up) < len(channels):
+                self.up[0].upsample = upsample(out)
+        self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
+        for up in reversed(self.up):
+            h = up(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -180,8 +147,7 @@ class VAE(nn.Module):
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, 8h, 8w) in [-1, 1] -> raw mean and log-variance, each (B, 16, h, w)."""
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
-        return mean, logvar
+        return self.encoder(x).chunk(2, dim=1)
 
     def encode(self, x: Tensor) -> Tensor:
         """x (B, 3, 8h, 8w) in [-1, 1] -> (mean - shift) * scale, (B, 16, h, w)."""

@@ -10,6 +10,7 @@ drift      the edit applied to its own result, again and again
 import argparse
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ from kontext_min.study import hooks
 from kontext_min.study.experiment import Experiment, ablation, anatomy, follow, repeat
 from kontext_min.study.pictures import heat_map, overlay, rows_of, write_page
 
-Sections = list[tuple[str, str, Image.Image]]  # name, caption, picture
+Sections = Iterator[tuple[str, str, Image.Image]]  # name, caption, picture
 
 
 def attention(edit: Experiment, args: argparse.Namespace) -> Sections:
@@ -63,8 +64,9 @@ def attention(edit: Experiment, args: argparse.Namespace) -> Sections:
         "words": "Over all blocks, heads and steps, every map divided by its mean; x is the peak.",
         "between": "Where the tokens of one picture look in the other, by block.",
     }
-    found = [(name, captions.get(name, f"Where it looks at “{word}”."), rows_of(rows)) for name, rows in sheets.items()]
-    return [*found, ("streams", "Shares of one stream's attention that go to another.", heat_map(shares))]
+    about = f"Where it looks at “{word}”."
+    yield from ((name, captions.get(name, about), rows_of(rows)) for name, rows in sheets.items())
+    yield "streams", "Shares of one stream's attention that go to another.", heat_map(shares)
 
 
 def ablate(edit: Experiment, args: argparse.Namespace) -> Sections:
@@ -79,23 +81,19 @@ def ablate(edit: Experiment, args: argparse.Namespace) -> Sections:
         for head in range(flux.config.num_heads if args.heads else 0):
             contexts[block, f"head {head} off"] = hooks.zero_head(flux, f"{block}.attend", head)
     moved, psnr, pictures = ablation(edit, contexts)
-    return [
-        ("latents", "How far the finished latents move: ||x - x'|| / ||x||.", heat_map(moved)),
-        ("psnr", "PSNR of the pictures in dB: low is far, 99 is equal.", heat_map(psnr, "{:.1f}")),
-        ("pictures", "What comes out.", rows_of(pictures)),
-    ]
+    yield "latents", "How far the finished latents move: ||x - x'|| / ||x||.", heat_map(moved)
+    yield "psnr", "PSNR of the pictures in dB: low is far, 99 is equal.", heat_map(psnr, "{:.1f}")
+    yield "pictures", "What comes out.", rows_of(pictures)
 
 
 def lora(edit: Experiment, args: argparse.Namespace) -> Sections:
     """Tables of every update, and how far the result moves without a block's updates."""
     norm, rank, effect = anatomy(edit)
     moved, _, _ = ablation(edit, {(block, "latents"): muted(edit.flux, block) for block in norm})
-    return [
-        ("norm", "||dW||, the Frobenius norm of what is added to the weight.", heat_map(norm)),
-        ("rank", "Effective rank of dW: e to the entropy of its singular values' shares.", heat_map(rank)),
-        ("effect", "||dW x|| / ||W x|| on the inputs x of this edit.", heat_map(effect)),
-        ("without", "How far the finished latents move without a block's updates.", heat_map(moved)),
-    ]
+    yield "norm", "||dW||, the Frobenius norm of what is added to the weight.", heat_map(norm)
+    yield "rank", "Effective rank of dW: e to the entropy of its singular values' shares.", heat_map(rank)
+    yield "effect", "||dW x|| / ||W x|| on the inputs x of this edit.", heat_map(effect)
+    yield "without", "How far the finished latents move without a block's updates.", heat_map(moved)
 
 
 def path(edit: Experiment, args: argparse.Namespace) -> Sections:
@@ -103,10 +101,8 @@ def path(edit: Experiment, args: argparse.Namespace) -> Sections:
     predicted, table = follow(edit)
     strip = dict(zip(table["speed"], map(edit.picture, predicted), strict=True))
     caption = "Speed: root mean square of v. What text, reference and LoRA change: ||v - v without|| / ||v||."
-    return [
-        ("predictions", "The picture as predicted at every step, x - t v.", rows_of({"": strip})),
-        ("velocity", caption, heat_map(table, by_row=True)),
-    ]
+    yield "predictions", "The picture as predicted at every step, x - t v.", rows_of({"": strip})
+    yield "velocity", caption, heat_map(table, by_row=True)
 
 
 def drift(edit: Experiment, args: argparse.Namespace) -> Sections:
@@ -114,10 +110,8 @@ def drift(edit: Experiment, args: argparse.Namespace) -> Sections:
     pictures, table = repeat(edit, args.rounds)
     strip = {f"round {i}" if i else "given": picture for i, picture in enumerate(pictures)}
     caption = "Beside the given picture: PSNR in dB, shift in pixels (sure with a confidence of 1), colours of 255."
-    return [
-        ("pictures", "The edit, applied to its own result.", rows_of({"": strip})),
-        ("numbers", caption, heat_map(table, by_row=True)),
-    ]
+    yield "pictures", "The edit, applied to its own result.", rows_of({"": strip})
+    yield "numbers", caption, heat_map(table, by_row=True)
 
 
 COMMANDS = {run.__name__: run for run in (attention, ablate, lora, path, drift)}
@@ -142,7 +136,7 @@ def main(argv: list[str] | None = None):
     add("--out", type=Path, metavar="DIR", help="for the page and its pictures (output/study/COMMAND)")
     args = parser.parse_args(argv)
     edit = Experiment.open(args.image, args.prompt, **{name: getattr(args, name) for name in settings})
-    sections = COMMANDS[args.command](edit, args)
+    sections = list(COMMANDS[args.command](edit, args))
     about = " · ".join(filter(None, (f"“{args.prompt}”", args.image, args.model, args.lora, f"{args.steps} steps")))
     print(write_page(args.out or Path("output/study", args.command), args.command, about, sections))
 

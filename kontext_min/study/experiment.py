@@ -15,14 +15,14 @@ from PIL import Image, ImageStat
 from torch import Tensor
 
 from kontext_min import flow, presets, sampler
-from kontext_min.adapters.inject import apply_updates, muted, updates
+from kontext_min.adapters.inject import muted, updates
 from kontext_min.adapters.layers import Adapted
 from kontext_min.adapters.read import read_adapter
-from kontext_min.checkpoints import load
+from kontext_min.checkpoints.load import find
 from kontext_min.data.align import psnr, shift_between
-from kontext_min.data.buckets import Size, open_image
-from kontext_min.edit import output_size, prepare_reference
-from kontext_min.encoders import decode_image, encode_image, encode_texts, pixels_per_token
+from kontext_min.data.buckets import Size, fit, open_image
+from kontext_min.edit import open_editor, output_size
+from kontext_min.encoders import decode_image, encode_image, pixels_per_token
 from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.tokenizers import T5Tokenizer
@@ -51,23 +51,18 @@ class Experiment:
         """Load a picture, a model and a LoRA from their files. size: of the picture and the output, or auto."""
         if not prompts or not all(prompts) or steps < 1 or not 0 <= seed < 2**63:
             raise ValueError("nothing to study: it takes an instruction, 1 step or more, and a seed of 0 or more")
-        picture, adapter = open_image(Path(image)), read_adapter(Path(lora)) if lora else None
+        picture, loras = open_image(Path(image)), [(read_adapter(Path(lora)), 1.0)] if lora else []
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        checkpoint = load.find(presets.locate(model))
-        texts = encode_texts(checkpoint, [*prompts, ""], device, dtype)
-        vae, flux = load.load_vae(checkpoint, device, torch.float32), load.load_flux(checkpoint, device, dtype)
-        if adapter:
-            apply_updates(flux, adapter.updates, 1.0, dtype)
-        preset, multiple = presets.preset_of(checkpoint.folder), pixels_per_token(vae)
-        shown = output_size([Size(*picture.size)], size, "auto", preset, multiple)
-        picture = prepare_reference(picture, shown, "match", preset, multiple)
-        latents = encode_image(vae, picture).to(device)
+        editor, texts = open_editor(model, loras, [*prompts, ""], device, dtype)
+        multiple = pixels_per_token(editor.vae)
+        picture = fit(picture, output_size([Size(*picture.size)], size, "auto", editor.preset, multiple))
+        latents = encode_image(editor.vae, picture).to(device)
         conditions = {text: Condition(*encoded, [latents]) for text, encoded in texts.items()}
-        words = word_slices(T5Tokenizer(checkpoint.folder / "tokenizer_2"), prompts[0])
+        words = word_slices(T5Tokenizer(find(presets.locate(model)).folder / "tokenizer_2"), prompts[0])
         noise = flow.draw_noise(latents.shape, torch.Generator().manual_seed(seed)).to(device)
-        times = flow.schedule(steps, flow.token_count(*noise.shape[-2:]), checkpoint.shift)
-        return cls(flux, vae, picture, conditions, words, noise, times, guidance)
+        times = flow.schedule(steps, flow.token_count(*noise.shape[-2:]), editor.shift)
+        return cls(editor.flux, editor.vae, picture, conditions, words, noise, times, guidance)
 
     @property
     def condition(self) -> Condition:
@@ -114,11 +109,6 @@ def word_slices(tokenizer: T5Tokenizer, prompt: str) -> dict[str, slice]:
 # ------------------------------------------------------------------------------------------------ measures
 
 
-def relative(part: Tensor, whole: Tensor) -> float:
-    """||part|| / ||whole||."""
-    return float(part.norm() / whole.norm())
-
-
 def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]) -> tuple[Table, ...]:
     """Make the edit as it is, and once within each context, named by (row, column).
 
@@ -130,7 +120,7 @@ def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractCon
     for (row, column), context in contexts.items():
         with context:
             x = experiment.run()
-        moved[row][column] = relative(x - plain, plain)
+        moved[row][column] = float((x - plain).norm() / plain.norm())
         pictures[row][column] = experiment.picture(x)
         quality[row][column] = psnr(pictures[row][column], before)
     return moved, quality, pictures
@@ -175,18 +165,16 @@ def follow(experiment: Experiment) -> tuple[list[Tensor], Table]:
     """
     predicted, table, field = [], defaultdict(dict), experiment.field(experiment.condition)
     less = {"text": experiment.conditions[""], "reference": replace(experiment.condition, references=[])}
+    without = {name: experiment.field(condition) for name, condition in less.items()}
+    if any(updates(experiment.flux)):
+        without["LoRA"] = muted(experiment.flux)(field)  # the same field, within the context
 
-    def watched(*at) -> Tensor:
-        v, (x, t, _) = field(*at), at
-        without = {name: experiment.field(condition)(*at) for name, condition in less.items()}
-        if any(updates(experiment.flux)):
-            with muted(experiment.flux):
-                without["LoRA"] = field(*at)
+    def watched(x: Tensor, t: Tensor, progress: float) -> Tensor:
+        v, column = field(x, t, progress), f"t = {float(t[0]):.3f}"
         predicted.append(x - t * v)
-        column = f"t = {float(t[0]):.3f}"
         table["speed"][column] = float(v.square().mean().sqrt())
         for name, other in without.items():
-            table[name][column] = relative(v - other, v)
+            table[name][column] = float((v - other(x, t, progress)).norm() / v.norm())
         return v
 
     for _ in sampler.euler(watched, experiment.noise, experiment.times):

@@ -5,7 +5,6 @@ word. `*_blocks.*` are all blocks, `*_blocks.*.attend` their attention. Steps co
 the `with`, from 0 (true CFG takes two a step); `steps` are those that matter, without it all of them.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -73,18 +72,15 @@ def record(
 
 
 @contextmanager
-def average(
-    flux: Flux, pattern: str, what: Callable[[Call], Tensor], steps: Steps = None
-) -> Iterator[dict[str, Tensor]]:
-    """As `record`, but only the mean over the steps is kept, as it grows: site -> mean."""
-    means, seen = {}, Counter()
+def average(flux: Flux, pattern: str, what: Callable[[Call], Tensor]) -> Iterator[dict[str, Tensor]]:
+    """As `record`, but only the mean over all steps is kept, as it grows: site -> mean."""
+    means = {}
 
     def keep(call: Call):
-        seen[call.site] += 1
         mean = means.get(call.site, 0)
-        means[call.site] = mean + (what(call) - mean) / seen[call.site]
+        means[call.site] = mean + (what(call) - mean) / (call.step + 1)
 
-    with replace(flux, pattern, keep, steps):
+    with replace(flux, pattern, keep):
         yield means
 
 
