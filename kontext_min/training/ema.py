@@ -25,13 +25,13 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the parameters are the average."""
-        kept = [parameter.data for parameter in self.parameters]
+        kept = [(parameter, parameter.data) for parameter in self.parameters]
         for average, parameter in zip(self.shadow, self.parameters, strict=True):
             parameter.data = average.to(parameter.dtype)
         try:
             yield
         finally:
-            for parameter, data in zip(self.parameters, kept, strict=True):
+            for parameter, data in kept:
                 parameter.data = data
 
     def state_dict(self) -> dict:

@@ -6,12 +6,13 @@ Every random draw is a function of (seed, batch number, example), so that a run 
 import math
 import time
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from kontext_min import flow
@@ -20,17 +21,11 @@ from kontext_min.config import Config
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Batch, Examples, Use
 from kontext_min.models.flux import Flux
-from kontext_min.training.optim import Schedule, set_rate
+from kontext_min.training.optim import rate_factor, set_rate
 
 
 def train(
-    config: Config,
-    flux: Flux,
-    optimizer: torch.optim.Optimizer,
-    examples: Examples,
-    shift: flow.Shift,
-    start: int = 0,
-    skipped: int = 0,
+    config: Config, flux: Flux, optimizer: Optimizer, examples: Examples, shift: flow.Shift, start: int = 0, skipped=0
 ) -> Iterator[tuple[int, dict]]:
     """Optimizer steps start + 1 to max_train_steps, each yielded with its numbers when it is done.
 
@@ -39,8 +34,7 @@ def train(
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     device, share = parameters[0].device, config.gradient_accumulation_steps
-    shape = {"end": config.lr_end / config.learning_rate, "power": config.lr_power, "cycles": config.lr_num_cycles}
-    schedule = Schedule(config.lr_scheduler, config.max_train_steps, config.lr_warmup_steps, **shape)
+    curve = (config.lr_end / config.learning_rate, config.lr_power, config.lr_num_cycles)
     numbered = islice(enumerate(batches(examples, config)), start * share, None)
     for step in range(start + 1, config.max_train_steps + 1):
         began, loss, seen = time.perf_counter(), 0.0, []
@@ -53,7 +47,8 @@ def train(
             loss += part.item()
             seen += [f"{use.example.name} at t = {t:.4f}" for use, t in zip(uses, drawn.t.tolist(), strict=True)]
         norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-        values = {"loss": loss, "grad_norm": norm, "lr": config.learning_rate * schedule.at(step - 1)}
+        factor = rate_factor(config.lr_scheduler, step - 1, config.max_train_steps, config.lr_warmup_steps, *curve)
+        values = {"loss": loss, "grad_norm": norm, "lr": config.learning_rate * factor}
         if math.isfinite(loss) and math.isfinite(norm):
             set_rate(optimizer, values["lr"])
             optimizer.step()
@@ -70,8 +65,7 @@ def train(
 
 def batches(examples: Examples, config: Config) -> Iterator[list[Use]]:
     """Batch 0, 1, 2, …: epoch after epoch."""
-    for epoch in count():
-        yield from examples.epoch(epoch, config.train_batch_size)
+    return chain.from_iterable(examples.epoch(epoch, config.train_batch_size) for epoch in count())
 
 
 class Draw(NamedTuple):
