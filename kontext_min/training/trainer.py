@@ -41,7 +41,7 @@ def train(
         for number, uses in islice(numbered, share):
             batch = examples.batch(uses, device)
             drawn = draw(batch, uses, number, config, shift)
-            torch.manual_seed(seed_of("dropout", config.seed, number))
+            torch.manual_seed(seeded("dropout", config.seed, number).initial_seed())
             part = flow_loss(flux, batch, drawn, config.loss_type, config.huber_c) / share
             part.backward()
             loss += part.item()
@@ -78,19 +78,18 @@ class Draw(NamedTuple):
 
 def draw(batch: Batch, uses: list[Use], number: int, config: Config, shift: flow.Shift) -> Draw:
     """The noise, times and guidance of batch `number`, each use's by a generator of its own."""
-    factor, device = shift_factor(config, shift, batch), batch.target.device
-    columns = []
+    factor, columns = shift_factor(config, shift, batch), []
     for use in uses:
-        generator = torch.Generator().manual_seed(seed_of("noise", config.seed, number, use.index, use.repeat))
+        generator = seeded("noise", config.seed, number, use.index, use.repeat)
         t = flow.shift_time(density(config)(generator), factor)
         noise = flow.draw_noise((1, *batch.target.shape[1:]), generator)
         columns.append((noise, t, guidance(config, generator)))
-    return Draw(*(torch.cat(column).to(device) for column in zip(*columns, strict=True)))
+    return Draw(*(torch.cat(column).to(batch.target.device) for column in zip(*columns, strict=True)))
 
 
-def seed_of(*parts: str | int) -> int:
-    """A seed made of all the parts together."""
-    return int(digest(*map(str, parts))[:15], 16)
+def seeded(*parts: str | int) -> torch.Generator:
+    """A generator whose seed is made of all the parts together."""
+    return torch.Generator().manual_seed(int(digest(*map(str, parts))[:15], 16))
 
 
 def density(config: Config) -> flow.Density:
@@ -117,13 +116,6 @@ def guidance(config: Config, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(1, generator=generator)
 
 
-LOSSES = {  # loss_type -> each latent's error; c is where huber and smooth_l1 turn linear
-    "l2": lambda v, wanted, c: F.mse_loss(v, wanted, reduction="none"),
-    "huber": lambda v, wanted, c: F.huber_loss(v, wanted, reduction="none", delta=c),
-    "smooth_l1": lambda v, wanted, c: F.smooth_l1_loss(v, wanted, reduction="none", beta=c),
-}
-
-
 def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: float = 0.1) -> Tensor:
     """The loss of the velocity over the target's latents, in fp32.
 
@@ -136,5 +128,8 @@ def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: f
         with torch.no_grad(), muted(flux):
             wanted = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
     v = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
-    errors = LOSSES[loss_type](v, wanted, c)
+    if loss_type == "l2":
+        errors = F.mse_loss(v, wanted, reduction="none")
+    else:  # smooth_l1 is huber divided by c
+        errors = F.huber_loss(v, wanted, reduction="none", delta=c) / (c if loss_type == "smooth_l1" else 1)
     return (errors if batch.weight is None else errors * batch.weight).mean()
