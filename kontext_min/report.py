@@ -1,7 +1,4 @@
-"""A run's folder -> report.html in it: one page without network, made of files alone. python -m kontext_min.report RUN
-
-Whatever a run has not written (it is early, or old) is missing from the page, which says so.
-"""
+"""A run's folder -> report.html in it: one page without network; what a run has not written is named as missing."""
 
 import base64
 import html
@@ -20,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 FINEST = ((1024, 88), (768, 85), (512, 82), (384, 78), (256, 70), (192, 60))  # longest side in pixels, JPEG quality
 BYTES = 8_000_000  # of all pictures together, by the mean of a sample
 PAIRS, STEPS, POINTS = 24, 12, 600  # shown at most
-GRID, UNUSED, FULL = 1.5, 1.01, 0.92  # from where on a finding is told
+GRID, FULL = 1.5, 0.92  # from where on a finding is told
 
 
 def write(run: Path) -> Path:
@@ -132,20 +129,15 @@ def numbers(metrics: list[dict], psnr: list[dict]) -> list[tuple[str, str]]:
 def findings(metrics: list[dict], held_out: list[dict], files: list[dict[str, Path]]) -> list[tuple[str, str]]:
     """What is probably wrong: (what, what was seen and what to do), after the quickstart's troubleshooting table."""
     found = {}
-    probe = next((line["probe"] for line in reversed(held_out) if line.get("probe")), {})
-    own, other = probe.get("own"), probe.get("shuffled")
-    if own and other and other < UNUSED * own:
-        found["The reference is ignored"] = f"""
-            The eval loss is {own:.4g} with the own reference, {other:.4g} with another's. Make sure that targets and
-            references belong together: the same names, and the right set in conditioning_data; train.py CONFIG --check
-            draws every pair."""
+    if held_out and "warning" in held_out[-1]:
+        found["The reference is ignored"] = held_out[-1]["warning"]
     loras = [[file for kind, file in kinds.items() if kind.isdigit()] for kinds in files]
     plain = [[file for kind, file in kinds.items() if kind in ("base", "target")] for kinds in files]
     excess = [grid(a[-1]) / max(1.0, *map(grid, b)) for a, b in zip(loras, plain, strict=True) if a and b]
     if excess and np.median(excess) > GRID:
         found["Square grid artefacts"] = f"""
-            The LoRA's pictures have {np.median(excess):.1f} times as strong edges at every 8th or 16th pixel. Use better
-            pictures, a lower learning_rate, or an optimizer other than Lion."""
+            The LoRA's pictures have {np.median(excess):.1f} times as strong edges at every 8th or 16th pixel.
+            Use better pictures, a lower learning_rate, or an optimizer other than Lion."""
     most = max(metrics, key=lambda line: line.get("memory", 0), default={})
     if most.get("memory", 0) > FULL * most.get("memory_limit", 1):
         found["Memory is near the limit"] = f"""
@@ -155,16 +147,14 @@ def findings(metrics: list[dict], held_out: list[dict], files: list[dict[str, Pa
 
 
 def grid(file: Path) -> float:
-    """How much stronger neighbouring pixels differ at every 8th or 16th line than elsewhere; about 1 without a grid.
-
-    The median over lines of the mean squared difference, so that a few strong edges of the scene do not count.
-    """
+    """How much stronger neighbouring pixels differ at every 8th or 16th line than elsewhere; about 1 without a grid."""
     x, ratios = np.asarray(Image.open(file).convert("L"), np.float64), []
     energies = [(np.diff(x, axis=axis) ** 2).mean(1 - axis) for axis in (0, 1)]  # of the lines between pixels
     for period in (8, 16):
         on = np.concatenate([energy[period - 1 :: period] for energy in energies])
         off = np.concatenate([np.delete(energy, np.s_[period - 1 :: period]) for energy in energies])
-        ratios.append((np.median(on) + 0.1) / (np.median(off) + 0.1) if on.size else 1.0)  # 0.1: rounding to bytes
+        # medians: a few strong edges of the scene do not count; 0.1: rounding to bytes
+        ratios.append((np.median(on) + 0.1) / (np.median(off) + 0.1) if on.size else 1.0)
     return float(max(ratios))
 
 

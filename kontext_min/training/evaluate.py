@@ -13,9 +13,10 @@ from kontext_min.run_folder import RunFolder, append
 from kontext_min.training.trainer import Draw, flow_loss, guidance, seeded
 
 CLEARLY = 0.99  # a loss below this share of another is clearly lower: the same noise and times make small shares tell
-WARNING = """
-warning: the LoRA does not look at its reference: without the right one its loss is hardly higher; look at the pairs
-with train.py CONFIG --check, and whether the captions already say all"""
+WARNING = """\
+the LoRA does not look at its reference: without the right one its loss is hardly higher. Make sure that targets and
+references belong together (the same names, the right set in conditioning_data; train.py CONFIG --check draws every
+pair), and that the captions do not say all already"""
 
 
 class Evaluator:
@@ -36,10 +37,14 @@ class Evaluator:
             return ""
         own = torch.stack([self.losses(use, use) for use in self.uses])
         loss, curve, probe = own.mean().item(), [*zip(self.times, own.mean(0).tolist(), strict=True)], self.probe(own)
-        line = {"step": step, "loss": loss, "per_timestep": curve, "probe": probe}
-        append(self.file, {**line, "pairs": len(self.uses), "unseen": self.unseen})
-        kind = "unseen" if self.unseen else "trained"
-        return f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {kind} pairs" + said(probe, step)
+        line = {"step": step, "loss": loss, "per_timestep": curve, "probe": probe, "pairs": len(self.uses)}
+        warned = {"warning": WARNING} if step and ignored(probe) else {}
+        append(self.file, {**line, "unseen": self.unseen, **warned})
+        named = {"another pair's reference": "shuffled", "no reference": "none"}
+        others = {name: probe[kind] for name, kind in named.items() if probe and probe[kind] is not None}
+        text = f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {'unseen' if self.unseen else 'trained'} pairs"
+        text += "".join(f", {value:.4f} with {name}" for name, value in others.items())
+        return text + "".join(f"\nwarning: {warning}" for warning in warned.values())
 
     def probe(self, own: Tensor) -> dict[str, float | None] | None:
         """The mean loss of the pairs that have references, with their own, with another pair's, and with none."""
@@ -72,11 +77,8 @@ class Evaluator:
         return torch.stack(found)
 
 
-def said(probe: dict[str, float | None] | None, step: int) -> str:
-    """What the probe tells, and a warning once training has begun and references make no clear difference."""
+def ignored(probe: dict[str, float | None] | None) -> bool:
+    """Whether references make no clear difference."""
     if probe is None:
-        return ""
-    names = {"another pair's reference": probe["shuffled"], "no reference": probe["none"]}
-    text = "".join(f", {loss:.4f} with {name}" for name, loss in names.items() if loss is not None)
-    wrong = probe["none"] if probe["shuffled"] is None else probe["shuffled"]
-    return text + (WARNING if step and probe["own"] >= CLEARLY * wrong else "")
+        return False
+    return probe["own"] >= CLEARLY * (probe["none"] if probe["shuffled"] is None else probe["shuffled"])
