@@ -78,13 +78,14 @@ def report_data(config: Config):
 def encode(config: Config, sets: Sets, items: list[Item], checkpoint: load.Checkpoint, place: tuple) -> list[Examples]:
     """Make what is made once, then text and latents, cached by content. -> what is trained and what is validated on."""
     make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
-    (device, dtype), mix = place, mix_of(config)
-    prompts = [p for item in items for p in (item.prompt, item.negative)[: 1 + (config.validation_guidance_real != 1)]]
-    found = ((sets.training, mix, ()), (sets.validation, mix.complete(), tuple(prompts)))
-    both = [Examples(e, checkpoint, text_cache(config), dtype, shown, prompts=texts) for e, shown, texts in found]
-    captions, pictures = (sum(made) for made in zip(*(part.encode(device) for part in both), strict=True))
+    (device, dtype), mix, texts = place, mix_of(config), text_cache(config)
+    negatives = [item.negative for item in items if config.validation_guidance_real != 1]
+    prompts = (*(item.prompt for item in items), *negatives)
+    examples = Examples(sets.training, checkpoint, texts, dtype, mix)
+    validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts)
+    captions, pictures = (sum(made) for made in zip(examples.encode(device), validation.encode(device), strict=True))
     print(f"encoded {captions} captions and {pictures} pictures; all else was cached")
-    return both
+    return [examples, validation]
 
 
 def main(argv: list[str]):
@@ -114,12 +115,12 @@ def main(argv: list[str]):
         print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
-    int8 = config.base_model_precision.startswith("int8")
-    if int8:
+    quantise = quantize_int8 if "int8" in config.base_model_precision else None
+    if quantise:
         print(
             f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)"
         )
-    flux = load.load_flux(checkpoint, device, dtype, quantize_int8 if int8 else None).requires_grad_(False)
+    flux = load.load_flux(checkpoint, device, dtype, quantise).requires_grad_(False)
     torch.manual_seed(config.seed)
     parameters = add_adapter(config, flux)
     if trained:

@@ -45,6 +45,7 @@ SizeText = Annotated[str, Field(coerce_numbers_to_str=True)]
 Unit = Literal["pixel_area", "pixel", "area"]
 Captions = Literal["textfile", "filename", "instanceprompt"]
 ModuleClass = Literal["Attention", "FeedForward"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"]
 Several = Literal["random", "combined"]
 Precision = Literal["no_change", "bf16", "int8-quanto", "int8-torchao"]
 Kind = Literal["reference_strict", "reference_loose", "mask"]
@@ -177,14 +178,15 @@ class LyCORIS(LoKrSize):
 class Config(Strict):
     """One training run."""
 
-    LEFT_OUT, REFUSED, SAME = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED, foreign.RENAMED
+    LEFT_OUT = foreign.CONFIG_IGNORED | foreign.LYCORIS_IGNORED
+    REFUSED, SAME = foreign.CONFIG_REFUSED, foreign.RENAMED
 
     # model
     model_family: Literal["flux"] = "flux"
     model_flavour: Literal["kontext"] = "kontext"
     model_type: Literal["lora"] = "lora"
     pretrained_model_name_or_path: str = knob("nano", "model folder, hub id, or nano, the embedded model")
-    base_model_precision: Precision = knob("no_change", "of the frozen base; both int8 are one: half of bf16")
+    base_model_precision: Precision = knob("no_change", "of the frozen base; the two int8 are one, half of bf16's size")
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
@@ -193,7 +195,7 @@ class Config(Strict):
     data_backend_config: DataList = knob(..., "the data list or its file; default multidatabackend.json beside this")
     cache_dir: Path = knob(Path("cache"), "latents and encoded text, by content; safe to delete")
     aspect_bucket_alignment: int | None = knob(None, "of training sizes; default 64, nano's 16", gt=0, multiple_of=16)
-    conditioning_multidataset_sampling: Several = knob("random", "one reference set a use, or all at once")
+    conditioning_multidataset_sampling: Several = knob("random", "of several reference sets: one a use, or all at once")
     # what sets that do not say it themselves have
     resolution: float | None = knob(None, "of sets", gt=0)
     resolution_type: Unit | None = None
@@ -209,7 +211,7 @@ class Config(Strict):
     lora_type: Literal["standard", "lycoris"] = knob("standard", "LoRA, or LoKr by lycoris_config")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = knob(None, "strength is alpha / rank; default: the rank", gt=0)
-    lora_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = knob({}, "pattern -> rank; the first that fits")
+    lora_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = knob({}, "pattern of modules -> rank; the first match")
     use_dora: bool = knob(False, "DoRA: the length of each row of a weight is trained beside the change of direction")
     lycoris_config: Annotated[LyCORIS | None, Read] = knob(None, "SimpleTuner's lycoris_config.json, or what it holds")
     lora_dropout: float = knob(0.0, "share of each adapter's inputs left out in a step", ge=0, lt=1)
@@ -218,7 +220,9 @@ class Config(Strict):
     lora_format: Literal["diffusers", "comfyui", "kohya"] = knob("diffusers", "of a LoRA's file; LoKr's is LyCORIS'")
 
     # the step
-    flow_schedule_shift: Literal["auto"] | Positive = knob("auto", "of times, to noise; auto: by size, as in sampling")
+    flow_schedule_shift: Literal["auto"] | Positive = knob(
+        "auto", "moves times to noise; auto: by size, as in sampling"
+    )
     flow_sigmoid_scale: float = knob(1.0, "times are sigmoid(scale * normal), then shifted", gt=0)
     flow_use_uniform_schedule: bool = knob(False, "uniform times instead")
     flow_use_beta_schedule: bool = knob(False, "beta times instead")
@@ -240,12 +244,10 @@ class Config(Strict):
     # optimizer
     optimizer: Literal[
         "adamw", "adamw_bf16", "ao-adamw8bit", "optimi-adam", "optimi-adamw", "optimi-stableadamw", "optimi-adan",
-        "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-sgd",
+        "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-sgd"
     ] = knob("adamw", "adamw_bf16 and ao-adamw8bit are AdamW in less memory")  # fmt: skip
     learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
-    ] = knob("constant", "both constants are the same")
+    lr_scheduler: Schedule = knob("constant", "both constants are the same")
     lr_warmup_steps: int = knob(0, "steps in which the learning rate rises linearly from 0", ge=0)
     lr_end: float = knob(0.0, "learning rate that every schedule but the constant comes down to", ge=0)
     lr_power: float = knob(0.8, "of polynomial", gt=0)
@@ -302,11 +304,6 @@ class Config(Strict):
     tracker_run_name: str | None = knob(None, "default: the name of output_dir")
     logging_dir: Path | None = knob(None, "trackers write to its folder of the run's name; default: output_dir/logs")
 
-    @classmethod
-    def left_out(cls, values: dict) -> dict[str, str]:
-        """Keys without a meaning here; a LoRA has none for LyCORIS's."""
-        return cls.LEFT_OUT | ({} if values.get("lora_type") == "lycoris" else foreign.LYCORIS_IGNORED)
-
     @property
     def idle(self) -> set[str]:
         """Keys that say nothing of the kind of adapter that is trained."""
@@ -362,10 +359,9 @@ class Config(Strict):
 
     def completed(self, entry: Dataset) -> Dataset:
         """A set with this config's values for what it does not say itself."""
-        shared = ["resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size"]
-        shared += ["caption_strategy"] if entry.role in ("image", "eval") else []
-        said = {key: getattr(self, key) for key in shared if key not in entry.model_fields_set}
-        return entry.model_copy(update={key: value for key, value in said.items() if value is not None})
+        shared = {"resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size"}
+        shared |= {"caption_strategy"} if entry.role in ("image", "eval") else set()
+        return entry.model_copy(update=self.model_dump(include=shared - entry.model_fields_set, exclude_none=True))
 
 
 def read_json5(path: Path):
@@ -390,16 +386,11 @@ def read_config(path: Path, overrides: list[str]) -> Config:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not KEY=VALUE, such as learning_rate=1e-4")
-        values[key] = parse_value(text)
+        try:
+            values[key] = json5.loads(text)
+        except ValueError:  # the text itself
+            values[key] = text
     return checked(Config, values, str(path))
-
-
-def parse_value(text: str):
-    """The value of an override: JSON if it is, else the text itself."""
-    try:
-        return json5.loads(text)
-    except ValueError:
-        return text
 
 
 def checked(kind: type[Strict], values: dict, where: str):
@@ -434,9 +425,7 @@ OWNERS = {"validation": ValidationItem, "lycoris_config": LyCORIS}
 def explain(config: Config) -> list[str]:
     """Every key in force: its value, whether it was given, and what it means; then what was left out, and why."""
     lines = []
-    for name, field in Config.model_fields.items():
-        if name in config.idle:
-            continue
+    for name, field in ((name, field) for name, field in Config.model_fields.items() if name not in config.idle):
         value = getattr(config, name)
         value = "…" if name == "data_backend_config" else str(value) if isinstance(value, Path) else repr(value)
         source = "given" if name in config.model_fields_set else "default"

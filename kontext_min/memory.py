@@ -41,10 +41,7 @@ def size_of(tensor: Tensor) -> int:
 
 
 def predicted(flux: Flux, vae: nn.Module, tokens: int, checkpointed: bool, adapter: float) -> list[str]:
-    """The memory of a training step, line by line: what can be counted, and what cannot.
-
-    tokens: of the largest batch; adapter: bytes of all that is trained, with what belongs to it.
-    """
+    """A training step's memory, line by line. tokens: of the largest batch; adapter: bytes of all that is trained."""
     frozen = [t for t in (*flux.parameters(), *flux.buffers()) if not t.requires_grad]
     parts = {"transformer": sum(map(size_of, frozen)), "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers())))}
     parts["adapter, its gradient, the optimizer's state and the average, if any"] = adapter

@@ -158,14 +158,10 @@ def grid(file: Path) -> float:
     return float(max(ratios))
 
 
-def main(argv: list[str]):
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        raise ValueError("usage: python -m kontext_min.report RUN, a run's output_dir")
-    print(write(Path(argv[0])))
-
-
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m kontext_min.report RUN, a run's output_dir")
     try:
-        main(sys.argv[1:])
+        print(write(Path(sys.argv[1])))
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")

@@ -37,14 +37,13 @@ class Evaluator:
             return ""
         own = torch.stack([self.losses(use, use) for use in self.uses])
         loss, curve, probe = own.mean().item(), [*zip(self.times, own.mean(0).tolist(), strict=True)], self.probe(own)
+        warned = bool(step) and ignored(probe)
         line = {"step": step, "loss": loss, "per_timestep": curve, "probe": probe, "pairs": len(self.uses)}
-        warned = {"warning": WARNING} if step and ignored(probe) else {}
-        append(self.file, {**line, "unseen": self.unseen, **warned})
-        named = {"another pair's reference": "shuffled", "no reference": "none"}
-        others = {name: probe[kind] for name, kind in named.items() if probe and probe[kind] is not None}
+        append(self.file, {**line, "unseen": self.unseen, **({"warning": WARNING} if warned else {})})
         text = f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {'unseen' if self.unseen else 'trained'} pairs"
-        text += "".join(f", {value:.4f} with {name}" for name, value in others.items())
-        return text + "".join(f"\nwarning: {warning}" for warning in warned.values())
+        for kind, name in (("shuffled", "another pair's reference"), ("none", "no reference")):
+            text += f", {probe[kind]:.4f} with {name}" if probe and probe[kind] is not None else ""
+        return text + (f"\nwarning: {WARNING}" if warned else "")
 
     def probe(self, own: Tensor) -> dict[str, float | None] | None:
         """The mean loss of the pairs that have references, with their own, with another pair's, and with none."""
@@ -79,6 +78,4 @@ class Evaluator:
 
 def ignored(probe: dict[str, float | None] | None) -> bool:
     """Whether references make no clear difference."""
-    if probe is None:
-        return False
-    return probe["own"] >= CLEARLY * (probe["none"] if probe["shuffled"] is None else probe["shuffled"])
+    return probe is not None and probe["own"] >= CLEARLY * (probe["shuffled"] or probe["none"])

@@ -8,21 +8,19 @@ import math
 import torch
 from torch import Tensor, nn
 
+OPTIMI = ("Adam", "AdamW", "StableAdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD")
 OPTIMIZERS = {  # name -> library, class, what differs from the library's defaults
     "adamw": ("torch.optim", "AdamW", {}),
     "adamw_bf16": ("optimi", "AdamW", {"kahan_sum": True}),
     "ao-adamw8bit": ("torchao.optim", "AdamW8bit", {}),
-}
-for _kind in ("Adam", "AdamW", "StableAdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD"):
-    OPTIMIZERS[f"optimi-{_kind.lower()}"] = ("optimi", _kind, {})
+} | {f"optimi-{kind.lower()}": ("optimi", kind, {}) for kind in OPTIMI}
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, /, **options) -> torch.optim.Optimizer:
     """An optimizer of OPTIMIZERS. options: arguments of its class, or beta1 and beta2 alone; ValueError on others.
 
-    adamw_bf16 turns matrices to bf16, moments too: what bf16 rounds away of an update is kept beside them (Kahan) and
-    not drawn at random, so that a resumed run is the same. Its beta2 is 0.99: bf16 cannot decay by 0.999. DoRA's
-    magnitudes stay in fp32: rounded, they would change the model before anything is learnt.
+    adamw_bf16 turns matrices to bf16, moments too, and keeps what bf16 rounds away of an update (Kahan). Its beta2 is
+    0.99: bf16 cannot decay by 0.999. DoRA's magnitudes stay in fp32: rounded, they would change the untrained model.
     ao-adamw8bit keeps moments in 8 bits, where a parameter has 4096 values or more; it runs without a compiler.
     """
     library, kind, special = OPTIMIZERS[name]
@@ -49,10 +47,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, /, **op
 def set_rate(optimizer: torch.optim.Optimizer, lr: float):
     """The learning rate of the next step; torchao keeps it in a tensor."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
 def rate_factor(

@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Event
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from kontext_min import flow
@@ -41,12 +42,12 @@ class Run:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
         config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
-        self.parts = {"optimizer": optimizer} | ({"ema": self.ema} if self.ema else {})
-        path, start = state.chosen(config), 0
-        if path:
-            start = state.restore(path, self.flux, self.parts, self.identity, config.allow_changed_resume)
+        self.parts = {"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer}
+        self.parts |= {"ema": self.ema} if self.ema else {}
+        self.done = start = 0
+        if path := state.chosen(config):
+            self.done = start = state.restore(path, self.parts, self.identity, config.allow_changed_resume)
             print(f"going on from {path}, after step {start}")
-        self.done = start
         self.folder.config.write_text(config.record(), encoding="utf-8")
         if start >= config.max_train_steps:
             return f"max_train_steps {config.max_train_steps} is already reached; nothing to do"
@@ -57,7 +58,7 @@ class Run:
             self.validator.prepare()
         with Tracker(config, parameters[0].device, start) as self.tracker:
             if not start:
-                self.look(0)
+                self.look(0, False, True)  # the base model's loss
             try:
                 for step, values in train(config, self.flux, optimizer, self.examples, shift, start, skipped):
                     self.tracker.log(step, values)
@@ -79,24 +80,20 @@ class Run:
         self.done, config, stop = step, self.config, self.interrupted.is_set()
         if self.ema and due(step, config.ema_update_interval):
             self.ema.update()
-        last = stop or step == config.max_train_steps
-        if last or due(step, config.checkpointing_steps):
-            state.save(self.folder.path, step, self.flux, self.parts, self.identity, config.checkpoints_total_limit)
-        if last or due(step, config.validation_steps):
+        done, shown = step == config.max_train_steps, due(step, config.validation_steps)
+        interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
+        if stop or done or due(step, config.checkpointing_steps):
+            state.save(self.folder.path, step, self.parts, self.identity, config.checkpoints_total_limit)
+        if stop or done or shown:
             self.write(step)
-        self.look(step)
+        if done or shown or due(step, interval):
+            self.look(step, done or shown, done or due(step, interval))
         return stop
 
-    def look(self, step: int):
-        """The pictures and the eval loss that are due after a step; 0 is the base model's loss."""
-        config, last = self.config, step == self.config.max_train_steps
-        interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
-        shown = step and (last or due(step, config.validation_steps))
-        measured = not step or last or due(step, interval)
-        if not (shown or measured):
-            return
+    def look(self, step: int, shown: bool, measured: bool):
+        """The pictures and the eval loss after a step."""
         self.flux.eval()
-        with self.ema.applied() if self.ema and config.ema_validation == "ema_only" else nullcontext():
+        with self.ema.applied() if self.ema and self.config.ema_validation == "ema_only" else nullcontext():
             said = [self.validator.run(step) if shown else "", self.evaluator.run(step) if measured else ""]
         self.flux.train()
         if any(said):
@@ -121,8 +118,8 @@ class Run:
             self.interrupted.set()
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
 
 
 def due(step: int, interval: int) -> bool:
@@ -140,8 +137,8 @@ def recipe(config: Config, shown: Item) -> dict:
     return {
         "title": config.output_dir.name, "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
         "prompt": [shown.prompt], "negative_prompt": shown.negative, "cfg_scale": config.validation_guidance_real,
-        "image": [*map(str, files)], "guidance": config.validation_guidance, "seed": shown.seed,
-        "steps": config.validation_num_inference_steps, "size": str(shown.size),
+        "image": [*map(str, files)], "guidance": config.validation_guidance,
+        "steps": config.validation_num_inference_steps, "seed": shown.seed, "size": str(shown.size),
         "reference_size": "keep",  # the copies have the size in which the model saw them
         "precision": "bf16" if config.mixed_precision == "bf16" else "fp32",
         "base_model_precision": config.base_model_precision, **config.model_dump(mode="json", include=kind),

@@ -1,8 +1,7 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped, bit for bit.
 
-Noise, times, dropout and the order of the data are functions of (seed, step), so a checkpoint is the adapter, the
-states of optimizer and EMA, and the step. `checkpoint-N/` appears whole or not at all, and old ones are removed only
-after a new one is whole.
+Noise, times, dropout and the order of the data are functions of (seed, step), so a checkpoint is the states of adapter,
+optimizer and EMA, and the step. It appears whole or not at all, and old ones are removed only after a new one is whole.
 """
 
 import hashlib
@@ -14,10 +13,8 @@ from typing import Any
 
 import torch
 
-from kontext_min.adapters.inject import updates
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples
-from kontext_min.models.flux import Flux
 
 TENSORS, STATE = "tensors.pt", "state.json"
 FREE = (  # keys that begin so may change between a checkpoint and the run that goes on from it
@@ -42,28 +39,22 @@ def identity(config: Config, examples: Examples) -> dict:
     return {**values, "data": examples.fingerprint(), "weights": examples.weights_of("transformer")}
 
 
-def adapter_of(flux: Flux) -> dict[str, torch.Tensor]:
-    """Every update's parameters by name, as they are."""
-    return {f"{u.name}.{name}": value.detach() for u in updates(flux) for name, value in u.named_parameters()}
-
-
 def checksum(file: Path) -> str:
     """Of a file's bytes."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def save(folder: Path, step: int, flux: Flux, parts: dict[str, Any], identity: dict, limit: int) -> Path:
+def save(folder: Path, step: int, parts: dict[str, Any], identity: dict, limit: int):
     """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so.
 
-    parts: what has a state_dict beside the adapter, by name: the optimizer, the EMA.
+    parts: what has a state_dict, by name: the adapter, the optimizer, the EMA.
     """
     final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        tensors = {"adapter": adapter_of(flux)} | {name: part.state_dict() for name, part in parts.items()}
-        torch.save(tensors, temporary / TENSORS)
+        torch.save({name: part.state_dict() for name, part in parts.items()}, temporary / TENSORS)
         state = {"step": step, "checksum": checksum(temporary / TENSORS), "identity": identity}
         (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
@@ -78,7 +69,6 @@ def save(folder: Path, step: int, flux: Flux, parts: dict[str, Any], identity: d
         raise OSError(f"checkpoint {step} could not be written ({error}); {last}") from error
     for old in checkpoints(folder)[:-limit]:
         shutil.rmtree(old)
-    return final
 
 
 def sync(path: Path):
@@ -104,8 +94,8 @@ def chosen(config: Config) -> Path | None:
     return Path(wanted)
 
 
-def restore(path: Path, flux: Flux, parts: dict[str, Any], identity: dict, allow_changes: bool) -> int:
-    """Bring the adapter and all parts to the state of a checkpoint. -> its step.
+def restore(path: Path, parts: dict[str, Any], identity: dict, allow_changes: bool) -> int:
+    """Bring all parts to the state of a checkpoint. -> its step.
 
     Raises ValueError listing what changed since, or naming the checkpoint before a damaged one.
     """
@@ -125,8 +115,6 @@ def restore(path: Path, flux: Flux, parts: dict[str, Any], identity: dict, allow
         remedy = "undo that, or start anew in another output_dir" + ", or set allow_changed_resume=true" * (not fixed)
         lines = [f"  {key}: {old.get(key)!r} -> {identity.get(key)!r}" for key in changed]
         raise ValueError("\n".join([f"{path} was made with other settings; {remedy}:", *lines]))
-    for name, value in adapter_of(flux).items():
-        value.copy_(saved["adapter"][name])
     for name, part in parts.items():
         part.load_state_dict(saved[name])
     return state["step"]

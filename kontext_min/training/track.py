@@ -1,7 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, a bar, and what `report_to` asks for.
-
-TensorBoard and W&B are written through their own libraries, imported only if asked for.
-"""
+"""What a run tells while it goes: metrics.jsonl, a bar, and, through their own libraries, TensorBoard and W&B."""
 
 import secrets
 from contextlib import AbstractContextManager
@@ -112,8 +109,7 @@ def asked(config: Config) -> list[str]:
 
 def missing(config: Config) -> list[str]:
     """One sentence for each library that report_to needs and that is not there."""
-    specs = {name: find_spec(name) for name in asked(config)}
-    absent = [name for name, spec in specs.items() if spec is None or spec.origin is None]  # no origin: a mere folder
+    absent = [name for name in asked(config) if not getattr(find_spec(name), "origin", None)]  # a mere folder has none
     return [f"report_to {config.report_to} needs a library: pip install {name}" for name in absent]
 
 

@@ -6,6 +6,7 @@ Every random draw is a function of (seed, batch number, example), so that a run 
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, count, islice
 from typing import NamedTuple
 
@@ -128,8 +129,6 @@ def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: f
         with torch.no_grad(), muted(flux):
             wanted = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
     v = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
-    if loss_type == "l2":
-        errors = F.mse_loss(v, wanted, reduction="none")
-    else:  # smooth_l1 is huber divided by c
-        errors = F.huber_loss(v, wanted, reduction="none", delta=c) / (c if loss_type == "smooth_l1" else 1)
+    kinds = {"l2": F.mse_loss, "huber": partial(F.huber_loss, delta=c), "smooth_l1": partial(F.smooth_l1_loss, beta=c)}
+    errors = kinds[loss_type](v, wanted, reduction="none")
     return (errors if batch.weight is None else errors * batch.weight).mean()
