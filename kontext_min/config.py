@@ -425,11 +425,11 @@ OWNERS = {"validation": ValidationItem, "lycoris_config": LyCORIS}
 def explain(config: Config) -> list[str]:
     """Every key in force: its value, whether it was given, and what it means; then what was left out, and why."""
     lines = []
-    for name, field in ((name, field) for name, field in Config.model_fields.items() if name not in config.idle):
+    for name in [key for key in Config.model_fields if key not in config.idle]:
         value = getattr(config, name)
         value = "…" if name == "data_backend_config" else str(value) if isinstance(value, Path) else repr(value)
         source = "given" if name in config.model_fields_set else "default"
-        lines.append(f"{name:36} {value:28} {source:8} {field.description or ''}".rstrip())
+        lines.append(f"{name:36} {value:28} {source:8} {Config.model_fields[name].description or ''}".rstrip())
     return lines + [f"{name:36} {'ignored':28} {'given':8} {why}" for name, why in config.ignored.items()]
 
 
