@@ -18,7 +18,7 @@ license_name: flux-1-dev-non-commercial-license
 license_link: https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md""",
 }
 DIFFUSERS = """\
-In diffusers: `pipe = FluxKontextPipeline.from_pretrained("{model}")` and `pipe.load_lora_weights(".")`, then
+In diffusers: `pipe = FluxKontextPipeline.from_pretrained("{base}")` and `pipe.load_lora_weights(".")`, then
 `pipe(image, {instruction}, guidance_scale={guidance}, num_inference_steps={steps})`."""
 NO_DIFFUSERS = "For diffusers: `python -m kontext_min.adapters convert {lora} OUT --to diffusers --rank 64`"
 CARD = """\
@@ -42,6 +42,7 @@ With kontext_min, in this folder: its sample, then a picture of one's own.
     python infer.py --lora {lora} --image mine.jpg --prompt {argument}
 
 {diffusers}
+
 In ComfyUI, with FLUX.1 Kontext: a `LoraLoaderModelOnly` node of strength 1 after the one that loads the model.
 
 ## Settings
@@ -62,6 +63,7 @@ def write_card(config: Config, recipe: dict, examples: Examples):
     values = recipe | {
         "kind": "LoKr" if config.lycoris_config else "DoRA" if config.use_dora else "LoRA", "lora": LORA,
         "model": model, "licence": LICENCES.get(Path(model).name, ""), "pairs": pairs, "alone": len(examples) - pairs,
+        "base": "weights/nano" if model == "nano" else model,  # a folder of kontext_min's repository
         "instruction": json.dumps(prompt, ensure_ascii=False), "argument": shlex.quote(prompt),
         "sheet": f"\n![input, base, LoRA, target](validation/{sheet.name})\n" if sheet.exists() else "",
         "settings": config.model_dump_json(indent=2, exclude_unset=True, exclude=places),
