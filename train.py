@@ -21,7 +21,7 @@ from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
-from kontext_min.models.flux import Flux, FluxConfig
+from kontext_min.models.flux import FluxConfig
 from kontext_min.quantize import quantize_int8
 from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
@@ -34,17 +34,8 @@ from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
 from kontext_min.training.start import screen
 from kontext_min.training.validate import Validator, items_of, sampling_of
 
-OPTIONS = ("--explain", "--check", "--prune-cache")
+OPTIONS = {"--explain", "--check", "--prune-cache"}
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
-
-
-def make_folder(path: Path) -> RunFolder:
-    """The run's folder, or one sentence."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir {path} cannot be made ({error.strerror}); choose another") from error
-    return RunFolder(path)
 
 
 def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | None]:
@@ -55,7 +46,7 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
         """What `make` gives; why it does not is one more problem."""
         try:
             return make(*arguments, **more)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             problems.append(str(error))
 
     tried(sizes, config, FluxConfig())  # the largest model's modules
@@ -75,7 +66,7 @@ def report_data(config: Config):
     shape = presets.named(config.pretrained_model_name_or_path).text_shape
     text = (*shape, 2 if config.mixed_precision == "bf16" else 4)
     print(*sets.notes, *summary(sets.training, text), sep="\n")
-    make_folder(config.output_dir)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
     examples = sets.training + (sets.validation if sets.unseen else [])
     for set_id in dict.fromkeys(example.set_id for example in examples):
         page, warnings = contact_sheet([e for e in examples if e.set_id == set_id], mix_of(config))
@@ -84,38 +75,26 @@ def report_data(config: Config):
         print(*warnings, f"look at {file}", sep="\n")
 
 
-def encode(
-    config: Config, sets: Sets, items: list[Item], checkpoint: load.Checkpoint, place: tuple
-) -> tuple[Examples, Examples]:
-    """Make what is made once, then text and latents, cached by content; the encoders are let go again."""
+def encode(config: Config, sets: Sets, items: list[Item], checkpoint: load.Checkpoint, place: tuple) -> list[Examples]:
+    """Make what is made once, then text and latents, cached by content. -> what is trained and what is validated on."""
     make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
-    device, dtype = place
-    mix, texts = mix_of(config), text_cache(config)
-    examples = Examples(sets.training, checkpoint, texts, dtype, mix)
+    (device, dtype), mix, texts = place, mix_of(config), text_cache(config)
     negatives = [item.negative for item in items if config.validation_guidance_real != 1]
     prompts = (*(item.prompt for item in items), *negatives)
+    examples = Examples(sets.training, checkpoint, texts, dtype, mix)
     validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts)
     captions, pictures = (sum(made) for made in zip(examples.encode(device), validation.encode(device), strict=True))
     print(f"encoded {captions} captions and {pictures} pictures; all else was cached")
-    return examples, validation
-
-
-def load_base(config: Config, checkpoint: load.Checkpoint, place: tuple) -> Flux:
-    """The transformer, in the precision of the base model."""
-    if not config.base_model_precision.startswith("int8"):
-        return load.load_flux(checkpoint, *place)
-    print(f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)")
-    return load.load_flux(checkpoint, *place, then=quantize_int8)
+    return [examples, validation]
 
 
 def main(argv: list[str]):
-    options = [a for a in argv if a.startswith("-") and "=" not in a]
-    files, overrides = [a for a in argv if "=" not in a and a not in options], [a for a in argv if "=" in a]
-    if not argv or {"-h", "--help"} & set(options):
+    overrides, plain = [a for a in argv if "=" in a], [a for a in argv if "=" not in a]
+    options, files = {a for a in plain if a.startswith("-")}, [a for a in plain if not a.startswith("-")]
+    if not argv or {"-h", "--help"} & options:
         return print(__doc__.strip())
-    unknown = [option for option in options if option not in OPTIONS]
-    if unknown or len(files) != 1:
-        raise ValueError(f"{unknown[0]} is no option" if unknown else f"one config file is needed, got {files}")
+    if len(files) != 1 or options - OPTIONS:
+        raise ValueError(f"one config file is needed, and of options {', '.join(sorted(OPTIONS))}; got {plain}")
     config = read_config(Path(files[0]), overrides)
     if "--explain" in options:
         return print(*explain(config), sep="\n")
@@ -123,7 +102,8 @@ def main(argv: list[str]):
         return report_data(config)
     sets, checkpoint = check(config)
     print(*(f"{key} is ignored: {why}" for key, why in config.ignored.items()), *sets.notes, sep="\n")
-    folder = make_folder(config.output_dir)
+    folder = RunFolder(config.output_dir)
+    folder.path.mkdir(parents=True, exist_ok=True)
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     items = items_of(config, sets, presets.preset_of(checkpoint.folder))
@@ -135,7 +115,12 @@ def main(argv: list[str]):
         print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
-    flux = load_base(config, checkpoint, (device, dtype)).requires_grad_(False)
+    quantise = quantize_int8 if "int8" in config.base_model_precision else None
+    if quantise:
+        print(
+            f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)"
+        )
+    flux = load.load_flux(checkpoint, device, dtype, quantise).requires_grad_(False)
     torch.manual_seed(config.seed)
     parameters = add_adapter(config, flux)
     if trained:
@@ -148,8 +133,8 @@ def main(argv: list[str]):
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
     print(*screen(config, editor, examples), sep="\n")
-    validator = Validator(editor, validation, items, sampling_of(config), folder)
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, **config.optimizer_options())
+    validator = Validator(editor, validation, items, sampling_of(config), folder)
     evaluator = Evaluator(config, flux, validation, sets.unseen)
     print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
     print(report.write(config.output_dir))

@@ -39,10 +39,16 @@ def read_object(value):
     return read_json5(Path(value)) if isinstance(value, str | Path) else value
 
 
-Listed, Mapped = BeforeValidator(as_list), BeforeValidator(as_mapping)
+Listed, Mapped, Read = map(BeforeValidator, (as_list, as_mapping, read_object))
+Positive = Annotated[float, Field(gt=0)]
 SizeText = Annotated[str, Field(coerce_numbers_to_str=True)]
 Unit = Literal["pixel_area", "pixel", "area"]
 Captions = Literal["textfile", "filename", "instanceprompt"]
+ModuleClass = Literal["Attention", "FeedForward"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"]
+Several = Literal["random", "combined"]
+Precision = Literal["no_change", "bf16", "int8-quanto", "int8-torchao"]
+Kind = Literal["reference_strict", "reference_loose", "mask"]
 
 
 class Generator(BaseModel):
@@ -82,9 +88,7 @@ class Dataset(Strict):
 
     # what belongs to them
     conditioning_data: Annotated[list[str], Listed] = knob([], "ids of this target set's reference sets; none is T2I")
-    conditioning_type: Literal["reference_strict", "reference_loose", "mask"] | None = knob(
-        None, "strict: the target's crop and size; loose: a size of its own; mask: white where loss counts"
-    )
+    conditioning_type: Kind | None = knob(None, "strict: the target's crop and size; loose: its own; mask: of the loss")
     conditioning: Annotated[list[Generator], Listed] = knob([], "references made from the targets by degrading them")
     caption_strategy: Captions | None = knob(None, "default textfile (NAME.txt, one a line), for references none")
     instance_prompt: Annotated[list[str], Listed] = knob([], "the captions of caption_strategy instanceprompt")
@@ -142,9 +146,6 @@ class ValidationItem(Strict):
     name: str | None = knob(None, "for the sheets; default: the prompt")
 
 
-ModuleClass = Literal["Attention", "FeedForward"]
-
-
 class LoKrSize(Strict):
     """The size of LoKrs, of all of them or, in module_algo_map, of one class of modules."""
 
@@ -168,7 +169,7 @@ class Preset(Strict):
 
 
 class LyCORIS(LoKrSize):
-    """What SimpleTuner's lycoris_config.json may say."""
+    """What SimpleTuner's lycoris_config.json may say, or the file's path."""
 
     multiplier: float = knob(1.0, "training is at full strength", ge=1, le=1)
     apply_preset: Preset = Preset()
@@ -177,16 +178,15 @@ class LyCORIS(LoKrSize):
 class Config(Strict):
     """One training run."""
 
-    LEFT_OUT, REFUSED, SAME = foreign.CONFIG_IGNORED, foreign.CONFIG_REFUSED, foreign.RENAMED
+    LEFT_OUT = foreign.CONFIG_IGNORED | foreign.LYCORIS_IGNORED
+    REFUSED, SAME = foreign.CONFIG_REFUSED, foreign.RENAMED
 
     # model
     model_family: Literal["flux"] = "flux"
     model_flavour: Literal["kontext"] = "kontext"
     model_type: Literal["lora"] = "lora"
     pretrained_model_name_or_path: str = knob("nano", "model folder, hub id, or nano, the embedded model")
-    base_model_precision: Literal["no_change", "bf16", "int8-quanto", "int8-torchao"] = knob(
-        "no_change", "of the frozen base; both int8 are the same: weights in int8, half the memory of bf16"
-    )
+    base_model_precision: Precision = knob("no_change", "of the frozen base; the two int8 are one, half of bf16's size")
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
@@ -195,9 +195,7 @@ class Config(Strict):
     data_backend_config: DataList = knob(..., "the data list or its file; default multidatabackend.json beside this")
     cache_dir: Path = knob(Path("cache"), "latents and encoded text, by content; safe to delete")
     aspect_bucket_alignment: int | None = knob(None, "of training sizes; default 64, nano's 16", gt=0, multiple_of=16)
-    conditioning_multidataset_sampling: Literal["random", "combined"] = knob(
-        "random", "of several reference sets: one per use by a seeded draw, or all of them at once"
-    )
+    conditioning_multidataset_sampling: Several = knob("random", "of several reference sets: one a use, or all at once")
     # what sets that do not say it themselves have
     resolution: float | None = knob(None, "of sets", gt=0)
     resolution_type: Unit | None = None
@@ -213,22 +211,17 @@ class Config(Strict):
     lora_type: Literal["standard", "lycoris"] = knob("standard", "LoRA, or LoKr by lycoris_config")
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = knob(None, "strength is alpha / rank; default: the rank", gt=0)
-    lora_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = knob(
-        {}, "pattern of modules' names -> their rank; the first that fits"
-    )
-    lora_alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = knob({}, "pattern of modules' names -> their alpha")
+    lora_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = knob({}, "pattern of modules -> rank; the first match")
     use_dora: bool = knob(False, "DoRA: the length of each row of a weight is trained beside the change of direction")
-    lycoris_config: Annotated[LyCORIS | None, BeforeValidator(read_object)] = knob(
-        None, "SimpleTuner's lycoris_config.json, or what it holds"
-    )
+    lycoris_config: Annotated[LyCORIS | None, Read] = knob(None, "SimpleTuner's lycoris_config.json, or what it holds")
     lora_dropout: float = knob(0.0, "share of each adapter's inputs left out in a step", ge=0, lt=1)
     init_lora: Path | None = knob(None, "a LoRA or LoKr file to start from, of the same modules and sizes")
     flux_lora_target: str | list[str] = knob("all", "a set's name, or patterns of diffusers' module names")
     lora_format: Literal["diffusers", "comfyui", "kohya"] = knob("diffusers", "of a LoRA's file; LoKr's is LyCORIS'")
 
     # the step
-    flow_schedule_shift: Literal["auto"] | Annotated[float, Field(gt=0)] = knob(
-        "auto", "factor that moves times towards noise; auto: by the target's size, as in sampling"
+    flow_schedule_shift: Literal["auto"] | Positive = knob(
+        "auto", "moves times to noise; auto: by size, as in sampling"
     )
     flow_sigmoid_scale: float = knob(1.0, "times are sigmoid(scale * normal), then shifted", gt=0)
     flow_use_uniform_schedule: bool = knob(False, "uniform times instead")
@@ -251,12 +244,10 @@ class Config(Strict):
     # optimizer
     optimizer: Literal[
         "adamw", "adamw_bf16", "ao-adamw8bit", "optimi-adam", "optimi-adamw", "optimi-stableadamw", "optimi-adan",
-        "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-sgd",
+        "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-sgd"
     ] = knob("adamw", "adamw_bf16 and ao-adamw8bit are AdamW in less memory")  # fmt: skip
     learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
-    ] = knob("constant", "both constants are the same")
+    lr_scheduler: Schedule = knob("constant", "both constants are the same")
     lr_warmup_steps: int = knob(0, "steps in which the learning rate rises linearly from 0", ge=0)
     lr_end: float = knob(0.0, "learning rate that every schedule but the constant comes down to", ge=0)
     lr_power: float = knob(0.8, "of polynomial", gt=0)
@@ -267,9 +258,7 @@ class Config(Strict):
     adam_epsilon: float = Field(1e-8, gt=0)
     optimizer_beta1: float | None = knob(None, "of any optimizer with betas", ge=0, lt=1)
     optimizer_beta2: float | None = Field(None, ge=0, lt=1)
-    optimizer_config: Annotated[dict[str, bool | float], Mapped] = knob(
-        {}, "its further arguments: key=value,key=value"
-    )
+    optimizer_config: Annotated[dict[str, bool | float], Mapped] = knob({}, "its further arguments: key=value, …")
     max_grad_norm: float = knob(1.0, "the gradient is scaled down to this norm, never cut value by value", gt=0)
     skip_nonfinite_steps: int = knob(0, "steps without a finite loss that are left out, not fatal", ge=0)
     use_ema: bool = knob(False, "also keep and save the moving average of the adapter, in ema/")
@@ -315,54 +304,43 @@ class Config(Strict):
     tracker_run_name: str | None = knob(None, "default: the name of output_dir")
     logging_dir: Path | None = knob(None, "trackers write to its folder of the run's name; default: output_dir/logs")
 
-    @classmethod
-    def left_out(cls, values: dict) -> dict[str, str]:
-        """Keys without a meaning here; a LoRA has none for LyCORIS's."""
-        return cls.LEFT_OUT | ({} if values.get("lora_type") == "lycoris" else foreign.LYCORIS_IGNORED)
-
     @property
     def idle(self) -> set[str]:
         """Keys that say nothing of the kind of adapter that is trained."""
         if self.lora_type == "standard":
             return {"lycoris_config"}
-        keys = {"lora_rank", "lora_alpha", "lora_rank_pattern", "lora_alpha_pattern", "use_dora"}
-        return keys | ({"flux_lora_target"} if self.lycoris_config.apply_preset.target_module else set())
+        preset = self.lycoris_config and self.lycoris_config.apply_preset.target_module
+        return {"lora_rank", "lora_alpha", "lora_rank_pattern", "use_dora", *(["flux_lora_target"] if preset else [])}
 
     @model_validator(mode="after")
     def agree(self):
         """Settings that contradict each other."""
-        if self.lora_type == "lycoris" and self.lycoris_config is None:
-            raise ValueError(
-                'lora_type lycoris needs lycoris_config: {"algo": "lokr", "full_matrix": true, "factor": 16}'
-            )
-        if idle := sorted(key for key in self.idle & self.model_fields_set if getattr(self, key)):
-            raise ValueError(f"lora_type lycoris is described by lycoris_config; take out {', '.join(idle)}")
-        if (self.use_dora or self.lycoris_config) and self.lora_format != "diffusers":
-            raise ValueError(
-                f"lora_format: a {self.lora_format} file cannot hold LoKr or DoRA on a part of a fused layer"
-            )
-        if self.flow_use_uniform_schedule and self.flow_use_beta_schedule:
-            raise ValueError("flow_use_uniform_schedule and flow_use_beta_schedule exclude each other")
-        if self.flux_guidance_min > self.flux_guidance_max:
-            raise ValueError("flux_guidance_min is above flux_guidance_max")
-        if self.lr_end > self.learning_rate and not self.lr_scheduler.startswith("constant"):
-            raise ValueError("lr_end is above learning_rate")
-        if self.lr_scheduler == "sine" and self.lr_warmup_steps:
-            raise ValueError("sine rises by itself: set lr_warmup_steps to 0 and its number of waves as lr_num_cycles")
-        if self.base_model_precision == "bf16" and self.mixed_precision == "no":
-            raise ValueError("base_model_precision bf16 needs mixed_precision bf16")
-        if self.validation_split > 1 and self.validation_split % 1:
-            raise ValueError("validation_split is a share below 1 or a whole number of pairs")
+        idle = ", ".join(sorted(key for key in self.idle & self.model_fields_set if getattr(self, key)))
+        lokr, form, split = self.lora_type == "lycoris", self.lora_format, self.validation_split
+        flows, curve = self.flow_use_uniform_schedule + self.flow_use_beta_schedule, "constant" not in self.lr_scheduler
+        precisions = (self.base_model_precision, self.mixed_precision)
+        contradictions = {
+            'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,
+            f"lora_type lycoris is described by lycoris_config; take out {idle}": lokr and idle,
+            f"lora_format: a {form} file cannot hold LoKr or DoRA": form != "diffusers" and (lokr or self.use_dora),
+            "flow_use_uniform_schedule and flow_use_beta_schedule exclude each other": flows == 2,
+            "flux_guidance_min is above flux_guidance_max": self.flux_guidance_min > self.flux_guidance_max,
+            "lr_end is above learning_rate": self.lr_end > self.learning_rate and curve,
+            "sine rises by itself: set lr_warmup_steps to 0": self.lr_scheduler == "sine" and self.lr_warmup_steps,
+            "validation_split is a share below 1 or a whole number of pairs": split > 1 and split % 1,
+            "base_model_precision bf16 needs mixed_precision bf16": precisions == ("bf16", "no"),
+        }
+        if found := [said for said, holds in contradictions.items() if holds]:
+            raise ValueError("; ".join(found))
         return self
 
     def optimizer_options(self) -> dict[str, bool | float]:
         """What is said of the optimizer beside its learning rate, the general after the particular."""
-        options = {**self.optimizer_config, "beta1": self.optimizer_beta1, "beta2": self.optimizer_beta2}
-        options = {key: value for key, value in options.items() if value is not None}
-        if self.optimizer != "adamw":
-            return options
-        betas = {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
-        return {**betas, "weight_decay": self.adam_weight_decay, "eps": self.adam_epsilon, **options}
+        adamw = {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
+        adamw |= {"weight_decay": self.adam_weight_decay, "eps": self.adam_epsilon}
+        betas = {"beta1": self.optimizer_beta1, "beta2": self.optimizer_beta2}
+        options = self.optimizer_config | {key: beta for key, beta in betas.items() if beta is not None}
+        return adamw | options if self.optimizer == "adamw" else options
 
     def record(self) -> str:
         """JSON that is a config file again: every key in force, and of sets and LoKrs what they say themselves."""
@@ -370,21 +348,20 @@ class Config(Strict):
         return json.dumps(self.model_dump(mode="json", exclude=self.idle) | said, indent=2, ensure_ascii=False) + "\n"
 
     def datasets(self) -> list[Dataset]:
-        """The data list. Raises ValueError naming file and key."""
-        if isinstance(self.data_backend_config, list):
-            return [self.completed(entry) for entry in self.data_backend_config]
-        entries = read_json5(self.data_backend_config)
-        if not isinstance(entries, list):
-            raise ValueError(f"{self.data_backend_config} should hold a list of datasets, [...]")
-        where = f"{self.data_backend_config}, entry"
-        return [self.completed(checked(Dataset, entry, f"{where} {i + 1}")) for i, entry in enumerate(entries)]
+        """The data list, each set with this config's values for what it does not say. ValueError names file and key."""
+        file = entries = self.data_backend_config
+        if not isinstance(file, list):
+            entries = read_json5(file)
+            if not isinstance(entries, list):
+                raise ValueError(f"{file} should hold a list of datasets, [...]")
+            entries = [checked(Dataset, entry, f"{file}, entry {i}") for i, entry in enumerate(entries, 1)]
+        return [self.completed(entry) for entry in entries]
 
     def completed(self, entry: Dataset) -> Dataset:
         """A set with this config's values for what it does not say itself."""
-        shared = ("resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size")
-        captions = ("caption_strategy",) if entry.role in ("image", "eval") else ()
-        said = {key: getattr(self, key) for key in (*shared, *captions) if key not in entry.model_fields_set}
-        return entry.model_copy(update={key: value for key, value in said.items() if value is not None})
+        shared = {"resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size"}
+        shared |= {"caption_strategy"} if entry.role in ("image", "eval") else set()
+        return entry.model_copy(update=self.model_dump(include=shared - entry.model_fields_set, exclude_none=True))
 
 
 def read_json5(path: Path):
@@ -409,16 +386,11 @@ def read_config(path: Path, overrides: list[str]) -> Config:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
             raise ValueError(f"{override!r} is not KEY=VALUE, such as learning_rate=1e-4")
-        values[key] = parse_value(text)
+        try:
+            values[key] = json5.loads(text)
+        except ValueError:  # the text itself
+            values[key] = text
     return checked(Config, values, str(path))
-
-
-def parse_value(text: str):
-    """The value of an override: JSON if it is, else the text itself."""
-    try:
-        return json5.loads(text)
-    except ValueError:
-        return text
 
 
 def checked(kind: type[Strict], values: dict, where: str):
@@ -432,21 +404,18 @@ def checked(kind: type[Strict], values: dict, where: str):
 
 def problem(kind: type[Strict], entry: dict) -> str:
     """One of pydantic's findings in one line."""
-    name = ".".join(str(part) for part in entry["loc"] if part not in ("<file>", "<list>"))
-    if entry["type"] == "value_error" and not name:
-        return str(entry["ctx"]["error"])
-    if not name:
-        return f"{entry['input']!r} should be one object, {{...}}"
+    place = [str(part) for part in entry["loc"] if part not in ("<file>", "<list>")]
+    name, message = ".".join(place), entry["msg"].removeprefix("Value error, ")
+    if not place:
+        return message if entry["type"] == "value_error" else f"{entry['input']!r} should be one object, {{...}}"
     if entry["type"] == "extra_forbidden":
-        key = str(entry["loc"][-1])
-        owner = kind if len(entry["loc"]) == 1 else OWNERS.get(entry["loc"][0], Dataset)
-        if key in owner.REFUSED:
-            return f"{name} is not used here: {owner.REFUSED[key]}"
-        near = difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.6)
+        owner = kind if len(place) == 1 else OWNERS.get(place[0], Dataset)
+        if place[-1] in owner.REFUSED:
+            return f"{name} is not used here: {owner.REFUSED[place[-1]]}"
+        near = difflib.get_close_matches(place[-1], owner.model_fields, n=1, cutoff=0.6)
         return f"unknown key {name}" + (f", did you mean {near[0]}?" if near else "")
     if entry["type"] == "missing":
         return f"{name} is required"
-    message = entry["msg"].removeprefix("Value error, ")
     return f"{name} = {entry['input']!r}: {message[0].lower()}{message[1:]}"
 
 
@@ -456,13 +425,11 @@ OWNERS = {"validation": ValidationItem, "lycoris_config": LyCORIS}
 def explain(config: Config) -> list[str]:
     """Every key in force: its value, whether it was given, and what it means; then what was left out, and why."""
     lines = []
-    for name, field in Config.model_fields.items():
-        if name in config.idle:
-            continue
+    for name in [key for key in Config.model_fields if key not in config.idle]:
         value = getattr(config, name)
         value = "…" if name == "data_backend_config" else str(value) if isinstance(value, Path) else repr(value)
         source = "given" if name in config.model_fields_set else "default"
-        lines.append(f"{name:36} {value:28} {source:8} {field.description or ''}".rstrip())
+        lines.append(f"{name:36} {value:28} {source:8} {Config.model_fields[name].description or ''}".rstrip())
     return lines + [f"{name:36} {'ignored':28} {'given':8} {why}" for name, why in config.ignored.items()]
 
 

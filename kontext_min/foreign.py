@@ -151,11 +151,6 @@ class Strict(BaseModel):
 
     _ignored: dict[str, str] = {}
 
-    @classmethod
-    def left_out(cls, values: dict) -> dict[str, str]:
-        """LEFT_OUT, where it does not depend on the other keys."""
-        return cls.LEFT_OUT
-
     @property
     def ignored(self) -> dict[str, str]:
         """The keys that were given and left out, and why."""
@@ -168,7 +163,8 @@ class Strict(BaseModel):
         if not isinstance(values, dict):
             return validate(values)
         values = {cls.SAME.get(key, key): value for key, value in values.items()}
-        ignored = {key: why for key, why in cls.left_out(values).items() if key in values}
+        used = LYCORIS_IGNORED if values.get("lora_type") == "lycoris" else ()
+        ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values and key not in used}
         off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in OFF]
         ignored |= dict.fromkeys(off, "what it says is always so here")
         made = validate({key: value for key, value in values.items() if key not in ignored})

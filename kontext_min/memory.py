@@ -41,20 +41,14 @@ def size_of(tensor: Tensor) -> int:
 
 
 def predicted(flux: Flux, vae: nn.Module, tokens: int, checkpointed: bool, adapter: float) -> list[str]:
-    """The memory of a training step, line by line: what can be counted, and what cannot.
-
-    tokens: of the largest batch; adapter: bytes of all that is trained, with what belongs to it.
-    """
+    """A training step's memory, line by line. tokens: of the largest batch; adapter: bytes of all that is trained."""
     frozen = [t for t in (*flux.parameters(), *flux.buffers()) if not t.requires_grad]
-    parts = {
-        "transformer": sum(map(size_of, frozen)),
-        "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers()))),
-        "adapter, its gradient, the optimizer's state and the average, if any": adapter,
-    }
+    parts = {"transformer": sum(map(size_of, frozen)), "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers())))}
+    parts["adapter, its gradient, the optimizer's state and the average, if any"] = adapter
+    rest = "all activations (gradient_checkpointing is off)"
     if checkpointed:
-        blocks, width = len(flux.double_blocks) + len(flux.single_blocks), flux.config.hidden_size
-        inputs = blocks * width * frozen[0].element_size() * tokens
+        blocks, rest = len(flux.double_blocks) + len(flux.single_blocks), "what one block computes"
+        inputs = blocks * flux.config.hidden_size * frozen[0].element_size() * tokens
         parts[f"inputs of {blocks} blocks, kept for {tokens} tokens"] = inputs
-    open_end = "what one block computes" if checkpointed else "all activations (gradient_checkpointing is off)"
-    lines = [f"{size / GB:8.3f} GB  {name}" for name, size in parts.items()]
-    return [*lines, f"{sum(parts.values()) / GB:8.3f} GB  and {open_end}: measured, in the bar and metrics.jsonl"]
+    parts[f"and {rest}: measured, in the bar and metrics.jsonl"] = sum(parts.values())
+    return [f"{size / GB:8.3f} GB  {name}" for name, size in parts.items()]

@@ -1,7 +1,4 @@
-"""A run's folder -> report.html in it: one page without network, made of files alone. python -m kontext_min.report RUN
-
-Whatever a run has not written (it is early, or old) is missing from the page, which says so.
-"""
+"""A run's folder -> report.html in it: one page without network; what a run has not written is named as missing."""
 
 import base64
 import html
@@ -20,7 +17,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 FINEST = ((1024, 88), (768, 85), (512, 82), (384, 78), (256, 70), (192, 60))  # longest side in pixels, JPEG quality
 BYTES = 8_000_000  # of all pictures together, by the mean of a sample
 PAIRS, STEPS, POINTS = 24, 12, 600  # shown at most
-GRID, UNUSED, FULL = 1.5, 1.01, 0.92  # from where on a finding is told
+GRID, FULL = 1.5, 0.92  # from where on a finding is told
 
 
 def write(run: Path) -> Path:
@@ -29,9 +26,8 @@ def write(run: Path) -> Path:
     if not (folder.metrics.exists() or folder.config.exists()):
         raise FileNotFoundError(f"{run} holds no run: metrics.jsonl and config.json are not there; give an output_dir")
     blob = gather(folder)
-    data = json.dumps(blob, ensure_ascii=False, allow_nan=False)
-    for character in "<>&":  # nothing in a prompt can end the script that holds it
-        data = data.replace(character, f"\\u{ord(character):04x}")
+    safe = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}  # no prompt can end its script
+    data = json.dumps(blob, ensure_ascii=False, allow_nan=False).translate(safe)
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")
     folder.report.write_text(head.replace("__TITLE__", html.escape(blob["title"])) + data + tail, encoding="utf-8")
     return folder.report
@@ -52,19 +48,16 @@ def gather(folder: RunFolder) -> dict:
     absent = {"pictures (validation/items.json)": items, "loss (metrics.jsonl)": metrics, "PSNR": psnr}
     absent |= {"eval loss and reference probe (validation/eval.jsonl)": held_out, "settings (config.json)": config}
     done = f"step {metrics[-1]['step']} of {config.get('max_train_steps', '?')}" if metrics else "no step yet"
-    model, kind = config.get("pretrained_model_name_or_path", "?"), "DoRA" if config.get("use_dora") else "LoRA"
-    kind = "LoKr" if config.get("lora_type") == "lycoris" else f"{kind} of rank {config.get('lora_rank', '?')}"
+    kind = f"{'DoRA' if config.get('use_dora') else 'LoRA'} of rank {config.get('lora_rank', '?')}"
+    kind = "LoKr" if config.get("lora_type") == "lycoris" else kind
+    place = (
+        f"{config.get('flux_lora_target', 'modules of a preset')} · {config.get('pretrained_model_name_or_path', '?')}"
+    )
     return {
-        "title": folder.path.resolve().name,
-        "subtitle": f"{done} · {kind} on {config.get('flux_lora_target', 'modules of a preset')} · {model}",
-        "numbers": numbers(metrics, psnr),
-        "findings": findings(metrics, held_out, files),
-        "items": items,
-        "steps": steps,
-        "curves": curves(metrics, psnr, held_out),
-        "missing": [name for name, value in absent.items() if not value],
-        "config": config,
-    }
+        "title": folder.path.resolve().name, "subtitle": f"{done} · {kind} on {place}", "items": items, "steps": steps,
+        "numbers": numbers(metrics, psnr), "findings": findings(metrics, held_out, files), "config": config,
+        "curves": curves(metrics, psnr, held_out), "missing": [name for name, value in absent.items() if not value],
+    }  # fmt: skip
 
 
 def read(file: Path, without):
@@ -94,9 +87,9 @@ def curves(metrics: list[dict], psnr: list[dict], held_out: list[dict]) -> dict:
     """Name -> points, for the page's charts; `times` has the eval loss by time of the first and the last step."""
     probes = [{"step": line["step"], **(line.get("probe") or {})} for line in held_out]
     timed = [(line["step"], line["per_timestep"]) for line in held_out if line.get("per_timestep")]
-    made = {"loss": curve(metrics, "loss"), "lr": curve(metrics, "lr"), "eval": curve(held_out, "loss")}
-    made |= {"smooth": smooth(made["loss"]), "base": curve(psnr, "base"), "lora": curve(psnr, "lora")}
-    made |= {"shuffled": curve(probes, "shuffled"), "none": curve(probes, "none")}
+    made = {name: curve(metrics, name) for name in ("loss", "lr")} | {"eval": curve(held_out, "loss")}
+    made |= {name: curve(psnr, name) for name in ("base", "lora")} | {"smooth": smooth(made["loss"])}
+    made |= {name: curve(probes, name) for name in ("shuffled", "none")}
     return {name: thinned(points) for name, points in made.items()} | {"times": timed[:1] + timed[1:][-1:]}
 
 
@@ -121,72 +114,54 @@ def thinned(points: list) -> list:
 
 def numbers(metrics: list[dict], psnr: list[dict]) -> list[tuple[str, str]]:
     """The few figures at the top."""
-    found = []
+    found, seconds = {}, [line["seconds"] for line in metrics]
     if metrics:
-        seconds = [line["seconds"] for line in metrics]
-        found.append(("training, without validation", str(timedelta(seconds=round(sum(seconds))))))
-        found.append(("a step", f"{np.median(seconds):.2f} s"))
+        found["training, without validation"] = str(timedelta(seconds=round(sum(seconds))))
+        found["a step"] = f"{np.median(seconds):.2f} s"
     if metrics and "memory" in metrics[-1]:
         most = max(line["memory"] for line in metrics)
-        found.append(("memory at most", f"{most:.1f} GB of {metrics[-1]['memory_limit']:.1f}"))
+        found["memory at most"] = f"{most:.1f} GB of {metrics[-1]['memory_limit']:.1f}"
     if psnr:
-        change = f"{psnr[-1]['base']:.1f} → {psnr[-1]['lora']:.1f} dB"
-        found.append(("to the target, without and with the LoRA", change))
-    return found
+        found["to the target, without and with the LoRA"] = f"{psnr[-1]['base']:.1f} → {psnr[-1]['lora']:.1f} dB"
+    return list(found.items())
 
 
 def findings(metrics: list[dict], held_out: list[dict], files: list[dict[str, Path]]) -> list[tuple[str, str]]:
     """What is probably wrong: (what, what was seen and what to do), after the quickstart's troubleshooting table."""
-    found = []
-    probe = next((line["probe"] for line in reversed(held_out) if line.get("probe")), {})
-    if probe.get("own") and probe.get("shuffled") and probe["shuffled"] < UNUSED * probe["own"]:
-        text = f"""The eval loss is {probe["own"]:.4g} with the own reference, {probe["shuffled"]:.4g} with another's.
-            Make sure that targets and references belong together: the same names, and the right set in
-            conditioning_data; train.py CONFIG --check draws every pair."""
-        found.append(("The reference is ignored", text))
-    excess = []
-    for kinds in files:
-        lora = [file for kind, file in kinds.items() if kind.isdigit()]
-        plain = [grid(kinds[kind]) for kind in ("base", "target") if kind in kinds]
-        if lora and plain:
-            excess.append(grid(lora[-1]) / max(1.0, *plain))
+    found = {}
+    if held_out and "warning" in held_out[-1]:
+        found["The reference is ignored"] = held_out[-1]["warning"]
+    loras = [[file for kind, file in kinds.items() if kind.isdigit()] for kinds in files]
+    plain = [[file for kind, file in kinds.items() if kind in ("base", "target")] for kinds in files]
+    excess = [grid(a[-1]) / max(1.0, *map(grid, b)) for a, b in zip(loras, plain, strict=True) if a and b]
     if excess and np.median(excess) > GRID:
-        text = f"""The LoRA's pictures have {np.median(excess):.1f} times as strong edges at every 8th or 16th pixel.
+        found["Square grid artefacts"] = f"""
+            The LoRA's pictures have {np.median(excess):.1f} times as strong edges at every 8th or 16th pixel.
             Use better pictures, a lower learning_rate, or an optimizer other than Lion."""
-        found.append(("Square grid artefacts", text))
     most = max(metrics, key=lambda line: line.get("memory", 0), default={})
     if most.get("memory", 0) > FULL * most.get("memory_limit", 1):
-        text = f"""{most["memory"]:.1f} of {most["memory_limit"]:.1f} GB were in use at step {most["step"]}.
-            Use gradient_checkpointing, a smaller resolution (of the references first) or train_batch_size."""
-        found.append(("Memory is near the limit", text))
-    return found
+        found["Memory is near the limit"] = f"""
+            {most["memory"]:.1f} of {most["memory_limit"]:.1f} GB were in use at step {most["step"]}. Use
+            gradient_checkpointing, a smaller resolution (of the references first) or train_batch_size."""
+    return list(found.items())
 
 
 def grid(file: Path) -> float:
-    """How much stronger neighbouring pixels differ at every 8th or 16th line than elsewhere; about 1 without a grid.
-
-    The median over lines of the mean squared difference, so that a few strong edges of the scene do not count.
-    """
-    x = np.asarray(Image.open(file).convert("L"), np.float64)
-    ratios = []
+    """How much stronger neighbouring pixels differ at every 8th or 16th line than elsewhere; about 1 without a grid."""
+    x, ratios = np.asarray(Image.open(file).convert("L"), np.float64), []
+    energies = [(np.diff(x, axis=axis) ** 2).mean(1 - axis) for axis in (0, 1)]  # of the lines between pixels
     for period in (8, 16):
-        on, off = [], []
-        for axis in (0, 1):
-            energy = (np.diff(x, axis=axis) ** 2).mean(1 - axis)  # of the line between pixels j and j + 1
-            at = np.arange(1, len(energy) + 1) % period == 0
-            on, off = [*on, *energy[at]], [*off, *energy[~at]]
-        ratios.append((np.median(on) + 0.1) / (np.median(off) + 0.1) if on else 1.0)  # 0.1: rounding to bytes
+        on = np.concatenate([energy[period - 1 :: period] for energy in energies])
+        off = np.concatenate([np.delete(energy, np.s_[period - 1 :: period]) for energy in energies])
+        # medians: a few strong edges of the scene do not count; 0.1: rounding to bytes
+        ratios.append((np.median(on) + 0.1) / (np.median(off) + 0.1) if on.size else 1.0)
     return float(max(ratios))
 
 
-def main(argv: list[str]):
-    if len(argv) != 1 or argv[0] in ("-h", "--help"):
-        raise ValueError("usage: python -m kontext_min.report RUN, a run's output_dir")
-    print(write(Path(argv[0])))
-
-
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m kontext_min.report RUN, a run's output_dir")
     try:
-        main(sys.argv[1:])
+        print(write(Path(sys.argv[1])))
     except (ValueError, OSError) as error:
         sys.exit(f"report.py: {error}")

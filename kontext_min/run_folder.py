@@ -48,8 +48,8 @@ class RunFolder:
     def rewind(self, step: int):
         """Take out of the logs what an interrupted run wrote after a step, since it is written again."""
         for file in filter(Path.exists, (self.metrics, self.psnr, self.eval)):
-            kept = [line for line in read_lines(file) if line["step"] <= step]
-            file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            kept = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] <= step]
+            file.write_text("".join(kept), encoding="utf-8")
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N in the folder: a new run neither mixes with it nor loses it."""

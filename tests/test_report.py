@@ -211,10 +211,9 @@ def test_findings_name_the_troubleshooting_rows(run):
     for i in range(3):  # the base has the same grid: it is not the LoRA's
         scene(seed=i, planted=12.0).save(validation / "base" / f"{i:02d}.png")
     assert page_of(run).blob["findings"] == []
-    probe = {"own": 0.5, "shuffled": 0.502, "none": 0.6}
-    write_lines(validation / "eval.jsonl", [{"step": 150, "loss": 0.5, "probe": probe}])
-    (found,) = page_of(run).blob["findings"]
-    assert found[0] == "The reference is ignored" and "conditioning_data" in found[1]
+    warned = {"step": 150, "loss": 0.5, "probe": {"own": 0.5, "shuffled": 0.502, "none": 0.6}, "warning": "no use"}
+    write_lines(validation / "eval.jsonl", [{"step": 100, "loss": 0.5}, warned])
+    assert page_of(run).blob["findings"] == [["The reference is ignored", "no use"]]
     (validation / "eval.jsonl").unlink()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     write_lines(run / "metrics.jsonl", [{**line, "memory": 23.5} for line in lines])

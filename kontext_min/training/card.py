@@ -2,10 +2,8 @@
 
 import json
 import shlex
-from functools import partial
 from pathlib import Path
 
-from kontext_min import presets
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples
 from kontext_min.run_folder import LORA, RunFolder
@@ -19,7 +17,10 @@ license: other
 license_name: flux-1-dev-non-commercial-license
 license_link: https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md""",
 }
-quoted = partial(json.dumps, ensure_ascii=False)  # as a Python string
+DIFFUSERS = """\
+In diffusers: `pipe = FluxKontextPipeline.from_pretrained("{base}")` and `pipe.load_lora_weights(".")`, then
+`pipe(image, {instruction}, guidance_scale={guidance}, num_inference_steps={steps})`."""
+NO_DIFFUSERS = "For diffusers: `python -m kontext_min.adapters convert {lora} OUT --to diffusers --rank 64`"
 CARD = """\
 ---
 {licence}
@@ -52,48 +53,20 @@ In ComfyUI, with FLUX.1 Kontext: a `LoraLoaderModelOnly` node of strength 1 afte
 
 All others have their defaults; `config.json` lists them.
 """
-DIFFUSERS = """\
-With diffusers, which takes one reference:
-
-```python
-import torch
-from diffusers import FluxKontextPipeline
-from diffusers.utils import load_image
-
-pipe = FluxKontextPipeline.from_pretrained({base}, torch_dtype=torch.{dtype})
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-pipe.load_lora_weights(".", weight_name="{lora}")
-image = pipe(
-    image={image}, prompt={instruction},
-    width={width}, height={height}, max_area={width} * {height}, _auto_resize=False,
-    guidance_scale={guidance}, num_inference_steps={steps},
-    max_sequence_length={tokens}, generator=torch.Generator().manual_seed({seed}),
-).images[0]
-image.save("edited.png")
-```
-"""
-NO_DIFFUSERS = """\
-diffusers does not read a LoKr; `python -m kontext_min.adapters convert {lora} OUT --to diffusers --rank 64` makes a
-LoRA that is near to it.
-"""
 
 
 def write_card(config: Config, recipe: dict, examples: Examples):
     """README.md beside the LoRA; recipe: what the LoRA's header holds."""
     folder, model, prompt = RunFolder(config.output_dir), config.pretrained_model_name_or_path, recipe["prompt"][0]
-    sheet, (width, height) = folder.sheet(recipe["trained_steps"]), recipe["size"].split("x")
-    pairs = sum(bool(example.references) for example in examples.examples)
+    sheet, pairs = folder.sheet(recipe["trained_steps"]), sum(bool(e.references) for e in examples.examples)
     places = {"data_backend_config", "output_dir", "cache_dir"}
-    values = {
-        "licence": LICENCES.get(Path(model).name, ""), "model": model, "pairs": pairs, "alone": len(examples) - pairs,
-        "instruction": quoted(prompt), "argument": shlex.quote(prompt), "lora": LORA, "width": width, "height": height,
+    values = recipe | {
+        "kind": "LoKr" if config.lycoris_config else "DoRA" if config.use_dora else "LoRA", "lora": LORA,
+        "model": model, "licence": LICENCES.get(Path(model).name, ""), "pairs": pairs, "alone": len(examples) - pairs,
+        "base": "weights/nano" if model == "nano" else model,  # a folder of kontext_min's repository
+        "instruction": json.dumps(prompt, ensure_ascii=False), "argument": shlex.quote(prompt),
         "sheet": f"\n![input, base, LoRA, target](validation/{sheet.name})\n" if sheet.exists() else "",
-        "base": quoted("weights/nano" if model == "nano" else model),  # a folder of kontext_min's repository
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe["precision"]],
-        "image": f"load_image({quoted(Path(recipe['image'][0]).name)})" if recipe["image"] else None,
-        "tokens": presets.preset_of(examples.checkpoint.folder).text_shape[0],
         "settings": config.model_dump_json(indent=2, exclude_unset=True, exclude=places),
     }  # fmt: skip
-    values = recipe | values | {"kind": "LoKr" if config.lycoris_config else "DoRA" if config.use_dora else "LoRA"}
-    values["diffusers"] = (NO_DIFFUSERS if config.lycoris_config else DIFFUSERS).format(**values).rstrip()
+    values["diffusers"] = (NO_DIFFUSERS if config.lycoris_config else DIFFUSERS).format(**values)
     folder.card.write_text(CARD.format(**values), encoding="utf-8")

@@ -7,39 +7,31 @@ import torch
 from torch import nn
 
 
-class EMA:
+class EMA(nn.Module):
     """An fp32 average of parameters. Its decay warms up: after n updates it is min(decay, (1 + n) / (10 + n))."""
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.parameters, self.decay, self.updates = parameters, decay, 0
-        self.shadow = [parameter.detach().float().clone() for parameter in parameters]
+    def __init__(self, averaged: list[nn.Parameter], decay: float):
+        super().__init__()
+        self.averaged, self.decay = averaged, decay
+        self.register_buffer("updates", torch.tensor(0))
+        self.shadow = nn.ParameterList(nn.Parameter(p.detach().float().clone(), requires_grad=False) for p in averaged)
 
     @torch.no_grad()
     def update(self):
         """Take in the parameters as they are now."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for average, parameter in zip(self.shadow, self.parameters, strict=True):
+        decay = min(self.decay, (1 + self.updates.item()) / (10 + self.updates.item()))
+        for average, parameter in zip(self.shadow, self.averaged, strict=True):
             average.lerp_(parameter.float(), 1 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the parameters are the average."""
-        kept = [parameter.data for parameter in self.parameters]
-        for average, parameter in zip(self.shadow, self.parameters, strict=True):
+        kept = [(parameter, parameter.data) for parameter in self.averaged]
+        for average, parameter in zip(self.shadow, self.averaged, strict=True):
             parameter.data = average.to(parameter.dtype)
         try:
             yield
         finally:
-            for parameter, data in zip(self.parameters, kept, strict=True):
+            for parameter, data in kept:
                 parameter.data = data
-
-    def state_dict(self) -> dict:
-        """What a checkpoint keeps."""
-        return {"updates": self.updates, "shadow": self.shadow}
-
-    def load_state_dict(self, state: dict):
-        """Go on from a checkpoint."""
-        self.updates = state["updates"]
-        for average, saved in zip(self.shadow, state["shadow"], strict=True):
-            average.copy_(saved)

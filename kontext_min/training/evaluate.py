@@ -10,9 +10,13 @@ from kontext_min.config import Config
 from kontext_min.data.examples import Examples, Use, use_of
 from kontext_min.models.flux import Flux
 from kontext_min.run_folder import RunFolder, append
-from kontext_min.training.trainer import Draw, flow_loss, guidance, seed_of
+from kontext_min.training.trainer import Draw, flow_loss, guidance, seeded
 
 CLEARLY = 0.99  # a loss below this share of another is clearly lower: the same noise and times make small shares tell
+WARNING = """\
+the LoRA does not look at its reference: without the right one its loss is hardly higher. Make sure that targets and
+references belong together (the same names, the right set in conditioning_data; train.py CONFIG --check draws every
+pair), and that the captions do not say all already"""
 
 
 class Evaluator:
@@ -31,23 +35,25 @@ class Evaluator:
         """Evaluate. -> what to say of it, nothing without pairs."""
         if not self.uses:
             return ""
-        own = [self.losses(use, use) for use in self.uses]
-        loss, curve, probe = torch.stack(own).mean().item(), torch.stack(own).mean(0).tolist(), self.probe(own)
-        line = {"step": step, "loss": loss, "per_timestep": [*zip(self.times, curve, strict=True)], "probe": probe}
-        append(self.file, {**line, "pairs": len(self.uses), "unseen": self.unseen})
-        kind = "unseen" if self.unseen else "trained"
-        return f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {kind} pairs" + said(probe, step)
+        own = torch.stack([self.losses(use, use) for use in self.uses])
+        loss, curve, probe = own.mean().item(), [*zip(self.times, own.mean(0).tolist(), strict=True)], self.probe(own)
+        warned = bool(step) and ignored(probe)
+        line = {"step": step, "loss": loss, "per_timestep": curve, "probe": probe, "pairs": len(self.uses)}
+        append(self.file, {**line, "unseen": self.unseen, **({"warning": WARNING} if warned else {})})
+        text = f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {'unseen' if self.unseen else 'trained'} pairs"
+        for kind, name in (("shuffled", "another pair's reference"), ("none", "no reference")):
+            text += f", {probe[kind]:.4f} with {name}" if probe and probe[kind] is not None else ""
+        return text + (f"\nwarning: {WARNING}" if warned else "")
 
-    def probe(self, own: list[Tensor]) -> dict[str, float | None] | None:
+    def probe(self, own: Tensor) -> dict[str, float | None] | None:
         """The mean loss of the pairs that have references, with their own, with another pair's, and with none."""
         uses = [use for use in self.uses if use.references]
-        if not uses:
-            return None
         others = [self.other(use) for use in uses]
         groups = {"own": [own[use.index] for use in uses], "shuffled": [], "none": [self.losses(u, None) for u in uses]}
         if None not in others:  # else a mean would be over fewer pairs
             groups["shuffled"] = [self.losses(use, other) for use, other in zip(uses, others, strict=True)]
-        return {kind: torch.stack(found).mean().item() if found else None for kind, found in groups.items()}
+        means = {kind: torch.stack(found).mean().item() if found else None for kind, found in groups.items()}
+        return means if uses else None
 
     def other(self, use: Use) -> Use | None:
         """The next pair with other references, rather one of the same sizes."""
@@ -61,10 +67,8 @@ class Evaluator:
         batch = self.examples.batch([use], device)
         references = self.examples.batch([shown], device).condition.references if shown else []
         batch = replace(batch, condition=replace(batch.condition, references=references))
-        seed = seed_of("eval", self.config.validation_seed, use.example.set_id, use.example.name)
-        generator = torch.Generator().manual_seed(seed)
-        scale = guidance(self.config, generator).to(device)
-        found = []
+        generator = seeded("eval", self.config.validation_seed, use.example.set_id, use.example.name)
+        scale, found = guidance(self.config, generator).to(device), []
         for t in self.times:
             noise = flow.draw_noise(batch.target.shape, generator).to(device)
             drawn = Draw(noise, torch.tensor([t], device=device), scale)
@@ -72,16 +76,6 @@ class Evaluator:
         return torch.stack(found)
 
 
-def said(probe: dict[str, float | None] | None, step: int) -> str:
-    """What the probe tells, and a warning once training has begun and references make no clear difference."""
-    if probe is None:
-        return ""
-    names = {"shuffled": "another pair's reference", "none": "no reference"}
-    text = "".join(f", {probe[kind]:.4f} with {name}" for kind, name in names.items() if probe[kind] is not None)
-    compared = probe["none"] if probe["shuffled"] is None else probe["shuffled"]
-    if step == 0 or probe["own"] < CLEARLY * compared:
-        return text
-    return (
-        f"{text}\nwarning: the LoRA does not look at its reference: without the right one its loss is hardly higher; "
-        f"look at the pairs with train.py CONFIG --check, and whether the captions already say all"
-    )
+def ignored(probe: dict[str, float | None] | None) -> bool:
+    """Whether references make no clear difference."""
+    return probe is not None and probe["own"] >= CLEARLY * (probe["shuffled"] or probe["none"])

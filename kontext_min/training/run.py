@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Event
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from kontext_min import flow
@@ -41,8 +42,12 @@ class Run:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
         config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
-        self.parts = {"optimizer": optimizer} | ({"ema": self.ema} if self.ema else {})
-        start = self.done = self.resumed()
+        self.parts = {"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer}
+        self.parts |= {"ema": self.ema} if self.ema else {}
+        self.done = start = 0
+        if path := state.chosen(config):
+            self.done = start = state.restore(path, self.parts, self.identity, config.allow_changed_resume)
+            print(f"going on from {path}, after step {start}")
         self.folder.config.write_text(config.record(), encoding="utf-8")
         if start >= config.max_train_steps:
             return f"max_train_steps {config.max_train_steps} is already reached; nothing to do"
@@ -53,7 +58,7 @@ class Run:
             self.validator.prepare()
         with Tracker(config, parameters[0].device, start) as self.tracker:
             if not start:
-                self.look(0)
+                self.look(0, False, True)  # the base model's loss
             try:
                 for step, values in train(config, self.flux, optimizer, self.examples, shift, start, skipped):
                     self.tracker.log(step, values)
@@ -70,44 +75,30 @@ class Run:
         left = (self.folder.lora, self.folder.average, self.folder.sheet(self.done))
         return "\n".join(str(file) for file in left if file.exists())
 
-    def resumed(self) -> int:
-        """Bring all to the state of the chosen checkpoint. -> the steps done; 0 in a new run."""
-        path = state.chosen(self.config)
-        if path is None:
-            return 0
-        step = state.restore(path, self.flux, self.parts, self.identity, self.config.allow_changed_resume)
-        print(f"going on from {path}, after step {step}")
-        return step
-
     def each_step(self, step: int) -> bool:
         """After the n-th step, counted from 1: what is due. -> whether to stop."""
-        self.done, config = step, self.config
+        self.done, config, stop = step, self.config, self.interrupted.is_set()
         if self.ema and due(step, config.ema_update_interval):
             self.ema.update()
-        stop = self.interrupted.is_set()
-        last = stop or step == config.max_train_steps
-        if last or due(step, config.checkpointing_steps):
-            state.save(self.folder.path, step, self.flux, self.parts, self.identity, config.checkpoints_total_limit)
-        if last or due(step, config.validation_steps):
+        done, shown = step == config.max_train_steps, due(step, config.validation_steps)
+        interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
+        if stop or done or due(step, config.checkpointing_steps):
+            state.save(self.folder.path, step, self.parts, self.identity, config.checkpoints_total_limit)
+        if stop or done or shown:
             self.write(step)
-        self.look(step)
+        if done or shown or due(step, interval):
+            self.look(step, done or shown, done or due(step, interval))
         return stop
 
-    def look(self, step: int):
-        """The pictures and the eval loss that are due after a step; 0 is the base model's loss."""
-        config, last = self.config, step == self.config.max_train_steps
-        interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
-        shown = step and (last or due(step, config.validation_steps))
-        measured = not step or last or due(step, interval)
-        if not (shown or measured):
-            return
+    def look(self, step: int, shown: bool, measured: bool):
+        """The pictures and the eval loss after a step."""
         self.flux.eval()
-        with self.ema.applied() if self.ema and config.ema_validation == "ema_only" else nullcontext():
+        with self.ema.applied() if self.ema and self.config.ema_validation == "ema_only" else nullcontext():
             said = [self.validator.run(step) if shown else "", self.evaluator.run(step) if measured else ""]
         self.flux.train()
         if any(said):
             tqdm.write("\n".join(filter(None, said)))
-        self.tracker.validated(step)
+            self.tracker.validated(step)
 
     def write(self, step: int):
         """The adapter as it is after a step, in the dtype of the computation, and its average if there is one."""
@@ -127,8 +118,8 @@ class Run:
             self.interrupted.set()
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
+        signal.signal(signal.SIGINT, handle)
+        signal.signal(signal.SIGTERM, handle)
 
 
 def due(step: int, interval: int) -> bool:
@@ -140,22 +131,15 @@ def recipe(config: Config, shown: Item) -> dict:
     """What infer.py needs to show this LoRA with no other argument than its file; references are copied beside it."""
     files, model = [], config.pretrained_model_name_or_path
     kind = {"lora_type", "lora_rank", "use_dora", "lycoris_config", "flux_lora_target"} - config.idle
-    for i, view in enumerate(shown.references):
-        files.append(config.output_dir / f"sample-reference-{i + 1}.png")
+    for i, view in enumerate(shown.references, 1):
+        files.append(config.output_dir.resolve() / f"sample-reference-{i}.png")
         view.open().save(files[-1])
     return {
-        "title": config.output_dir.name,
-        "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "prompt": [shown.prompt],
-        "negative_prompt": shown.negative,
-        "cfg_scale": config.validation_guidance_real,
-        "image": [str(file.resolve()) for file in files],
-        "guidance": config.validation_guidance,
-        "steps": config.validation_num_inference_steps,
-        "seed": shown.seed,
-        "size": str(shown.size),
+        "title": config.output_dir.name, "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
+        "prompt": [shown.prompt], "negative_prompt": shown.negative, "cfg_scale": config.validation_guidance_real,
+        "image": [*map(str, files)], "guidance": config.validation_guidance,
+        "steps": config.validation_num_inference_steps, "seed": shown.seed, "size": str(shown.size),
         "reference_size": "keep",  # the copies have the size in which the model saw them
         "precision": "bf16" if config.mixed_precision == "bf16" else "fp32",
-        "base_model_precision": config.base_model_precision,
-        **config.model_dump(mode="json", include=kind),
-    }
+        "base_model_precision": config.base_model_precision, **config.model_dump(mode="json", include=kind),
+    }  # fmt: skip

@@ -18,23 +18,23 @@ from kontext_min.training.optim import make_optimizer
 
 def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
     """One screen, line by line."""
-    flux, preset = editor.flux, presets.preset_of(examples.checkpoint.folder)
+    flux, (text, *_) = editor.flux, presets.preset_of(examples.checkpoint.folder).text_shape
     kept = [p for name, p in flux.named_buffers() if name.endswith(".weight")]  # of a quantised base
     frozen = sum(p.numel() for p in (*flux.parameters(), *kept) if not p.requires_grad)
     trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
-    kinds = Counter(update.kind for update in updates(flux))
-    adapter = ", ".join(f"{kind} on {n} modules" for kind, n in kinds.items())
+    kinds = Counter(update.kind for update in updates(flux)).items()
     batches = examples.epoch(0, config.train_batch_size)
-    steps = math.ceil(len(batches) / config.gradient_accumulation_steps)
+    steps, uses = math.ceil(len(batches) / config.gradient_accumulation_steps), sum(map(len, batches))
     pixels = max(len(batch) * sum(math.prod(view.size) for view in batch[0].views()) for batch in batches)
-    tokens = preset.text_shape[0] * max(map(len, batches)) + pixels // pixels_per_token(editor.vae) ** 2
-    pairs = sum(bool(example.references) for example in examples.examples)
+    tokens = text * max(map(len, batches)) + pixels // pixels_per_token(editor.vae) ** 2
+    pairs, epochs = sum(bool(e.references) for e in examples.examples), config.max_train_steps / steps
+    adapter = ", ".join(f"{kind} on {n} modules" for kind, n in kinds)
     return [
         f"model    {config.pretrained_model_name_or_path}: {frozen:,} parameters, frozen, on {editor.device}",
         f"adapter  {adapter}: {trained:,} trainable parameters",
         f"data     {pairs} pairs and {len(examples) - pairs} pictures without a reference",
-        f"epoch    {sum(map(len, batches))} uses in {len(batches)} batches: {steps} steps; "
-        f"max_train_steps {config.max_train_steps} is {config.max_train_steps / steps:.1f} epochs",
+        f"epoch    {uses} uses in {len(batches)} batches: {steps} steps; max_train_steps {config.max_train_steps} is "
+        f"{epochs:.1f} epochs",
         *histogram(examples.examples),
         "memory:",
         *memory.predicted(flux, editor.vae, tokens, config.gradient_checkpointing, trained * bytes_of_one(config)),

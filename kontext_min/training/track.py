@@ -1,7 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, a bar, and what `report_to` asks for.
-
-TensorBoard and W&B are written through their own libraries, imported only if asked for.
-"""
+"""What a run tells while it goes: metrics.jsonl, a bar, and, through their own libraries, TensorBoard and W&B."""
 
 import secrets
 from contextlib import AbstractContextManager
@@ -25,7 +22,7 @@ class Tracker(AbstractContextManager):
 
     def __init__(self, config: Config, device: torch.device, start: int = 0):
         self.folder, self.device = RunFolder(config.output_dir), device
-        self.loss, self.weight = 0.0, 0.0
+        self.loss = self.weight = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
         self.reporters = [REPORTERS[name](config, start) for name in asked(config)]
@@ -43,11 +40,9 @@ class Tracker(AbstractContextManager):
         for reporter in self.reporters:
             reporter.log(step, {f"train/{name}": value for name, value in values.items() if value is not None}, {})
         if values["loss"] is not None:
-            self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * values["loss"]
-            self.weight = SMOOTHING * self.weight + 1 - SMOOTHING
+            self.loss, self.weight = SMOOTHING * self.loss + values["loss"], SMOOTHING * self.weight + 1
         shown = {"loss": f"{self.loss / (self.weight or 1):.4f}", "lr": f"{values['lr']:.1e}"}
-        if "memory" in values:
-            shown["memory"] = f"{values['memory']:.1f}GB"
+        shown |= {"memory": f"{values['memory']:.1f}GB"} if "memory" in values else {}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
@@ -58,9 +53,8 @@ class Tracker(AbstractContextManager):
             return
         found = {}
         for file in (self.folder.psnr, self.folder.eval):
-            for line in (line for line in read_lines(file) if line["step"] == step):
-                flat = {**line, **(line.get("probe") or {})}
-                found |= {f"validation/{file.stem}/{k}": v for k, v in flat.items() if isinstance(v, float)}
+            for line in (line | (line.get("probe") or {}) for line in read_lines(file) if line["step"] == step):
+                found |= {f"validation/{file.stem}/{k}": v for k, v in line.items() if isinstance(v, float)}
         files = {"validation/sheet": self.folder.sheet(step)}
         files |= {f"validation/{file.stem}": file for file in self.folder.validation.glob(f"{step:06d}/*.png")}
         pictures = {name: Image.open(file).convert("RGB") for name, file in files.items() if file.exists()}
@@ -94,9 +88,10 @@ class WandB:
         if not start or not file.exists():
             file.write_text(secrets.token_hex(4), encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {"project": config.tracker_project_name, "name": run_name(config), "dir": str(folder)}
-        settings |= {"id": file.read_text(encoding="utf-8"), "config": config.model_dump(mode="json")}
-        self.run, self.image = wandb.init(resume="allow", **settings), wandb.Image
+        names = {"project": config.tracker_project_name, "name": config.tracker_run_name or config.output_dir.name}
+        names["id"] = file.read_text(encoding="utf-8")
+        self.run = wandb.init(resume="allow", dir=str(folder), config=config.model_dump(mode="json"), **names)
+        self.image = wandb.Image
         self.close = self.run.finish
 
     def log(self, step: int, values: dict[str, float], images: dict[str, Image.Image]):
@@ -114,16 +109,11 @@ def asked(config: Config) -> list[str]:
 
 def missing(config: Config) -> list[str]:
     """One sentence for each library that report_to needs and that is not there."""
-    specs = {name: find_spec(name) for name in asked(config)}
-    absent = [name for name, spec in specs.items() if spec is None or spec.origin is None]  # no origin: a mere folder
+    absent = [name for name in asked(config) if not getattr(find_spec(name), "origin", None)]  # a mere folder has none
     return [f"report_to {config.report_to} needs a library: pip install {name}" for name in absent]
-
-
-def run_name(config: Config) -> str:
-    """What a tracker calls this run."""
-    return config.tracker_run_name or config.output_dir.name
 
 
 def log_folder(config: Config) -> Path:
     """Where trackers write: a folder of the run's name in logging_dir; without one, logs beside the rest of the run."""
-    return config.logging_dir / run_name(config) if config.logging_dir else config.output_dir / "logs"
+    named = config.logging_dir and config.logging_dir / (config.tracker_run_name or config.output_dir.name)
+    return named or config.output_dir / "logs"

@@ -6,12 +6,14 @@ Every random draw is a function of (seed, batch number, example), so that a run 
 import math
 import time
 from collections.abc import Iterator
-from itertools import count, islice
+from functools import partial
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from kontext_min import flow
@@ -20,17 +22,11 @@ from kontext_min.config import Config
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Batch, Examples, Use
 from kontext_min.models.flux import Flux
-from kontext_min.training.optim import Schedule, set_rate
+from kontext_min.training.optim import rate_factor, set_rate
 
 
 def train(
-    config: Config,
-    flux: Flux,
-    optimizer: torch.optim.Optimizer,
-    examples: Examples,
-    shift: flow.Shift,
-    start: int = 0,
-    skipped: int = 0,
+    config: Config, flux: Flux, optimizer: Optimizer, examples: Examples, shift: flow.Shift, start: int = 0, skipped=0
 ) -> Iterator[tuple[int, dict]]:
     """Optimizer steps start + 1 to max_train_steps, each yielded with its numbers when it is done.
 
@@ -39,21 +35,21 @@ def train(
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     device, share = parameters[0].device, config.gradient_accumulation_steps
-    shape = {"end": config.lr_end / config.learning_rate, "power": config.lr_power, "cycles": config.lr_num_cycles}
-    schedule = Schedule(config.lr_scheduler, config.max_train_steps, config.lr_warmup_steps, **shape)
+    curve = (config.lr_end / config.learning_rate, config.lr_power, config.lr_num_cycles)
     numbered = islice(enumerate(batches(examples, config)), start * share, None)
     for step in range(start + 1, config.max_train_steps + 1):
         began, loss, seen = time.perf_counter(), 0.0, []
         for number, uses in islice(numbered, share):
             batch = examples.batch(uses, device)
             drawn = draw(batch, uses, number, config, shift)
-            torch.manual_seed(seed_of("dropout", config.seed, number))
+            torch.manual_seed(seeded("dropout", config.seed, number).initial_seed())
             part = flow_loss(flux, batch, drawn, config.loss_type, config.huber_c) / share
             part.backward()
             loss += part.item()
             seen += [f"{use.example.name} at t = {t:.4f}" for use, t in zip(uses, drawn.t.tolist(), strict=True)]
         norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-        values = {"loss": loss, "grad_norm": norm, "lr": config.learning_rate * schedule.at(step - 1)}
+        factor = rate_factor(config.lr_scheduler, step - 1, config.max_train_steps, config.lr_warmup_steps, *curve)
+        values = {"loss": loss, "grad_norm": norm, "lr": config.learning_rate * factor}
         if math.isfinite(loss) and math.isfinite(norm):
             set_rate(optimizer, values["lr"])
             optimizer.step()
@@ -70,8 +66,7 @@ def train(
 
 def batches(examples: Examples, config: Config) -> Iterator[list[Use]]:
     """Batch 0, 1, 2, …: epoch after epoch."""
-    for epoch in count():
-        yield from examples.epoch(epoch, config.train_batch_size)
+    return chain.from_iterable(examples.epoch(epoch, config.train_batch_size) for epoch in count())
 
 
 class Draw(NamedTuple):
@@ -84,19 +79,18 @@ class Draw(NamedTuple):
 
 def draw(batch: Batch, uses: list[Use], number: int, config: Config, shift: flow.Shift) -> Draw:
     """The noise, times and guidance of batch `number`, each use's by a generator of its own."""
-    factor, device = shift_factor(config, shift, batch), batch.target.device
-    columns = []
+    factor, columns = shift_factor(config, shift, batch), []
     for use in uses:
-        generator = torch.Generator().manual_seed(seed_of("noise", config.seed, number, use.index, use.repeat))
+        generator = seeded("noise", config.seed, number, use.index, use.repeat)
         t = flow.shift_time(density(config)(generator), factor)
         noise = flow.draw_noise((1, *batch.target.shape[1:]), generator)
         columns.append((noise, t, guidance(config, generator)))
-    return Draw(*(torch.cat(column).to(device) for column in zip(*columns, strict=True)))
+    return Draw(*(torch.cat(column).to(batch.target.device) for column in zip(*columns, strict=True)))
 
 
-def seed_of(*parts: str | int) -> int:
-    """A seed made of all the parts together."""
-    return int(digest(*map(str, parts))[:15], 16)
+def seeded(*parts: str | int) -> torch.Generator:
+    """A generator whose seed is made of all the parts together."""
+    return torch.Generator().manual_seed(int(digest(*map(str, parts))[:15], 16))
 
 
 def density(config: Config) -> flow.Density:
@@ -123,13 +117,6 @@ def guidance(config: Config, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(1, generator=generator)
 
 
-LOSSES = {  # loss_type -> each latent's error; c is where huber and smooth_l1 turn linear
-    "l2": lambda v, wanted, c: F.mse_loss(v, wanted, reduction="none"),
-    "huber": lambda v, wanted, c: F.huber_loss(v, wanted, reduction="none", delta=c),
-    "smooth_l1": lambda v, wanted, c: F.smooth_l1_loss(v, wanted, reduction="none", beta=c),
-}
-
-
 def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: float = 0.1) -> Tensor:
     """The loss of the velocity over the target's latents, in fp32.
 
@@ -142,5 +129,6 @@ def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: f
         with torch.no_grad(), muted(flux):
             wanted = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
     v = flow.velocity(flux, x_t, t, batch.condition, guidance).float()
-    errors = LOSSES[loss_type](v, wanted, c)
+    kinds = {"l2": F.mse_loss, "huber": partial(F.huber_loss, delta=c), "smooth_l1": partial(F.smooth_l1_loss, beta=c)}
+    errors = kinds[loss_type](v, wanted, reduction="none")
     return (errors if batch.weight is None else errors * batch.weight).mean()

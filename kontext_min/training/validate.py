@@ -34,9 +34,8 @@ def items_of(config: Config, sets: Sets, preset: Preset) -> list[Item]:
 
 def sampling_of(config: Config) -> Sampling:
     """How validation pictures are sampled, but for the seed."""
-    steps = config.validation_num_inference_steps
-    cfg = (config.validation_guidance_real, (config.validation_no_cfg_until_timestep / steps, 1.0))
-    return Sampling(steps, config.validation_guidance, *cfg)
+    steps, start = config.validation_num_inference_steps, config.validation_no_cfg_until_timestep
+    return Sampling(steps, config.validation_guidance, config.validation_guidance_real, (start / steps, 1.0))
 
 
 class Validator:
@@ -58,10 +57,9 @@ class Validator:
             for old in self.folder.validation.glob("*/"):  # of other items
                 shutil.rmtree(old)
             for i, item in enumerate(self.items):
-                for k, view in enumerate(item.references, 1):
-                    save(view.open(), self.folder.picture(f"input-{k}", i))
-                if item.target is not None:
-                    save(item.target.open(), self.folder.picture("target", i))
+                views = {f"input-{k}": view for k, view in enumerate(item.references, 1)}
+                for kind, view in (views | ({"target": item.target} if item.target else {})).items():
+                    save(view.open(), self.folder.picture(kind, i))
             with muted(self.editor.flux):
                 self.base = self.pictures("base")
             self.folder.items.write_text(listed + "\n", encoding="utf-8")
@@ -69,8 +67,7 @@ class Validator:
 
     def text(self, prompt: str) -> Text:
         """An encoded prompt on the model's device."""
-        txt, vec = self.examples.text(prompt)
-        return txt.to(self.editor.device), vec.to(self.editor.device)
+        return tuple(part.to(self.editor.device) for part in self.examples.text(prompt))
 
     @torch.no_grad()
     def pictures(self, kind: str) -> list[Image.Image]:
@@ -78,9 +75,10 @@ class Validator:
         made = []
         for i, item in enumerate(self.items):
             negative = self.text(item.negative) if self.sampling.cfg_scale != 1 else None
-            references = [view.open() for view in item.references]
-            sampling = replace(self.sampling, seed=item.seed)
-            made.append(edit(self.editor, self.text(item.prompt), references, item.size, sampling, negative))
+            text, references = self.text(item.prompt), [view.open() for view in item.references]
+            made.append(
+                edit(self.editor, text, references, item.size, replace(self.sampling, seed=item.seed), negative)
+            )
             save(made[-1], self.folder.picture(kind, i))
         return made
 
@@ -93,13 +91,12 @@ class Validator:
         rows, scores = [], []
         for item, base, lora in zip(self.items, self.base, self.pictures(f"{step:06d}"), strict=True):
             cells = [("input", view.open()) for view in item.references]
-            if item.target is None:
-                cells += [("base", base), ("LoRA", lora)]
-            else:
+            cells += [("base", base), ("LoRA", lora)]
+            if item.target is not None:
                 target = item.target.open()
                 scores.append({"base": psnr(base, target), "lora": psnr(lora, target)})
-                cells += [(f"base {scores[-1]['base']:.1f} dB", base), (f"LoRA {scores[-1]['lora']:.1f} dB", lora)]
-                cells.append(("target", target))
+                labels = (f"base {scores[-1]['base']:.1f} dB", f"LoRA {scores[-1]['lora']:.1f} dB", "target")
+                cells[-2:] = zip(labels, (base, lora, target), strict=True)
             rows.append(card([item.title()], cells))
         page(rows).save(self.folder.sheet(step))
         if not scores:

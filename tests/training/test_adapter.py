@@ -49,12 +49,12 @@ def test_without_a_preset_flux_lora_target_says_the_modules(tmp_path):
     assert counted(config) == {Kronecker(8, False, 16, 4.0, True): 343, Kronecker(8, False, 4, 4.0, True): 76}
 
 
-def test_rank_and_alpha_by_pattern_the_first_that_fits(tmp_path):
+def test_rank_by_pattern_the_first_that_fits_and_alpha_for_all(tmp_path):
     patterns = {"transformer_blocks.0.*": 4, "to_q": 8}
-    said = sizes(read(tmp_path, lora_rank_pattern=patterns, lora_alpha_pattern={"to_k": 2}), FluxConfig())
+    said = sizes(read(tmp_path, lora_rank_pattern=patterns), FluxConfig())
     assert said["transformer_blocks.0.attn.to_q"] == (4, 4)
     assert said["transformer_blocks.1.attn.to_q"] == (8, 8)
-    assert said["transformer_blocks.0.attn.to_k"] == (4, 2)
+    assert said["transformer_blocks.0.attn.to_k"] == (4, 4)
     assert said["transformer_blocks.1.attn.to_v"] == (16, 16)
     assert sizes(read(tmp_path, lora_rank_pattern={"to_q": 8}, lora_alpha=16), FluxConfig())[
         "transformer_blocks.1.attn.to_q"
@@ -86,7 +86,7 @@ CONTRADICTIONS = {
     "init_lokr_norm is not used here": LYCORIS | {"init_lokr_norm": 1e-3},
     "validation_lycoris_strength is not used here": LYCORIS | {"validation_lycoris_strength": 0.5},
     "lora_rank_pattern to_x fits none": {"lora_rank_pattern": {"to_x": 4}},
-    "lora_alpha_pattern ff.net.2 fits none": {"lora_alpha_pattern": {"ff.net.2": 4}},
+    "unknown key lora_alpha_pattern, did you mean lora_rank_pattern": {"lora_alpha_pattern": {"ff.net.2": 4}},
     "lora_rank_pattern.to_q = 0": {"lora_rank_pattern": {"to_q": 0}},
     "flux_lora_target 'every' is none of": {"flux_lora_target": "every"},
     "none.json does not exist": LYCORIS | {"lycoris_config": "none.json"},

@@ -4,11 +4,13 @@ import io
 import math
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 
-from kontext_min.training.optim import CURVES, OPTIMIZERS, Schedule, make_optimizer, set_rate
+from kontext_min.config import Config
+from kontext_min.training.optim import OPTIMIZERS, make_optimizer, rate_factor, set_rate
 
 STEPS, LR = 50, 1e-2
 
@@ -188,7 +190,9 @@ def test_a_saved_state_goes_on_bit_for_bit_at_another_rate(name):
 def test_options_reach_the_optimizer_and_unknown_ones_are_named():
     start, end, _ = run("optimi-adamw", beta2=0.95, weight_decay=0.1)
     torch.testing.assert_close(end.double(), adam(start, betas=(0.9, 0.95), decay=0.1, eps=1e-6), rtol=1e-5, atol=2e-6)
-    with pytest.raises(ValueError, match="optimi-lion does not take k; it takes .*weight_decay"):
+    with pytest.raises(ValueError, match="adamw does not take lr; it takes amsgrad, beta1, beta2, .*weight_decay$"):
+        make_optimizer("adamw", [torch.zeros(1)], LR, lr=LR)
+    with pytest.raises(ValueError, match="optimi-lion does not take k; it takes "):
         run("optimi-lion", k=3)
     with pytest.raises(ValueError, match="optimi-sgd does not take beta1"):
         run("optimi-sgd", beta1=0.5)
@@ -205,24 +209,27 @@ def test_nothing_is_written_to_the_screen_when_torchao_is_loaded():
 
 
 def test_warm_up_rises_linearly_and_every_curve_goes_its_way():
-    assert [Schedule("constant", 100, 4).at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    linear = Schedule("linear", 104, 4, end=0.2)
-    assert [linear.at(step) for step in (3, 4, 54, 104)] == pytest.approx([1, 1, 0.6, 0.2])
-    sine = Schedule("sine", 100, cycles=2, end=0.1)
-    expected = [0.1 + 0.9 * math.sin(math.pi * share) for share in (0, 0.5, 0.2, 0)]
-    assert [sine.at(step) for step in (0, 25, 60, 50)] == pytest.approx(expected)
+    assert [rate_factor("constant", step, 100, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    linear = [rate_factor("linear", step, 104, 4, end=0.2) for step in (3, 4, 54, 104)]
+    assert linear == pytest.approx([1, 1, 0.6, 0.2])
+    sine = [rate_factor("sine", step, 100, cycles=2, end=0.1) for step in (0, 25, 60, 50)]
+    assert sine == pytest.approx([0.1 + 0.9 * math.sin(math.pi * share) for share in (0, 0.5, 0.2, 0)])
 
 
-@pytest.mark.parametrize("name", sorted(CURVES.keys() - {"sine", "constant"}))
+SCHEDULES = set(get_args(Config.model_fields["lr_scheduler"].annotation))
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES - {"sine", "constant"}))
 def test_curves_are_those_of_diffusers(name):
     optimization = pytest.importorskip("diffusers.optimization")
     end = 1e-7 / LR if name == "polynomial" else 0.0
-    ours = Schedule(name, 100, 10, end, power=0.8, cycles=3)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=LR)
     steps = {"num_warmup_steps": 10, "num_training_steps": 100}
     theirs = optimization.get_scheduler(name, optimizer, **steps, num_cycles=3, power=0.8)
     for step in range(100):
         if step >= 10:  # theirs begins at 0, which is a step without effect, and ours at 1 / warmup
-            assert LR * ours.at(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+            assert LR * rate_factor(name, step, 100, 10, end, power=0.8, cycles=3) == pytest.approx(
+                optimizer.param_groups[0]["lr"], abs=1e-9
+            )
         optimizer.step()
         theirs.step()
