@@ -11,6 +11,7 @@ Every adapter written is read back and compared. --rank R makes LoRAs of rank R 
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from kontext_min.adapters.inject import at_strength
 from kontext_min.adapters.layers import LoRA, Update
 from kontext_min.adapters.merge import merge_into, reduced
 from kontext_min.adapters.read import read_adapter, split_lora
-from kontext_min.adapters.write import WRITTEN, arrange, by_linear, caveat, rank, write_adapter
+from kontext_min.adapters.rows import arrange, by_linear
+from kontext_min.adapters.write import WRITTEN, caveat, write_adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WIDTH = 80
 
 
 def convert(args: argparse.Namespace):
@@ -44,13 +45,11 @@ def merge(args: argparse.Namespace):
         raise ValueError("--rank and --to are of adapters; with --base the weights themselves are written")
     if args.base:
         lost = merge_into(args.base, updates, args.out, DTYPES[args.dtype])
-        print(
-            f"{args.out}: {args.base} with the change in its weights, rounded to {args.dtype}: {lost:.2%} of it is lost"
-        )
+        print(f"{args.out}: {args.base} with the change, rounded to {args.dtype}: {lost:.2%} of it is lost")
     elif any(update.magnitude is not None for update in updates):
         raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with several")
     else:
-        write(args, arrange(updates, "lycoris"), {})
+        write(args, arrange(updates, fused=False), {})
 
 
 def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
@@ -66,23 +65,20 @@ def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
         print(f"note: {said}")
 
 
-# ------------------------------------------------------------------------------------------------ inspect
-
-
 def inspect(args: argparse.Namespace):
     """A page about a file, 80 columns wide."""
     file = read_adapter(args.file)
-    said = {"rank": rank, "alpha": lambda u: u.scale * rank(u), "alpha / rank": lambda u: u.scale}
     print(f"{file.path}\n{file.title}, {file.path.stat().st_size / 1e6:.1f} MB")
+    said = {"rank": lambda u: u.rank, "alpha": lambda u: u.scale * u.rank, "alpha / rank": lambda u: u.scale}
     for what, of in said.items():
-        print(f"{what}: {', '.join(f'{value:.4g}' for value in sorted({of(update) for update in file.updates}))}")
-    norms: dict[str, float] = {}
-    for ours, (_, here) in by_linear(file.updates).items():
-        block = ".".join(ours.split(".")[:2]) if "blocks" in ours else "outside"
-        norms[block] = norms.get(block, 0.0) + sum(squared_norm(update) for update, _ in here)
-    largest = max(norms.values()) ** 0.5 or 1.0
+        print(f"{what}: {', '.join(f'{value:.4g}' for value in sorted(set(map(of, file.updates))))}")
+    squares = Counter()
+    for whole, (_, here) in by_linear(file.updates).items():
+        block = ".".join(whole.name.split(".")[:2]) if "blocks" in whole.name else "outside"
+        squares[block] += sum(map(squared_norm, here))
+    largest = max(squares.values()) ** 0.5 or 1.0
     print("\nsize of the change, |delta W|, by block")
-    for block, square in norms.items():
+    for block, square in squares.items():
         print(f"  {block:18}{square**0.5:10.4f} {'#' * round(48 * square**0.5 / largest)}".rstrip())
     print("\nheader")
     for key, value in sorted(file.header.items()):
@@ -91,7 +87,7 @@ def inspect(args: argparse.Namespace):
         except (ValueError, TypeError):
             inner = {}
         lines = [f"  {key}:", *(f"    {k}: {v}" for k, v in inner.items())] if inner else [f"  {key}: {value}"]
-        print("\n".join(line if len(line) <= WIDTH else line[: WIDTH - 2] + " …" for line in lines))
+        print("\n".join(line if len(line) <= 80 else line[:78] + " …" for line in lines))
 
 
 def squared_norm(update: Update) -> float:
@@ -100,9 +96,6 @@ def squared_norm(update: Update) -> float:
         a, b = update.A.float(), update.B.float()
         return update.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
     return update.scale**2 * float(torch.stack([side.square().sum() for side in update.sides(torch.float32)]).prod())
-
-
-# ------------------------------------------------------------------------------------------------ the door
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -133,7 +126,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None):
-    """One command."""
     args = arguments(argv)
     args.work(args)
 

@@ -1,9 +1,4 @@
-"""Updates beside a frozen linear, on all of its output rows or on a part of them: LoRA and LoKr, either one as DoRA.
-
-An update has `name` (the module's in diffusers' layout, or one of our fused linears'), `shape` (rows, in), `scale`,
-`start` (its first row in our linear), `dropout`, `magnitude` (DoRA's, per row, or None), `strength` (of all that a DoRA
-changes; others have it in `scale`), `delta()` and `forward(x)`. Its rows are in our order.
-"""
+"""Updates beside a frozen linear, on all of its output rows or on a part of them: LoRA and LoKr, either one as DoRA."""
 
 import math
 from typing import NamedTuple
@@ -13,19 +8,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class LoRA(nn.Module):
-    """The update of one module (rows `start` to `start + rows` of a possibly fused linear).
+class Update(nn.Module):
+    """The change of one module: a LoRA or a LoKr. Its rows are in our order.
 
-    A (rank, in) and B (rows, rank) are kept in their own dtype (fp32 in training) and used in the input's.
-    `name` is the module's name in diffusers' layout, by which files know it.
+    `name`: the module's in diffusers' layout, or one of our fused linears'; `start`: its first row in our linear;
+    `magnitude`: DoRA's, per row, or None; `strength`: of all that a DoRA changes (others have it in `scale`).
+    Factors are kept in their own dtype (fp32 in training) and used in the input's.
     """
 
-    def __init__(self, name: str, a: Tensor, b: Tensor, scale: float, start: int = 0):
+    def __init__(self, name: str, scale: float, start: int):
         super().__init__()
         self.name, self.scale, self.start, self.dropout, self.strength = name, scale, start, 0.0, 1.0
-        self.A = nn.Parameter(a)
-        self.B = nn.Parameter(b)
         self.magnitude: nn.Parameter | None = None
+
+    def lengths(self, weight: Tensor) -> Tensor:
+        """Lengths of the rows of weight + delta, (rows,) in fp32."""
+        return torch.linalg.vector_norm(self.delta().add_(weight), dim=1)
+
+
+class LoRA(Update):
+    """An update by a product of rank `rank`: A (rank, in) and B (rows, rank)."""
+
+    def __init__(self, name: str, a: Tensor, b: Tensor, scale: float, start: int = 0):
+        super().__init__(name, scale, start)
+        self.A, self.B, self.rank = nn.Parameter(a), nn.Parameter(b), len(a)
 
     @classmethod
     def fresh(cls, name: str, shape: tuple[int, int], rank: int, alpha: float, start: int = 0) -> "LoRA":
@@ -42,18 +48,11 @@ class LoRA(nn.Module):
     @property
     def kind(self) -> str:
         """What it is, in words."""
-        return f"{'LoRA' if self.magnitude is None else 'DoRA'} of rank {len(self.A)}"
+        return f"{'LoRA' if self.magnitude is None else 'DoRA'} of rank {self.rank}"
 
     def delta(self) -> Tensor:
         """What it adds to the weight: scale * B A in fp32, (rows, in)."""
         return self.scale * (self.B.float() @ self.A.float())
-
-    def lengths(self, weight: Tensor) -> Tensor:
-        """Lengths of the rows of weight + delta, (rows,) in fp32. Delta is not made: |w + d|^2 = w^2 + 2 w d + d^2."""
-        a, b = self.A.float(), self.scale * self.B.float()
-        mixed = F.linear(weight, self.A.to(weight.dtype)).float()  # (rows, rank)
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        return (squares + ((2 * mixed + b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * B A x, (..., rows)."""
@@ -70,17 +69,16 @@ class Kronecker(NamedTuple):
     decompose_both: bool = False  # w1 in two factors too, where dim is below half of w1's larger side
 
 
-class LoKr(nn.Module):
+class LoKr(Update):
     """An update by a Kronecker product, kron(w1, w2), of which each side is full or the product of two factors.
 
     w1 (a, c) and w2 (b, d) update a weight of shape (a * b, c * d). Each is one tensor, or two: (a, r) and (r, c).
     """
 
     def __init__(self, name: str, w1: tuple[Tensor, ...], w2: tuple[Tensor, ...], scale: float, start: int = 0):
-        super().__init__()
-        self.name, self.scale, self.start, self.dropout, self.strength = name, scale, start, 0.0, 1.0
+        super().__init__(name, scale, start)
         self.w1, self.w2 = (nn.ParameterList(nn.Parameter(factor) for factor in side) for side in (w1, w2))
-        self.magnitude: nn.Parameter | None = None
+        self.rank = next((len(side[1]) for side in (w2, w1) if len(side) == 2), 1)  # w2's before w1's
 
     @classmethod
     def fresh(cls, name: str, shape: tuple[int, int], size: Kronecker, start: int = 0) -> "LoKr":
@@ -115,18 +113,14 @@ class LoKr(nn.Module):
         """What it adds to the weight: scale * kron(w1, w2) in fp32, (rows, in)."""
         return self.scale * torch.kron(*self.sides(torch.float32))
 
-    def lengths(self, weight: Tensor) -> Tensor:
-        """Lengths of the rows of weight + delta, (rows,) in fp32."""
-        return torch.linalg.vector_norm(weight.float() + self.delta(), dim=1)
-
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * kron(w1, w2) x, (..., rows), without making the product."""
         w1, w2 = self.sides(torch.float32)
-        (a, c), (b, d), r = w1.shape, w2.shape, len(self.w2[-1])
+        (a, c), (b, d), r = w1.shape, w2.shape, self.rank
         if len(self.w2) == 2 and c * d * r + multiplications(a, b, c, r) < multiplications(a, b, c, d):
             outer, inner = self.w2  # kron(w1, outer inner) = kron(w1, outer) kron(1, inner)
             x, w2 = F.linear(x.unflatten(-1, (c, d)), inner.to(x.dtype)).flatten(-2), outer
-        return KroneckerProduct.apply(x, (self.scale * w1).to(x.dtype), w2.to(x.dtype))
+        return kronecker_product(x, (self.scale * w1).to(x.dtype), w2.to(x.dtype))
 
 
 def factors(size: int, factor: int) -> tuple[int, int]:
@@ -143,55 +137,13 @@ def multiplications(a: int, b: int, c: int, d: int) -> int:
     return min(c * b * (d + a), a * d * (c + b))
 
 
-class KroneckerProduct(torch.autograd.Function):
-    """x (..., c * d) -> kron(w1, w2) x, (..., a * b), by two small products. Backward needs x alone."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w1, w2)
-        (a, c), (b, d) = w1.shape, w2.shape
-        x = x.unflatten(-1, (c, d))
-        if c * b * (d + a) <= a * d * (c + b):
-            half = torch.einsum("...cd,bd->...cb", x, w2)
-            return torch.einsum("...cb,ac->...ab", half, w1).flatten(-2)
-        half = torch.einsum("...cd,ac->...ad", x, w1)
-        return torch.einsum("...ad,bd->...ab", half, w2).flatten(-2)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        given, w1, w2 = ctx.saved_tensors
-        (a, c), (b, d) = w1.shape, w2.shape
-        x, dy = given.reshape(-1, c, d), dy.reshape(-1, a, b)
-        by_w1, by_w2 = torch.einsum("nab,ac->ncb", dy, w1), torch.einsum("nab,bd->nad", dy, w2)
-        dx = torch.einsum("nad,ac->ncd", by_w2, w1).reshape(given.shape)
-        return dx, torch.einsum("nad,ncd->ac", by_w2, x), torch.einsum("ncb,ncd->bd", by_w1, x)
-
-
-Update = LoRA | LoKr
-
-
-def take_rows(update: Update, name: str, *ranges: tuple[int, int]) -> Update:
-    """The update, frozen, of these rows (first, end) of an update's own, one after the other, by another name.
-
-    ValueError where a Kronecker product would have to be taken apart within its second side.
-    """
-    unit = 1 if isinstance(update, LoRA) else len(update.w2[0])  # rows of the product for one of its first factor
-
-    def taken(factor: Tensor, unit: int) -> Tensor:
-        return torch.cat([factor[first // unit : end // unit] for first, end in ranges])
-
-    if any(edge % unit for edges in ranges for edge in edges):
-        raise ValueError(
-            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}; make it a "
-            f"LoRA first (python -m kontext_min.adapters convert --rank)"
-        )
-    if isinstance(update, LoRA):
-        made: Update = LoRA(name, update.A, taken(update.B, 1), update.scale)
-    else:
-        made = LoKr(name, (taken(update.w1[0], unit), *update.w1[1:]), tuple(update.w2), update.scale)
-    if update.magnitude is not None:
-        made.magnitude = nn.Parameter(taken(update.magnitude, 1))
-    return made.requires_grad_(False)
+def kronecker_product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """x (..., c * d) -> kron(w1, w2) x, (..., a * b), by two small products."""
+    (a, c), (b, d) = w1.shape, w2.shape
+    x = x.unflatten(-1, (c, d))
+    if c * b * (d + a) <= a * d * (c + b):
+        return torch.einsum("...cb,ac->...ab", F.linear(x, w2), w1).flatten(-2)
+    return F.linear(torch.einsum("...cd,ac->...ad", x, w1), w2).flatten(-2)
 
 
 class Adapted(nn.Module):
@@ -203,7 +155,7 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base
+        self.base, self.in_features = base, base.in_features
         self.updates = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -231,10 +231,15 @@ def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, te
         return kind(config)
 
 
+def bare(name: str) -> str:
+    """The name of a transformer's tensor without the prefix that ComfyUI may have put before it."""
+    return name.removeprefix("model.diffusion_model.")
+
+
 def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]]:
     """The transformer without weights, the tensors of its files, and our name -> theirs."""
     component = checkpoint.components["transformer"]
-    tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))
+    tensors = Tensors(component.files).rename(bare)
     diffusers = "x_embedder.weight" in tensors.names()
     if not diffusers:
         tensors.rename(lambda name: re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name))
