@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from kontext_min import presets
-from kontext_min.adapters.inject import apply_updates, placed
+from kontext_min.adapters.inject import apply_updates
 from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
+from kontext_min.adapters.rows import by_linear
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import Editor, edit, output_size, prepare_reference
@@ -78,10 +79,10 @@ def recall(path: Path, replaced: dict) -> dict:
     hashes = settings.pop("sha256")
     files = {"image": settings["image"], "lora": [str(split_lora(text)[0]) for text in settings["lora"]]}
     for name in [name for key, names in files.items() if key not in replaced for name in names]:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"{path} was made from {name}, which is no longer there; name another file")
-        if fingerprint(Path(name)) != hashes[name]:
-            raise ValueError(f"{path} was made from {name}, which has changed since; restore it, or name another file")
+        if not Path(name).is_file() or fingerprint(Path(name)) != hashes[name]:
+            raise ValueError(
+                f"{path} was made from {name}, which has changed or gone; restore it, or name another file"
+            )
     return settings
 
 
@@ -120,10 +121,8 @@ def gather(given: argparse.Namespace) -> dict:
     settings = {**DEFAULTS, **recipe, **again, **given, "adapters": adapters}
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
-    if settings["steps"] < 1 or settings["num_images"] < 1:
-        raise ValueError("--steps and --num-images must be at least 1")
-    if not 0 <= settings["seed"] < 2**63:
-        raise ValueError(f"--seed {settings['seed']}: a seed is from 0 to {2**63 - 1}")
+    if min(settings["steps"], settings["num_images"]) < 1 or not 0 <= settings["seed"] < 2**63:
+        raise ValueError("--steps and --num-images must be at least 1, --seed from 0 to 2^63 - 1")
     if not all(map(math.isfinite, (settings["guidance"], settings["cfg_scale"], *(scale for _, scale in adapters)))):
         raise ValueError("--guidance, --cfg-scale and the strengths of LoRAs must be finite numbers")
     for text, words in ((settings["size"], ["auto"]), (settings["reference_size"], ["auto", "keep", "match"])):
@@ -162,7 +161,7 @@ def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Edi
     empty, *_ = load.empty_flux(checkpoint)
     for lora, strength in settings["adapters"]:
         try:
-            placed(empty, lora.updates)  # what does not fit is said before anything is loaded
+            by_linear(lora.updates, empty)  # what does not fit is said before anything is loaded
         except ValueError as error:
             raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
         print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}")

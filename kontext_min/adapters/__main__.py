@@ -95,7 +95,7 @@ def squared_norm(update: Update) -> float:
     if isinstance(update, LoRA):
         a, b = update.A.float(), update.B.float()
         return update.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-    return update.scale**2 * float(torch.stack([side.square().sum() for side in update.sides(torch.float32)]).prod())
+    return update.scale**2 * float(torch.stack([side.square().sum() for side in update.sides()]).prod())
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

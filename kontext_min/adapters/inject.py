@@ -14,8 +14,8 @@ from torch import nn
 
 from kontext_min.adapters.formats import SWAPPED_THEIRS
 from kontext_min.adapters.layers import Adapted, Kronecker, LoKr, LoRA, Update
-from kontext_min.adapters.rows import arrange
-from kontext_min.checkpoints.keys import flux_linears, flux_places
+from kontext_min.adapters.rows import arrange, by_linear
+from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.models.flux import Flux, FluxConfig
 
 # fmt: off
@@ -96,31 +96,14 @@ def attach(flux: Flux, ours: str, update: Update):
     linear.updates.append(update.to(linear.base.weight.device))
 
 
-def placed(flux: Flux, given: Sequence[Update]) -> list[tuple[Update, str]]:
-    """Each update, its `start` set, with our linear that it belongs to. ValueError if it is for another model."""
-    places = flux_places(flux.config)
-    unknown = sorted({update.name for update in given} - set(places))
-    if unknown:
-        raise ValueError(f"the LoRA has {len(unknown)} modules that this model does not: {', '.join(unknown[:5])}")
-    for update in given:
-        ours, part = places[update.name]
-        (rows, columns), inputs = update.shape, flux.get_submodule(ours).in_features
-        if (rows, columns) != (part.rows, inputs):
-            raise ValueError(
-                f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}; "
-                f"it was made for another model"
-            )
-        update.start = part.start
-    return [(update, places[update.name][0]) for update in given]
-
-
 def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
     """Attach a trained adapter's updates, copied. `detach_all` takes them off again, for others or other strengths."""
-    for update, ours in placed(flux, given):
-        update = at_strength(update, strength)
-        for matrix in (parameter for parameter in update.parameters() if parameter.ndim > 1):
-            matrix.data = matrix.data.to(dtype)
-        attach(flux, ours, update)
+    for whole, (_, here) in by_linear(given, flux).items():
+        for update in here:
+            update = at_strength(update, strength)
+            for matrix in (parameter for parameter in update.parameters() if parameter.ndim > 1):
+                matrix.data = matrix.data.to(dtype)
+            attach(flux, whole.name, update)
 
 
 def at_strength(update: Update, strength: float) -> Update:

@@ -1,6 +1,7 @@
 """Updates beside a frozen linear, on all of its output rows or on a part of them: LoRA and LoKr, either one as DoRA."""
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor, nn
 class Update(nn.Module):
     """The change of one module: a LoRA or a LoKr. Its rows are in our order.
 
-    `name`: the module's in diffusers' layout, or one of our fused linears'; `start`: its first row in our linear;
+    `name`: the module's in diffusers' layout, or one of our fused linears'; `shape`: (rows, in) of the weight;
+    `rank`: of a LoRA, or of a LoKr's side in two factors, w2 before w1, else 1; `start`: the first row in our linear;
     `magnitude`: DoRA's, per row, or None; `strength`: of all that a DoRA changes (others have it in `scale`).
     Factors are kept in their own dtype (fp32 in training) and used in the input's.
     """
 
-    def __init__(self, name: str, scale: float, start: int):
+    def __init__(self, name: str, shape: tuple[int, int], rank: int, scale: float, start: int):
         super().__init__()
-        self.name, self.scale, self.start, self.dropout, self.strength = name, scale, start, 0.0, 1.0
+        self.name, self.shape, self.rank, self.scale, self.start = name, shape, rank, scale, start
+        self.dropout, self.strength = 0.0, 1.0
         self.magnitude: nn.Parameter | None = None
 
     def lengths(self, weight: Tensor) -> Tensor:
@@ -30,8 +33,8 @@ class LoRA(Update):
     """An update by a product of rank `rank`: A (rank, in) and B (rows, rank)."""
 
     def __init__(self, name: str, a: Tensor, b: Tensor, scale: float, start: int = 0):
-        super().__init__(name, scale, start)
-        self.A, self.B, self.rank = nn.Parameter(a), nn.Parameter(b), len(a)
+        super().__init__(name, (len(b), a.shape[1]), len(a), scale, start)
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
 
     @classmethod
     def fresh(cls, name: str, shape: tuple[int, int], rank: int, alpha: float, start: int = 0) -> "LoRA":
@@ -39,11 +42,6 @@ class LoRA(Update):
         a = torch.empty(rank, shape[1])
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         return cls(name, a, torch.zeros(shape[0], rank), alpha / rank, start)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, in) of the weight that it updates."""
-        return self.B.shape[0], self.A.shape[1]
 
     @property
     def kind(self) -> str:
@@ -76,9 +74,9 @@ class LoKr(Update):
     """
 
     def __init__(self, name: str, w1: tuple[Tensor, ...], w2: tuple[Tensor, ...], scale: float, start: int = 0):
-        super().__init__(name, scale, start)
+        rank = next((len(side[1]) for side in (w2, w1) if len(side) == 2), 1)
+        super().__init__(name, (len(w1[0]) * len(w2[0]), w1[-1].shape[1] * w2[-1].shape[1]), rank, scale, start)
         self.w1, self.w2 = (nn.ParameterList(nn.Parameter(factor) for factor in side) for side in (w1, w2))
-        self.rank = next((len(side[1]) for side in (w2, w1) if len(side) == 2), 1)  # w2's before w1's
 
     @classmethod
     def fresh(cls, name: str, shape: tuple[int, int], size: Kronecker, start: int = 0) -> "LoKr":
@@ -94,33 +92,27 @@ class LoKr(Update):
         return cls(name, w1, w2, 1.0 if full_1 and full_2 else size.alpha / size.dim, start)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, in) of the weight that it updates."""
-        return self.w1[0].shape[0] * self.w2[0].shape[0], self.w1[-1].shape[1] * self.w2[-1].shape[1]
-
-    @property
     def kind(self) -> str:
         """What it is, in words: w1's shape and w2's, with the rank between where one has two factors."""
         shapes = ([*(len(factor) for factor in side), side[-1].shape[1]] for side in (self.w1, self.w2))
         return "LoKr of " + " and ".join("x".join(map(str, shape)) for shape in shapes)
 
-    def sides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """w1 (a, c) and w2 (b, d)."""
-        w1, w2 = ([factor.to(dtype) for factor in side] for side in (self.w1, self.w2))
-        return w1[0] @ w1[1] if len(w1) == 2 else w1[0], w2[0] @ w2[1] if len(w2) == 2 else w2[0]
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """w1 (a, c) and w2 (b, d) in fp32."""
+        w1, w2 = (reduce(torch.matmul, [factor.float() for factor in side]) for side in (self.w1, self.w2))
+        return w1, w2
 
     def delta(self) -> Tensor:
         """What it adds to the weight: scale * kron(w1, w2) in fp32, (rows, in)."""
-        return self.scale * torch.kron(*self.sides(torch.float32))
+        return self.scale * torch.kron(*self.sides())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> scale * kron(w1, w2) x, (..., rows), without making the product."""
-        w1, w2 = self.sides(torch.float32)
-        (a, c), (b, d), r = w1.shape, w2.shape, self.rank
-        if len(self.w2) == 2 and c * d * r + multiplications(a, b, c, r) < multiplications(a, b, c, d):
-            outer, inner = self.w2  # kron(w1, outer inner) = kron(w1, outer) kron(1, inner)
-            x, w2 = F.linear(x.unflatten(-1, (c, d)), inner.to(x.dtype)).flatten(-2), outer
-        return kronecker_product(x, (self.scale * w1).to(x.dtype), w2.to(x.dtype))
+        """x (..., in) -> scale * kron(w1, w2) x, (..., rows), without making the product: 1/a + 1/d of its work."""
+        w1 = (self.scale * self.sides()[0]).to(x.dtype)
+        x = x.unflatten(-1, (w1.shape[1], -1))
+        for factor in reversed(self.w2):
+            x = F.linear(x, factor.to(x.dtype))
+        return torch.einsum("...cb,ac->...ab", x, w1).flatten(-2)
 
 
 def factors(size: int, factor: int) -> tuple[int, int]:
@@ -130,20 +122,6 @@ def factors(size: int, factor: int) -> tuple[int, int]:
         most = math.isqrt(size) if factor < 0 else min(math.isqrt(size), max(factor, 1))
         m = next(m for m in range(most, 0, -1) if size % m == 0)
     return min(m, size // m), max(m, size // m)
-
-
-def multiplications(a: int, b: int, c: int, d: int) -> int:
-    """Of kron(w1, w2) and one vector, the cheaper side first; the full product would take a * b * c * d."""
-    return min(c * b * (d + a), a * d * (c + b))
-
-
-def kronecker_product(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """x (..., c * d) -> kron(w1, w2) x, (..., a * b), by two small products."""
-    (a, c), (b, d) = w1.shape, w2.shape
-    x = x.unflatten(-1, (c, d))
-    if c * b * (d + a) <= a * d * (c + b):
-        return torch.einsum("...cb,ac->...ab", F.linear(x, w2), w1).flatten(-2)
-    return F.linear(torch.einsum("...cd,ac->...ad", x, w1), w2).flatten(-2)
 
 
 class Adapted(nn.Module):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kontext_min.adapters.formats import SWAPPED_THEIRS
-from kontext_min.adapters.inject import placed
 from kontext_min.adapters.layers import LoRA, Update
 from kontext_min.adapters.rows import by_linear, overlap
 from kontext_min.checkpoints.keys import Part
@@ -44,7 +43,7 @@ def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         (qb, rb), (qa, ra) = torch.linalg.qr(update.B.float() * update.scale), torch.linalg.qr(update.A.float().T)
         u, s, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         return qb @ u[:, :rank], s, v[:rank] @ qa.T
-    (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(side, full_matrices=False) for side in update.sides(torch.float32))
+    (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(side, full_matrices=False) for side in update.sides())
     s, order = (abs(update.scale) * s1[:, None] * s2).flatten().sort(descending=True)
     i, j = order[:rank] // len(s2), order[:rank] % len(s2)
     u = torch.einsum("ak,bk->abk", u1[:, i], u2[:, j]).flatten(0, 1) * math.copysign(1, update.scale)
@@ -68,7 +67,7 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
         targets = [out / file.name for file in component.files]
     tensors, weights = Tensors(component.files).rename(bare), weights_of(updates)
     refuse_quantised(tensors, weights)
-    placed(on_meta(Flux, flux_config, component, tensors), updates)  # says what does not fit
+    by_linear(updates, on_meta(Flux, flux_config, component, tensors))  # says what does not fit
     lost = torch.zeros(2, dtype=torch.float64)
 
     def merged(name: str) -> Tensor:

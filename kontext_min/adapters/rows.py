@@ -8,34 +8,47 @@ from torch import Tensor, nn
 
 from kontext_min.adapters.layers import LoKr, LoRA, Update
 from kontext_min.checkpoints.keys import Part, flux_linears, flux_places
-from kontext_min.models.flux import FluxConfig
+from kontext_min.models.flux import Flux, FluxConfig
 
 Placed = dict[Part, tuple[list[Part], list[Update]]]  # our linear, whole -> its parts, and the updates on its rows
 
 
-def by_linear(updates: Sequence[Update]) -> Placed:
+def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
     """Our linears that are touched, in the model's order; every update learns its `start` there.
 
-    No model need be at hand: the width is what a fused linear takes, and in a FLUX all else follows from it.
+    ValueError if they are for another model. No model need be at hand: in a FLUX all else follows from the width.
     """
-    fused = {ours for ours, parts in flux_linears(FluxConfig()).items() if len(parts) > 1}
-    places = flux_places(FluxConfig())
-    width = next((update.shape[1] for update in updates if places[update.name][0] in fused), 64)
-    config, found = FluxConfig(hidden_size=width, num_heads=1, axes_dim=(width,)), {}
+    config, found = flux.config if flux else guessed(updates), {}
     places = flux_places(config)
+    if unknown := sorted({update.name for update in updates} - places.keys()):
+        raise ValueError(f"the LoRA has {len(unknown)} modules that this model does not: {', '.join(unknown[:5])}")
     for ours, parts in flux_linears(config).items():
         here = [update for update in updates if places[update.name][0] == ours]
-        if here and ours not in fused:
-            parts = [parts[0]._replace(rows=here[0].shape[0])]
+        if not here:
+            continue
+        inputs = flux.get_submodule(ours).in_features if flux else config.hidden_size
+        if not flux and len(parts) == 1:  # of any size
+            rows, inputs = here[0].shape
+            parts = [parts[0]._replace(rows=rows)]
+        whole = Part(ours, 0, sum(part.rows for part in parts))
+        named = {part.name: part for part in (whole, *parts)}
         for update in here:
-            part = places[update.name][1]
-            if update.shape != ((part.rows, width) if ours in fused else here[0].shape):
-                shape = list(update.shape)
-                raise ValueError(f"{update.name} is {shape}, beside others of {width} channels: no FLUX is so")
+            (rows, columns), part = update.shape, named[update.name]
+            if (rows, columns) != (part.rows, inputs):
+                raise ValueError(
+                    f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}; "
+                    f"it was made for another model"
+                )
             update.start = part.start
-        if here:
-            found[Part(ours, 0, sum(part.rows for part in parts))] = parts, here
+        found[whole] = parts, here
     return found
+
+
+def guessed(updates: Sequence[Update]) -> FluxConfig:
+    """A model for these updates: its width is what a fused linear takes."""
+    linears, places = flux_linears(FluxConfig()), flux_places(FluxConfig())
+    width = next((update.shape[1] for update in updates if len(linears[places[update.name][0]]) > 1), 64)
+    return FluxConfig(hidden_size=width, num_heads=1, axes_dim=(width,))
 
 
 def arrange(updates: Sequence[Update], fused: bool) -> list[Update]:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import CPU, FP32, error
 
 import infer
-from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, placed, start_from, updates
+from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, start_from, updates
 from kontext_min.adapters.read import read_adapter
+from kontext_min.adapters.rows import by_linear
 from kontext_min.checkpoints.load import load_flux, load_vae
 from kontext_min.data.buckets import Size
 from kontext_min.edit import Editor, edit
@@ -160,9 +161,10 @@ def make(flux, form: str, alpha: str, layout: str, path: Path) -> dict[str, torc
 def assert_adds(flux, path: Path, total: dict[str, torch.Tensor]):
     """Read, the file changes BFL's linears by `total`."""
     ours = {}
-    for update, linear in placed(flux, read_adapter(path).updates):
-        whole = ours.setdefault(linear, torch.zeros_like(total[linear]))
-        whole[update.start : update.start + update.shape[0]] += update.delta()
+    for linear, (_, here) in by_linear(read_adapter(path).updates, flux).items():
+        ours[linear.name] = torch.zeros_like(total[linear.name])
+        for update in here:
+            ours[linear.name][update.start : update.start + update.shape[0]] += update.delta()
     assert ours.keys() == total.keys()
     assert max(error(ours[name], total[name]) for name in ours) < 1e-6
 
@@ -359,9 +361,10 @@ def test_training_starts_from_fused_modules_of_another_program(flux, tmp_path):
         add_lora(flux, [theirs for theirs, (ours, _) in PLACES.items() if ours == name], 2 + seed % 3, 5)
     start_from(flux, read_adapter(path).updates)
     made = {}
-    for update, ours in placed(flux, list(updates(flux))):
-        whole = made.setdefault(ours, torch.zeros_like(total[ours]))
-        whole[update.start : update.start + update.shape[0]] += update.delta().detach()
+    for linear, (_, here) in by_linear(list(updates(flux)), flux).items():
+        made[linear.name] = torch.zeros_like(total[linear.name])
+        for update in here:
+            made[linear.name][update.start : update.start + update.shape[0]] += update.delta().detach()
     assert max(error(made[name], total[name]) for name in total) < 1e-6
 
 
