@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from kontext_min.adapters.inject import at_strength
-from kontext_min.adapters.layers import LoRA, Update
+from kontext_min.adapters.layers import Update
 from kontext_min.adapters.merge import merge_into, reduced
 from kontext_min.adapters.read import read_adapter, split_lora
 from kontext_min.adapters.rows import arrange, by_linear
-from kontext_min.adapters.write import WRITTEN, caveat, write_adapter
+from kontext_min.adapters.write import WRITTEN, write_adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,8 +61,7 @@ def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     error = write_adapter(args.out, updates, recipe, DTYPES[args.dtype], form)
     print(f"{args.out}: {form}; read back, every change of a weight is the same to {error:.1e} of its size")
-    if said := caveat(updates, form):
-        print(f"note: {said}")
+    print(f"note: {WRITTEN[form][1]}")
 
 
 def inspect(args: argparse.Namespace):
@@ -75,7 +74,7 @@ def inspect(args: argparse.Namespace):
     squares = Counter()
     for whole, (_, here) in by_linear(file.updates).items():
         block = ".".join(whole.name.split(".")[:2]) if "blocks" in whole.name else "outside"
-        squares[block] += sum(map(squared_norm, here))
+        squares[block] += sum(float(update.delta().square().sum()) for update in here)
     largest = max(squares.values()) ** 0.5 or 1.0
     print("\nsize of the change, |delta W|, by block")
     for block, square in squares.items():
@@ -88,14 +87,6 @@ def inspect(args: argparse.Namespace):
             inner = {}
         lines = [f"  {key}:", *(f"    {k}: {v}" for k, v in inner.items())] if inner else [f"  {key}: {value}"]
         print("\n".join(line if len(line) <= 80 else line[:78] + " …" for line in lines))
-
-
-def squared_norm(update: Update) -> float:
-    """|delta W|^2 without making delta W."""
-    if isinstance(update, LoRA):
-        a, b = update.A.float(), update.B.float()
-        return update.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-    return update.scale**2 * float(torch.stack([side.square().sum() for side in update.sides()]).prod())
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:

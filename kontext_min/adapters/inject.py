@@ -126,14 +126,13 @@ def start_from(flux: Flux, given: Sequence[Update]):
         raise ValueError(f"init_lora: {len(odd)} modules are not in both, {', '.join(odd[:3])}; set flux_lora_target")
     for name, update in given.items():
         own = fresh[name]
-        values, wanted = dict(update.named_parameters()), dict(own.named_parameters())
-        if {name: v.shape for name, v in values.items()} != {name: v.shape for name, v in wanted.items()}:
+        try:
+            own.load_state_dict(update.state_dict())
+        except RuntimeError as error:
             raise ValueError(
                 f"init_lora: {name} is a {update.kind} for {list(update.shape)}, this run's is a {own.kind} for "
                 f"{list(own.shape)}; set lora_rank, use_dora, or lora_type and lycoris_config"
-            )
-        for key, value in values.items():
-            wanted[key].data.copy_(value)
+            ) from error
         (own.B if isinstance(own, LoRA) else own.w2[0]).data.mul_(update.scale / own.scale)
 
 

@@ -99,8 +99,7 @@ class LoKr(Update):
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """w1 (a, c) and w2 (b, d) in fp32."""
-        w1, w2 = (reduce(torch.matmul, [factor.float() for factor in side]) for side in (self.w1, self.w2))
-        return w1, w2
+        return tuple(reduce(torch.matmul, [factor.float() for factor in side]) for side in (self.w1, self.w2))
 
     def delta(self) -> Tensor:
         """What it adds to the weight: scale * kron(w1, w2) in fp32, (rows, in)."""
@@ -143,11 +142,9 @@ class Adapted(nn.Module):
             delta = update(given)
             if update.magnitude is not None:
                 delta = self.decomposed(update, delta, given, None if given is not x else base)
-            if delta.shape[-1] == y.shape[-1]:
-                y = y + delta
-            else:
-                before, after = update.start, y.shape[-1] - update.start - delta.shape[-1]
-                y = y + F.pad(delta, (before, after))
+            if delta.shape[-1] < y.shape[-1]:
+                delta = F.pad(delta, (update.start, y.shape[-1] - update.start - delta.shape[-1]))
+            y = y + delta
         return y
 
     def weight_of(self, update: Update) -> Tensor:
@@ -162,10 +159,8 @@ class Adapted(nn.Module):
         4.3, as in PEFT. At strength 0 nothing is left of it; PEFT, which weakens delta alone, keeps the magnitudes.
         """
         weight, rows = self.weight_of(update), slice(update.start, update.start + update.shape[0])
-        if y is None:
-            plain = F.linear(x, weight)
-        else:
-            plain = y[..., rows] if self.base.bias is None else y[..., rows] - self.base.bias[rows]
+        bias = 0.0 if self.base.bias is None else self.base.bias[rows]
+        plain = F.linear(x, weight) if y is None else y[..., rows] - bias
         with torch.no_grad():
             lengths = update.lengths(weight).clamp(min=1e-12)
         gain = update.magnitude.float() / lengths

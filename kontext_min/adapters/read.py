@@ -70,8 +70,8 @@ def split_lora(text: str) -> tuple[Path, float]:
 def read_adapter(path: Path) -> AdapterFile:
     """An adapter file, or a folder with one. ValueError names what cannot be used."""
     if path.is_dir():
-        path = next((path / n for n in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-                     if (path / n).exists()), path / "pytorch_lora_weights.safetensors")  # fmt: skip
+        own, raw = path / "pytorch_lora_weights.safetensors", path / "adapter_model.safetensors"  # PEFT's by itself
+        path = raw if raw.exists() and not own.exists() else own
     handle = open_safetensors(path)
     header = handle.metadata() or {}
     names = sorted(handle.keys())
@@ -91,19 +91,18 @@ def read_adapter(path: Path) -> AdapterFile:
 
 def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, str]]]:
     """The format by which most tensors are named, and module -> {what a tensor is of it: the tensor's name}."""
-    split = {}
-    for name in names:
-        if ending := next((ending for ending in ENDINGS if name.endswith(f".{ending}")), None):
-            split[name] = name.removesuffix(f".{ending}"), ENDINGS[ending]
+    endings = ((name, ending) for name in names for ending in ENDINGS if name.endswith(f".{ending}"))
+    split = {name: (name.removesuffix(f".{ending}"), ENDINGS[ending]) for name, ending in endings}
     if not split:
         held = ", ".join(names[:3]) or "no tensors"
         raise ValueError(f"{path} is no LoRA: it has {held} (a whole model is given as the model)")
     stems = {form: modules(FORMATS[form]) for form in FORMATS}
     form = max(stems, key=lambda form: sum(stem in stems[form] for stem, _ in split.values()))
     left_over = [name for name in names if name not in split or split[name][0] not in stems[form]]
-    belong = f"tensors do not belong to a {form} LoRA of FLUX as the others do"
-    none = "tensors, and none is of a module of FLUX as any known format names it"
-    refuse(str(path), none if len(left_over) == len(names) else belong, left_over)
+    problem = f"tensors do not belong to a {form} LoRA of FLUX as the others do"
+    if len(left_over) == len(names):
+        problem = "tensors, and none is of a module of FLUX as any known format names it"
+    refuse(str(path), problem, left_over)
     found: dict[str, dict[str, str]] = {}
     for name, (stem, what) in split.items():
         other = found.setdefault(stems[form][stem], {}).setdefault(what, name)

@@ -18,13 +18,13 @@ from kontext_min.adapters.layers import LoKr, LoRA, Update
 from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.rows import arrange, by_linear, swapped
 
-WRITTEN = {  # what can be written -> how its tensors are called
-    "diffusers": "diffusers",  # with PEFT's settings; ComfyUI and most others read it too
-    "kohya": "kohya",  # sd-scripts, musubi, Forge, ComfyUI
-    "comfy": "comfy",
-    "bfl": "fal",  # BFL's names under fal's prefix: bare ones are read by no program that we know
-    "lycoris": "lycoris",  # LyCORIS, SimpleTuner, ComfyUI
-    "ai-toolkit": "diffusers",  # without PEFT's settings; also LoKr; ComfyUI
+WRITTEN = {  # what can be written -> how its tensors are called, and what to know of it
+    "diffusers": ("diffusers", "ComfyUI and most others read it too"),  # with PEFT's settings
+    "kohya": ("kohya", "diffusers silently leaves out DoRA's magnitudes and linears that are outside the blocks"),
+    "comfy": ("comfy", "diffusers silently leaves out DoRA's magnitudes and linears that are outside the blocks"),
+    "bfl": ("fal", "diffusers reads it only where all linears of all blocks are there"),  # bare names are read by none
+    "lycoris": ("lycoris", "it is read by LyCORIS, SimpleTuner and ComfyUI, not by diffusers"),
+    "ai-toolkit": ("diffusers", "diffusers does not read a LoKr"),  # without PEFT's settings
 }
 WITH_LOKR = ("kohya", "comfy", "lycoris", "ai-toolkit")
 MAGNITUDES = {"diffusers": "lora_magnitude_vector"} | dict.fromkeys(("kohya", "comfy", "lycoris"), "dora_scale")
@@ -48,9 +48,7 @@ def write_adapter(
         save_file(tensors, temporary, metadata)
         error, where = largest_error(updates, read_adapter(temporary).updates)
         if not error <= TOLERANCE[dtype]:
-            raise ValueError(
-                f"{path} is not written: read back, the change of {where} is off by {error:.1e} of its size"
-            )
+            raise ValueError(f"{path} is not written: read back, the change of {where} is off by {error:.1e} of it")
         save_file(tensors, temporary, metadata | {ERROR_KEY: f"{error:.1e}"})
         temporary.replace(path)
     finally:
@@ -58,20 +56,9 @@ def write_adapter(
     return error
 
 
-def caveat(updates: Sequence[Update], form: str) -> str:
-    """What diffusers (0.42) does not take from such a file, in one sentence; "" where it takes all of it."""
-    if form in ("lycoris", "bfl") or any(isinstance(update, LoKr) for update in updates):
-        return "diffusers does not read this" + " unless all linears of all blocks are there" * (form == "bfl")
-    if form in ("kohya", "comfy"):
-        left_out = [update.name for update in updates if "blocks" not in update.name]
-        left_out += ["DoRA's magnitudes"] * any(update.magnitude is not None for update in updates)
-        return f"diffusers silently leaves out {', '.join(left_out)}" if left_out else ""
-    return ""
-
-
 def arranged_for(form: str, updates: Sequence[Update]) -> list[Update]:
     """The same change as one update for each of the format's modules. ValueError where the format cannot hold it."""
-    arranged = arrange(updates, FORMATS[WRITTEN[form]].names == "bfl")
+    arranged = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl")
     if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
         raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
     if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
@@ -86,7 +73,7 @@ def arranged_for(form: str, updates: Sequence[Update]) -> list[Update]:
 
 def tensors_of(update: Update, form: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """An arranged update's tensors by their names in the file; its strength is in B or w1."""
-    table = FORMATS[WRITTEN[form]]
+    table = FORMATS[WRITTEN[form][0]]
     update = swapped(update) if update.name == SWAPPED_THEIRS else update
     if isinstance(update, LoRA):
         found = {table.a: update.A, table.b: update.B.float() * update.scale}
@@ -107,13 +94,12 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     ranks = {update.name: update.rank for update in updates}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     kind = "LoKr" if any(isinstance(update, LoKr) for update in updates) else "LoRA"
-    own, bfl = {}, FORMATS[WRITTEN[form]].names == "bfl"
+    own, bfl = {}, FORMATS[WRITTEN[form][0]].names == "bfl"
     if form == "diffusers":
         own = {CONFIG_KEY: peft_settings(updates, ranks, usual)}
     elif form == "kohya":
-        network = "networks.lora_flux" if kind == "LoRA" else "lycoris.kohya"
-        own = {"ss_network_module": network, "ss_network_dim": str(usual), "ss_network_alpha": str(usual)}
-        own["ss_base_model_version"] = "flux_kontext"
+        own = {"ss_network_module": "networks.lora_flux" if kind == "LoRA" else "lycoris.kohya"}
+        own |= {"ss_network_dim": str(usual), "ss_network_alpha": str(usual), "ss_base_model_version": "flux_kontext"}
     elif form == "lycoris":
         config = {"algo": kind.lower(), "multiplier": 1.0, "linear_dim": usual, "linear_alpha": usual}
         own = {"lycoris_config": json.dumps(config)}
@@ -153,17 +139,15 @@ def largest_error(given: Sequence[Update], read: Sequence[Update]) -> tuple[floa
     ours, theirs, errors = by_linear(given), by_linear([update.to(device) for update in read]), []
     for whole in ours | theirs:
         for value in (lambda update: update.delta(), lambda update: update.magnitude):
-            a, b = (
-                dense(side[whole][1] if whole in side else [], whole.rows, value, device) for side in (ours, theirs)
-            )
+            a, b = (dense(side.get(whole, ([], []))[1], whole.rows, value) for side in (ours, theirs))
             error = (a - b).norm() / (a.norm() or 1.0)
             errors.append((float(error.nan_to_num(nan=float("inf"))), whole.name))
     return max(errors)
 
 
-def dense(updates: list[Update], rows: int, value: Callable, device: torch.device) -> Tensor:
+def dense(updates: list[Update], rows: int, value: Callable) -> Tensor:
     """What the updates of a linear are together, `rows` first, in fp32; 0 for none."""
-    total = torch.zeros((), device=device)
+    total = torch.zeros(())
     for update in updates:
         if (values := value(update)) is not None:
             around = (update.start, rows - update.start - len(values))

@@ -114,10 +114,8 @@ def fill(
     """
     parameters = dict(module.named_parameters())
     assert parameters.keys() == table.keys(), parameters.keys() ^ table.keys()
-    expected = {}
-    for ours, source in table.items():
-        parts = source.disassemble(parameters[ours].to("meta"))
-        expected |= {name: tuple(part.shape) for name, part in parts.items()}
+    cut = (source.disassemble(parameters[ours].to("meta")) for ours, source in table.items())
+    expected = {name: tuple(part.shape) for parts in cut for name, part in parts.items()}
     refuse(tensors.title, "tensors missing", expected.keys() - tensors.names())
     refuse(tensors.title, "unexpected tensors", tensors.names() - expected.keys())
     found = {name: tensors.shape(name) for name in expected}
