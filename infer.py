@@ -145,8 +145,7 @@ def parse_range(text: str) -> tuple[float, float]:
 def choose_device(name: str) -> torch.device:
     """'auto' -> the best there is. Raises ValueError when the asked one is missing."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in usable.items() if there)
+    name = next(kind for kind, there in usable.items() if there) if name == "auto" else name
     if not usable[name]:
         raise ValueError(f"--device {name}: this machine or this build of torch has none; use --device cpu")
     return torch.device(name)

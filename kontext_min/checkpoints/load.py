@@ -90,8 +90,8 @@ def find_component(folder: Path, part: str) -> Component:
     own = folder / part
     config = read_json(own / "config.json") if (own / "config.json").exists() else {}
     if indices := sorted(own.glob("*.safetensors.index.json")):
-        shards = read_json(indices[0]).get("weight_map", {}).values()
-        return Component(tuple(own / name for name in sorted(set(shards))), config)
+        shards = sorted(set(read_json(indices[0]).get("weight_map", {}).values()))
+        return Component(tuple(own / name for name in shards), config)
     for place, pattern in [(own, "*.safetensors"), *((folder, pattern) for pattern in SINGLE_FILES[part])]:
         matches = sorted(place.glob(pattern), key=lambda path: (path.name.count("."), len(path.name), path.name))
         if matches:
@@ -171,13 +171,12 @@ def t5_config(config: dict, shapes: Shapes) -> T5Config:
         if config.get("feed_forward_proj") != "gated-gelu":
             raise ValueError("text_encoder_2/config.json: feed_forward_proj must be 'gated-gelu', as in FLUX")
         return T5Config(**settings(keys.T5_SETTINGS, config))
-    attention = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
-    vocab, width = shapes["shared.weight"]
-    inner = shapes["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1]
+    first, (vocab, width) = "encoder.block.0.layer", shapes["shared.weight"]
+    buckets, heads = shapes[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
     return T5Config(
-        vocab_size=vocab, d_model=width, d_kv=shapes[f"{attention}.q.weight"][0] // heads, d_ff=inner,
-        num_layers=count(shapes, "encoder.block"), num_heads=heads, num_buckets=buckets,
+        vocab_size=vocab, d_model=width, d_kv=shapes[f"{first}.0.SelfAttention.q.weight"][0] // heads, num_heads=heads,
+        d_ff=shapes[f"{first}.1.DenseReluDense.wo.weight"][1], num_layers=count(shapes, "encoder.block"),
+        num_buckets=buckets,
     )  # fmt: skip
 
 
@@ -206,10 +205,8 @@ def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, te
     where = component.files[0].parent / "config.json" if component.config else tensors.title
     try:
         config = config_of(component.config, {name: tensors.shape(name) for name in tensors.names()})
-    except KeyError as error:
-        raise ValueError(f"{where}: {error} is missing, so this is not the file it should be") from error
-    except TypeError as error:
-        raise ValueError(f"{where}: a setting is malformed ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where} is not the file it should be; missing or malformed: {error}") from error
     if not component.config and config != type(config)():  # sizes of one's own, which tensors do not tell in full
         print(f"{tensors.title}: no config.json and not the published sizes, so heads, groups and scales are guessed")
     with torch.device("meta"):
