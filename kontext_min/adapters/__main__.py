@@ -12,13 +12,11 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from kontext_min.adapters.inject import at_strength
-from kontext_min.adapters.layers import Update
 from kontext_min.adapters.merge import merge_into, reduced
 from kontext_min.adapters.read import read_adapter, split_lora
 from kontext_min.adapters.rows import arrange, by_linear
@@ -27,34 +25,23 @@ from kontext_min.adapters.write import WRITTEN, write_adapter
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def convert(args: argparse.Namespace):
-    """One file in another format."""
-    source = read_adapter(args.input)
-    print(f"{source.path}: {source.title}")
-    write(args, source.updates, source.recipe)
-
-
-def merge(args: argparse.Namespace):
-    """Several adapters into one, or into the base's weights."""
+def write(args: argparse.Namespace):
+    """One adapter in another format, or several in one, or in the base's weights."""
     named = [split_lora(text) for text in args.loras]
     sources = [(read_adapter(file), strength) for file, strength in named]
-    updates = [at_strength(update, strength) for source, strength in sources for update in source.updates]
     for source, strength in sources:
         print(f"{source.path}: {source.title}, at strength {strength:g}")
+    updates = [at_strength(update, strength) for source, strength in sources for update in source.updates]
     if args.base and (args.rank or args.to):
         raise ValueError("--rank and --to are of adapters; with --base the weights themselves are written")
     if args.base:
         lost = merge_into(args.base, updates, args.out, DTYPES[args.dtype])
-        print(f"{args.out}: {args.base} with the change, rounded to {args.dtype}: {lost:.2%} of it is lost")
-    elif any(update.magnitude is not None for update in updates):
-        raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with several")
-    else:
-        write(args, arrange(updates, fused=False), {})
-
-
-def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
-    """The file in the format, rank and precision asked for, verified."""
-    form = args.to or "diffusers"
+        return print(f"{args.out}: {args.base} with the change, rounded to {args.dtype}: {lost:.2%} of it is lost")
+    form, recipe = args.to or "diffusers", sources[0][0].recipe
+    if len(sources) > 1 or sources[0][1] != 1:
+        if any(update.magnitude is not None for update in updates):
+            raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with all")
+        updates, recipe = arrange(updates, fused=False), {}
     if args.rank:
         updates, lost = reduced(updates, args.rank)
         print(f"rank {args.rank} at most, by SVD: {lost:.3%} of the change is lost")
@@ -97,11 +84,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     shown, converted, merged = (commands.add_parser(name) for name in ("inspect", "convert", "merge"))
     shown.add_argument("file", type=Path)
     shown.set_defaults(work=inspect, out=None, rank=None)
-    converted.add_argument("input", type=Path, metavar="IN")
+    converted.add_argument("loras", nargs=1, metavar="IN")
+    converted.set_defaults(base=None)
     merged.add_argument("loras", nargs="+", metavar="LORA[:STRENGTH]")
     merged.add_argument("--base", type=Path, help="a model folder or a single file: write its transformer, changed")
-    for command, work in ((converted, convert), (merged, merge)):
-        command.set_defaults(work=work)
+    for command in (converted, merged):
+        command.set_defaults(work=write)
         command.add_argument("out", type=Path, metavar="OUT")
         command.add_argument("--to", choices=WRITTEN, required=command is converted, help="the format")
         command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of what is written; default bf16")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from kontext_min.adapters.formats import CONFIG_KEY, ENDINGS, FORMATS, RECIPE_KEY, SWAPPED_THEIRS, modules
 from kontext_min.adapters.layers import LoKr, LoRA, Update
 from kontext_min.adapters.rows import swapped
-from kontext_min.checkpoints.load import read_json
 from kontext_min.checkpoints.tensors import FP8, open_safetensors, refuse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *FP8)
@@ -122,13 +121,9 @@ def json_object(text: str, path: Path) -> dict:
 def lora_settings(header: dict[str, str], path: Path) -> dict:
     """PEFT's LoraConfig, from the header or from adapter_config.json beside the file; {} where neither is there."""
     beside = path.parent / "adapter_config.json"
-    if CONFIG_KEY in header:
-        values = json_object(header[CONFIG_KEY], path)
-        values = {key.removeprefix("transformer."): value for key, value in values.items()}
-    elif path.name == "adapter_model.safetensors" and beside.exists():
-        values = read_json(beside)
-    else:
-        return {}
+    raw = path.name == "adapter_model.safetensors" and beside.exists()
+    text = header.get(CONFIG_KEY, beside.read_text(encoding="utf-8") if raw else "{}")
+    values = {key.removeprefix("transformer."): value for key, value in json_object(text, path).items()}
     odd = [key for key in ("lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
     odd += [f"{key} {values[key]}" for key, usable in USABLE.items() if not usable(values.get(key))]
     if odd:
