@@ -66,8 +66,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def fingerprint(path: Path) -> str:
     """Short content hash of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def recall(path: Path, replaced: dict) -> dict:
