@@ -11,8 +11,8 @@ from PIL import Image
 from tiny import random
 
 from kontext_min import flow
-from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import add_lora, detach_all, updates
+from kontext_min.adapters.write import write_adapter
 from kontext_min.data.align import psnr, shift_between
 from kontext_min.encoders import encode_image
 from kontext_min.flow import Condition
@@ -135,7 +135,7 @@ SMALL = ["--image", PICTURE, "--prompt", "make it darker", "--size", "48x32", "-
 
 @pytest.fixture
 def lora_file(lora, tmp_path):
-    write_lora(tmp_path / "lora.safetensors", list(updates(lora.flux)), {}, torch.float32)
+    write_adapter(tmp_path / "lora.safetensors", list(updates(lora.flux)), {}, torch.float32)
     return tmp_path / "lora.safetensors"
 
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from tiny import CPU, FP32, random
 
-from kontext_min.adapters.formats import write_lora
 from kontext_min.adapters.inject import add_lora, updates
+from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.study.__main__ import main
 
@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     flux = load_flux(find(ROOT / "weights" / "nano"), CPU, FP32)
     for seed, parameter in enumerate(add_lora(flux, ["transformer_blocks.0.attn.to_q"], rank=2, alpha=2)):
         parameter.data = 0.1 * random(*parameter.shape, seed=seed)
-    write_lora(folder / LORA, list(updates(flux)), {}, torch.float32)
+    write_adapter(folder / LORA, list(updates(flux)), {}, torch.float32)
     return folder
 
 
