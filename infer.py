@@ -16,12 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from kontext_min import presets
-from kontext_min.adapters.inject import apply_updates, placed
 from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
-from kontext_min.checkpoints import load
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
-from kontext_min.edit import Editor, edit, output_size, prepare_reference
-from kontext_min.encoders import encode_texts, pixels_per_token
+from kontext_min.edit import Editor, edit, open_editor, output_size, prepare_reference
+from kontext_min.encoders import pixels_per_token
 from kontext_min.sampler import Sampling
 
 CHUNK = "kontext_min"  # the PNG text chunk that holds a picture's settings as JSON
@@ -65,8 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def fingerprint(path: Path) -> str:
     """Short content hash of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def recall(path: Path, replaced: dict) -> dict:
@@ -78,10 +75,10 @@ def recall(path: Path, replaced: dict) -> dict:
     hashes = settings.pop("sha256")
     files = {"image": settings["image"], "lora": [str(split_lora(text)[0]) for text in settings["lora"]]}
     for name in [name for key, names in files.items() if key not in replaced for name in names]:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"{path} was made from {name}, which is no longer there; name another file")
-        if fingerprint(Path(name)) != hashes[name]:
-            raise ValueError(f"{path} was made from {name}, which has changed since; restore it, or name another file")
+        if not Path(name).is_file() or fingerprint(Path(name)) != hashes[name]:
+            raise ValueError(
+                f"{path} was made from {name}, which has changed or gone; restore it, or name another file"
+            )
     return settings
 
 
@@ -120,10 +117,8 @@ def gather(given: argparse.Namespace) -> dict:
     settings = {**DEFAULTS, **recipe, **again, **given, "adapters": adapters}
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
-    if settings["steps"] < 1 or settings["num_images"] < 1:
-        raise ValueError("--steps and --num-images must be at least 1")
-    if not 0 <= settings["seed"] < 2**63:
-        raise ValueError(f"--seed {settings['seed']}: a seed is from 0 to {2**63 - 1}")
+    if min(settings["steps"], settings["num_images"]) < 1 or not 0 <= settings["seed"] < 2**63:
+        raise ValueError("--steps and --num-images must be at least 1, --seed from 0 to 2^63 - 1")
     if not all(map(math.isfinite, (settings["guidance"], settings["cfg_scale"], *(scale for _, scale in adapters)))):
         raise ValueError("--guidance, --cfg-scale and the strengths of LoRAs must be finite numbers")
     for text, words in ((settings["size"], ["auto"]), (settings["reference_size"], ["auto", "keep", "match"])):
@@ -146,33 +141,13 @@ def parse_range(text: str) -> tuple[float, float]:
 def choose_device(name: str) -> torch.device:
     """'auto' -> the best there is. Raises ValueError when the asked one is missing."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in usable.items() if there)
+    name = next(kind for kind, there in usable.items() if there) if name == "auto" else name
     if not usable[name]:
         raise ValueError(f"--device {name}: this machine or this build of torch has none; use --device cpu")
     return torch.device(name)
 
 
 # ------------------------------------------------------------------------------------------------ work
-
-
-def build(settings: dict, device: torch.device, dtype: torch.dtype) -> tuple[Editor, dict]:
-    """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec)."""
-    checkpoint = load.find(presets.locate(settings["model"]))
-    empty, *_ = load.empty_flux(checkpoint)
-    for lora, strength in settings["adapters"]:
-        try:
-            placed(empty, lora.updates)  # what does not fit is said before anything is loaded
-        except ValueError as error:
-            raise ValueError(f"{lora.path} does not fit {settings['model']}: {error}") from error
-        print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}")
-    texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
-    encoded = encode_texts(checkpoint, texts, device, dtype)
-    vae = load.load_vae(checkpoint, device, torch.float32)
-    flux = load.load_flux(checkpoint, device, dtype)
-    for lora, strength in settings["adapters"]:
-        apply_updates(flux, lora.updates, strength, dtype)
-    return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
 
 
 def prepare(settings: dict, editor: Editor) -> tuple[list[Image.Image], Size]:
@@ -231,7 +206,11 @@ def main(argv: list[str] | None = None):
         settings["precision"] = "fp32" if device.type == "cpu" else "bf16"
     span = parse_range(settings["cfg_range"])
     paths = iter(paths_for(out, len(settings["prompt"]) * settings["num_images"]))
-    editor, encoded = build(settings, device, DTYPES[settings["precision"]])
+    texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
+    for lora, strength in settings["adapters"]:
+        print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}")
+    dtype = DTYPES[settings["precision"]]
+    editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype)
     references, size = prepare(settings, editor)
     negative = encoded.get(settings["negative_prompt"]) if settings["cfg_scale"] != 1 else None
     for prompt in settings["prompt"]:

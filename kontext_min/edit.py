@@ -1,25 +1,24 @@
 """Prompt and references -> an edited picture: sizes, latents, sampling, pixels. Training's validation uses it too."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from kontext_min import flow, presets, sampler
-from kontext_min.adapters.inject import apply_updates, placed
+from kontext_min.adapters.inject import apply_updates
 from kontext_min.adapters.read import AdapterFile
+from kontext_min.adapters.rows import by_linear
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import LANCZOS, Size, fit, nearest_aspect, parse_size
-from kontext_min.encoders import decode_image, encode_image, encode_texts
+from kontext_min.encoders import Text, decode_image, encode_image, encode_texts
 from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
 from kontext_min.presets import Preset
 from kontext_min.sampler import Sampling
-
-Text = tuple[Tensor, Tensor]  # txt (1, L, D), vec (1, D')
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def open_editor(
     empty, *_ = load.empty_flux(checkpoint)
     for lora, _ in loras:
         try:
-            placed(empty, lora.updates)
+            by_linear(lora.updates, empty)
         except ValueError as error:
             raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
     encoded = encode_texts(checkpoint, texts, device, dtype)
@@ -92,13 +91,11 @@ def edit(
 
     each_step is called with the latents (1, 16, h, w) after every step.
     """
-    device = editor.device
-    latents = [encode_image(editor.vae, image).to(device) for image in references]
-    condition = Condition(*text, latents)
-    unwanted = None if negative is None else replace(condition, txt=negative[0], vec=negative[1])
+    latents = [encode_image(editor.vae, image).to(editor.device) for image in references]
+    condition, unwanted = Condition(*text, latents), negative and Condition(*negative, latents)
     factor = editor.vae.config.factor
     shape = (1, editor.vae.config.latent_channels, size.height // factor, size.width // factor)
-    x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed)).to(device)
+    x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed)).to(editor.device)
     times = flow.schedule(sampling.steps, flow.token_count(*shape[-2:]), editor.shift)
     for x in sampler.euler(sampler.guided(editor.flux, condition, unwanted, sampling), x, times):  # noqa: B020
         each_step(x)

@@ -12,6 +12,8 @@ from kontext_min.checkpoints.load import Checkpoint, load_clip, load_t5
 from kontext_min.models.tokenizers import CLIPTokenizer, T5Tokenizer
 from kontext_min.models.vae import VAE
 
+Text = tuple[Tensor, Tensor]  # txt (1, L, context_in_dim), vec (1, vec_in_dim)
+
 
 class TextEncoder:
     """Both text encoders with their tokenizers. Large (9.8 GB for Kontext): use it, then `del` it."""
@@ -24,18 +26,15 @@ class TextEncoder:
         self.clip = load_clip(checkpoint, device, dtype)
 
     @torch.no_grad()
-    def __call__(self, text: str) -> tuple[Tensor, Tensor]:
-        """One instruction -> txt (1, L, context_in_dim), vec (1, vec_in_dim), on the device."""
+    def __call__(self, text: str) -> Text:
+        """One instruction, encoded, on the device."""
         if excess := self.tokenize_t5.excess(text):
             print(f"{text[:40]!r}… is longer than {self.tokenize_t5.length} tokens; its last {excess} are not seen")
-        txt = self.t5(self.tokenize_t5([text]).to(self.device))
-        vec = self.clip(self.tokenize_clip([text]).to(self.device))
-        return txt, vec
+        ids, ids_clip = (tokenize([text]).to(self.device) for tokenize in (self.tokenize_t5, self.tokenize_clip))
+        return self.t5(ids), self.clip(ids_clip)
 
 
-def encode_texts(
-    checkpoint: Checkpoint, texts: list[str], device: torch.device, dtype: torch.dtype
-) -> dict[str, tuple[Tensor, Tensor]]:
+def encode_texts(checkpoint: Checkpoint, texts: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Text]:
     """Load the text encoders, encode every different text once, and free them. -> text -> (txt, vec) on the device."""
     encode = TextEncoder(checkpoint, device, dtype)
     encoded = {text: encode(text) for text in dict.fromkeys(texts)}

@@ -54,5 +54,5 @@ class Int8Product(torch.autograd.Function):
 def quantize_int8(flux: Flux, name: str):
     """Make the linear that owns weight `name` int8, if it is one of the blocks'; for `load_flux(then=...)`."""
     if name.startswith(BLOCKS) and name.endswith(".weight"):
-        owner, _, leaf = name.removesuffix(".weight").rpartition(".")
-        setattr(flux.get_submodule(owner), leaf, Int8Linear(flux.get_submodule(f"{owner}.{leaf}")))
+        linear = name.removesuffix(".weight")
+        flux.set_submodule(linear, Int8Linear(flux.get_submodule(linear)))

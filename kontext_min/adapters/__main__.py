@@ -11,78 +11,60 @@ Every adapter written is read back and compared. --rank R makes LoRAs of rank R 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from kontext_min.adapters.inject import at_strength
-from kontext_min.adapters.layers import LoRA, Update
 from kontext_min.adapters.merge import merge_into, reduced
 from kontext_min.adapters.read import read_adapter, split_lora
-from kontext_min.adapters.write import WRITTEN, arrange, by_linear, caveat, rank, write_adapter
+from kontext_min.adapters.rows import arrange, by_linear
+from kontext_min.adapters.write import WRITTEN, write_adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WIDTH = 80
 
 
-def convert(args: argparse.Namespace):
-    """One file in another format."""
-    source = read_adapter(args.input)
-    print(f"{source.path}: {source.title}")
-    write(args, source.updates, source.recipe)
-
-
-def merge(args: argparse.Namespace):
-    """Several adapters into one, or into the base's weights."""
+def write(args: argparse.Namespace):
+    """One adapter in another format, or several in one, or in the base's weights."""
     named = [split_lora(text) for text in args.loras]
     sources = [(read_adapter(file), strength) for file, strength in named]
-    updates = [at_strength(update, strength) for source, strength in sources for update in source.updates]
     for source, strength in sources:
         print(f"{source.path}: {source.title}, at strength {strength:g}")
+    updates = [at_strength(update, strength) for source, strength in sources for update in source.updates]
     if args.base and (args.rank or args.to):
         raise ValueError("--rank and --to are of adapters; with --base the weights themselves are written")
     if args.base:
         lost = merge_into(args.base, updates, args.out, DTYPES[args.dtype])
-        print(
-            f"{args.out}: {args.base} with the change in its weights, rounded to {args.dtype}: {lost:.2%} of it is lost"
-        )
-    elif any(update.magnitude is not None for update in updates):
-        raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with several")
-    else:
-        write(args, arrange(updates, "lycoris"), {})
-
-
-def write(args: argparse.Namespace, updates: Sequence[Update], recipe: dict):
-    """The file in the format, rank and precision asked for, verified."""
-    form = args.to or "diffusers"
+        return print(f"{args.out}: {args.base} with the change, rounded to {args.dtype}: {lost:.2%} of it is lost")
+    form, recipe = args.to or "diffusers", sources[0][0].recipe
+    if len(sources) > 1 or sources[0][1] != 1:
+        if any(update.magnitude is not None for update in updates):
+            raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with all")
+        updates, recipe = arrange(updates, fused=False), {}
     if args.rank:
         updates, lost = reduced(updates, args.rank)
         print(f"rank {args.rank} at most, by SVD: {lost:.3%} of the change is lost")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     error = write_adapter(args.out, updates, recipe, DTYPES[args.dtype], form)
     print(f"{args.out}: {form}; read back, every change of a weight is the same to {error:.1e} of its size")
-    if said := caveat(updates, form):
-        print(f"note: {said}")
-
-
-# ------------------------------------------------------------------------------------------------ inspect
+    print(f"note: {WRITTEN[form][1]}")
 
 
 def inspect(args: argparse.Namespace):
     """A page about a file, 80 columns wide."""
     file = read_adapter(args.file)
-    said = {"rank": rank, "alpha": lambda u: u.scale * rank(u), "alpha / rank": lambda u: u.scale}
     print(f"{file.path}\n{file.title}, {file.path.stat().st_size / 1e6:.1f} MB")
+    said = {"rank": lambda u: u.rank, "alpha": lambda u: u.scale * u.rank, "alpha / rank": lambda u: u.scale}
     for what, of in said.items():
-        print(f"{what}: {', '.join(f'{value:.4g}' for value in sorted({of(update) for update in file.updates}))}")
-    norms: dict[str, float] = {}
-    for ours, (_, here) in by_linear(file.updates).items():
-        block = ".".join(ours.split(".")[:2]) if "blocks" in ours else "outside"
-        norms[block] = norms.get(block, 0.0) + sum(squared_norm(update) for update, _ in here)
-    largest = max(norms.values()) ** 0.5 or 1.0
+        print(f"{what}: {', '.join(f'{value:.4g}' for value in sorted(set(map(of, file.updates))))}")
+    squares = Counter()
+    for whole, (_, here) in by_linear(file.updates).items():
+        block = ".".join(whole.name.split(".")[:2]) if "blocks" in whole.name else "outside"
+        squares[block] += sum(float(update.delta().square().sum()) for update in here)
+    largest = max(squares.values()) ** 0.5 or 1.0
     print("\nsize of the change, |delta W|, by block")
-    for block, square in norms.items():
+    for block, square in squares.items():
         print(f"  {block:18}{square**0.5:10.4f} {'#' * round(48 * square**0.5 / largest)}".rstrip())
     print("\nheader")
     for key, value in sorted(file.header.items()):
@@ -91,18 +73,7 @@ def inspect(args: argparse.Namespace):
         except (ValueError, TypeError):
             inner = {}
         lines = [f"  {key}:", *(f"    {k}: {v}" for k, v in inner.items())] if inner else [f"  {key}: {value}"]
-        print("\n".join(line if len(line) <= WIDTH else line[: WIDTH - 2] + " …" for line in lines))
-
-
-def squared_norm(update: Update) -> float:
-    """|delta W|^2 without making delta W."""
-    if isinstance(update, LoRA):
-        a, b = update.A.float(), update.B.float()
-        return update.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-    return update.scale**2 * float(torch.stack([side.square().sum() for side in update.sides(torch.float32)]).prod())
-
-
-# ------------------------------------------------------------------------------------------------ the door
+        print("\n".join(line if len(line) <= 80 else line[:78] + " …" for line in lines))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -113,11 +84,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     shown, converted, merged = (commands.add_parser(name) for name in ("inspect", "convert", "merge"))
     shown.add_argument("file", type=Path)
     shown.set_defaults(work=inspect, out=None, rank=None)
-    converted.add_argument("input", type=Path, metavar="IN")
+    converted.add_argument("loras", nargs=1, metavar="IN")
+    converted.set_defaults(base=None)
     merged.add_argument("loras", nargs="+", metavar="LORA[:STRENGTH]")
     merged.add_argument("--base", type=Path, help="a model folder or a single file: write its transformer, changed")
-    for command, work in ((converted, convert), (merged, merge)):
-        command.set_defaults(work=work)
+    for command in (converted, merged):
+        command.set_defaults(work=write)
         command.add_argument("out", type=Path, metavar="OUT")
         command.add_argument("--to", choices=WRITTEN, required=command is converted, help="the format")
         command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of what is written; default bf16")
@@ -133,7 +105,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None):
-    """One command."""
     args = arguments(argv)
     args.work(args)
 

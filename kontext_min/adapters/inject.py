@@ -12,8 +12,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from kontext_min.adapters.layers import Adapted, Kronecker, LoKr, LoRA, Update, take_rows
-from kontext_min.checkpoints.keys import flux_linears, flux_places
+from kontext_min.adapters.formats import SWAPPED_THEIRS
+from kontext_min.adapters.layers import Adapted, Kronecker, LoKr, LoRA, Update
+from kontext_min.adapters.rows import arrange, by_linear
+from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.models.flux import Flux, FluxConfig
 
 # fmt: off
@@ -70,20 +72,18 @@ def add_lokr(flux: Flux, names: list[str], size: Kronecker, dropout: float = 0.0
 
 def add(flux: Flux, names: list[str], fresh: Callable, dropout: float, dora: bool = False) -> list[nn.Parameter]:
     """Put what `fresh(name, (rows, in), start)` makes on every named module. -> the new parameters."""
-    wanted = set(names)
-    parameters = []
+    parameters, wanted = [], set(names)
     for ours, parts in flux_linears(flux.config).items():
-        for part in parts:
-            if part.name in wanted:
-                linear = flux.get_submodule(ours)
-                inputs = (linear.base if isinstance(linear, Adapted) else linear).in_features
-                update = fresh(part.name, (part.rows, inputs), part.start)
-                update.dropout = dropout
-                attach(flux, ours, update)
-                if dora:
-                    weight = flux.get_submodule(ours).weight_of(update)
-                    update.magnitude = nn.Parameter(update.lengths(weight).detach())
-                parameters += update.parameters()
+        for part in (part for part in parts if part.name in wanted):
+            update = fresh(part.name, (part.rows, flux.get_submodule(ours).in_features), part.start)
+            if part.name == SWAPPED_THEIRS and isinstance(update, LoKr) and len(update.w1[0]) % 2:
+                raise ValueError(f"{part.name}: no file could hold a LoKr whose w1 has an odd number of rows; use LoRA")
+            update.dropout = dropout
+            attach(flux, ours, update)
+            if dora:
+                weight = flux.get_submodule(ours).weight_of(update)
+                update.magnitude = nn.Parameter(update.lengths(weight).detach())
+            parameters += update.parameters()
     return parameters
 
 
@@ -91,39 +91,19 @@ def attach(flux: Flux, ours: str, update: Update):
     """Wrap one of our linears (once) and add an update to it."""
     linear = flux.get_submodule(ours)
     if not isinstance(linear, Adapted):
-        owner, _, leaf = ours.rpartition(".")
         linear = Adapted(linear)
-        setattr(flux.get_submodule(owner), leaf, linear)
+        flux.set_submodule(ours, linear)
     linear.updates.append(update.to(linear.base.weight.device))
-
-
-def placed(flux: Flux, given: Sequence[Update]) -> list[tuple[Update, str, int]]:
-    """Each update with our linear that it belongs to and its first row there. ValueError if it is for another model."""
-    places = flux_places(flux.config)
-    unknown = sorted({update.name for update in given} - set(places))
-    if unknown:
-        raise ValueError(f"the LoRA has {len(unknown)} modules that this model does not: {', '.join(unknown[:5])}")
-    for update in given:
-        ours, part = places[update.name]
-        linear = flux.get_submodule(ours)
-        inputs = (linear.base if isinstance(linear, Adapted) else linear).in_features
-        if update.shape != (part.rows, inputs):
-            rows, columns = update.shape
-            raise ValueError(
-                f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}; "
-                f"it was made for another model"
-            )
-    return [(update, places[update.name][0], places[update.name][1].start) for update in given]
 
 
 def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
     """Attach a trained adapter's updates, copied. `detach_all` takes them off again, for others or other strengths."""
-    for update, ours, start in placed(flux, given):
-        update = at_strength(update, strength)
-        for matrix in (parameter for parameter in update.parameters() if parameter.ndim > 1):
-            matrix.data = matrix.data.to(dtype)
-        update.start = start
-        attach(flux, ours, update)
+    for whole, (_, here) in by_linear(given, flux).items():
+        for update in here:
+            update = at_strength(update, strength)
+            for matrix in (parameter for parameter in update.parameters() if parameter.ndim > 1):
+                matrix.data = matrix.data.to(dtype)
+            attach(flux, whole.name, update)
 
 
 def at_strength(update: Update, strength: float) -> Update:
@@ -141,25 +121,18 @@ def start_from(flux: Flux, given: Sequence[Update]):
 
     ValueError unless both have the same modules and ranks.
     """
-    parts, fresh = flux_linears(flux.config), {update.name: update for update in updates(flux)}
-    given = [
-        update if update.name == part.name else take_rows(update, part.name, (part.start, part.start + part.rows))
-        for update, ours, _ in placed(flux, given)
-        for part in parts[ours]
-        if update.name in (ours, part.name)
-    ]
-    if odd := sorted(fresh.keys() ^ {update.name for update in given}):
+    fresh, given = ({update.name: update for update in side} for side in (updates(flux), arrange(given, fused=False)))
+    if odd := sorted(fresh.keys() ^ given.keys()):
         raise ValueError(f"init_lora: {len(odd)} modules are not in both, {', '.join(odd[:3])}; set flux_lora_target")
-    for update in given:
-        own = fresh[update.name]
-        values, wanted = dict(update.named_parameters()), dict(own.named_parameters())
-        if {name: v.shape for name, v in values.items()} != {name: v.shape for name, v in wanted.items()}:
+    for name, update in given.items():
+        own = fresh[name]
+        try:
+            own.load_state_dict(update.state_dict())
+        except RuntimeError as error:
             raise ValueError(
-                f"init_lora: {update.name} is a {update.kind} for {list(update.shape)}, this run's is a {own.kind} for "
+                f"init_lora: {name} is a {update.kind} for {list(update.shape)}, this run's is a {own.kind} for "
                 f"{list(own.shape)}; set lora_rank, use_dora, or lora_type and lycoris_config"
-            )
-        for name, value in values.items():
-            wanted[name].data.copy_(value)
+            ) from error
         (own.B if isinstance(own, LoRA) else own.w2[0]).data.mul_(update.scale / own.scale)
 
 
@@ -172,8 +145,7 @@ def detach_all(flux: Flux):
     """Take every update off: the model is the very one that it was."""
     for name, module in list(flux.named_modules()):
         if isinstance(module, Adapted):
-            owner, _, leaf = name.rpartition(".")
-            setattr(flux.get_submodule(owner), leaf, module.base)
+            flux.set_submodule(name, module.base)
 
 
 @contextmanager
@@ -182,13 +154,12 @@ def muted(flux: Flux, pattern: str = "*"):
 
     With all of them off the outputs are the base model's to the last bit.
     """
-    found = ((f"{name}.", module) for name, module in flux.named_modules() if isinstance(module, Adapted))
-    adapted = [module for name, module in found if fnmatchcase(name, f"{pattern}.*")]
-    kept = [module.updates for module in adapted]
-    for module in adapted:
+    named = ((f"{name}.", module) for name, module in flux.named_modules() if isinstance(module, Adapted))
+    kept = {module: module.updates for name, module in named if fnmatchcase(name, f"{pattern}.*")}
+    for module in kept:
         module.updates = nn.ModuleList()
     try:
         yield
     finally:
-        for module, modules_updates in zip(adapted, kept, strict=True):
-            module.updates = modules_updates
+        for module, its_updates in kept.items():
+            module.updates = its_updates

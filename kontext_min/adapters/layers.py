@@ -1,11 +1,7 @@
-"""Updates beside a frozen linear, on all of its output rows or on a part of them: LoRA and LoKr, either one as DoRA.
-
-An update has `name` (the module's in diffusers' layout, or one of our fused linears'), `shape` (rows, in), `scale`,
-`start` (its first row in our linear), `dropout`, `magnitude` (DoRA's, per row, or None), `strength` (of all that a DoRA
-changes; others have it in `scale`), `delta()` and `forward(x)`. Its rows are in our order.
-"""
+"""Updates beside a frozen linear, on all of its output rows or on a part of them: LoRA and LoKr, either one as DoRA."""
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -13,19 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class LoRA(nn.Module):
-    """The update of one module (rows `start` to `start + rows` of a possibly fused linear).
+class Update(nn.Module):
+    """The change of one module: a LoRA or a LoKr. Its rows are in our order.
 
-    A (rank, in) and B (rows, rank) are kept in their own dtype (fp32 in training) and used in the input's.
-    `name` is the module's name in diffusers' layout, by which files know it.
+    `name`: the module's in diffusers' layout, or one of our fused linears'; `shape`: (rows, in) of the weight;
+    `rank`: of a LoRA, or of a LoKr's side in two factors, w2 before w1, else 1; `start`: the first row in our linear;
+    `magnitude`: DoRA's, per row, or None; `strength`: of all that a DoRA changes (others have it in `scale`).
+    Factors are kept in their own dtype (fp32 in training) and used in the input's.
     """
 
-    def __init__(self, name: str, a: Tensor, b: Tensor, scale: float, start: int = 0):
+    def __init__(self, name: str, shape: tuple[int, int], rank: int, scale: float, start: int):
         super().__init__()
-        self.name, self.scale, self.start, self.dropout, self.strength = name, scale, start, 0.0, 1.0
-        self.A = nn.Parameter(a)
-        self.B = nn.Parameter(b)
+        self.name, self.shape, self.rank, self.scale, self.start = name, shape, rank, scale, start
+        self.dropout, self.strength = 0.0, 1.0
         self.magnitude: nn.Parameter | None = None
+
+    def lengths(self, weight: Tensor) -> Tensor:
+        """Lengths of the rows of weight + delta, (rows,) in fp32."""
+        return torch.linalg.vector_norm(self.delta().add_(weight), dim=1)
+
+
+class LoRA(Update):
+    """An update by a product of rank `rank`: A (rank, in) and B (rows, rank)."""
+
+    def __init__(self, name: str, a: Tensor, b: Tensor, scale: float, start: int = 0):
+        super().__init__(name, (len(b), a.shape[1]), len(a), scale, start)
+        self.A, self.B = nn.Parameter(a), nn.Parameter(b)
 
     @classmethod
     def fresh(cls, name: str, shape: tuple[int, int], rank: int, alpha: float, start: int = 0) -> "LoRA":
@@ -35,25 +44,13 @@ class LoRA(nn.Module):
         return cls(name, a, torch.zeros(shape[0], rank), alpha / rank, start)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, in) of the weight that it updates."""
-        return self.B.shape[0], self.A.shape[1]
-
-    @property
     def kind(self) -> str:
         """What it is, in words."""
-        return f"{'LoRA' if self.magnitude is None else 'DoRA'} of rank {len(self.A)}"
+        return f"{'LoRA' if self.magnitude is None else 'DoRA'} of rank {self.rank}"
 
     def delta(self) -> Tensor:
         """What it adds to the weight: scale * B A in fp32, (rows, in)."""
         return self.scale * (self.B.float() @ self.A.float())
-
-    def lengths(self, weight: Tensor) -> Tensor:
-        """Lengths of the rows of weight + delta, (rows,) in fp32. Delta is not made: |w + d|^2 = w^2 + 2 w d + d^2."""
-        a, b = self.A.float(), self.scale * self.B.float()
-        mixed = F.linear(weight, self.A.to(weight.dtype)).float()  # (rows, rank)
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        return (squares + ((2 * mixed + b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * B A x, (..., rows)."""
@@ -70,17 +67,16 @@ class Kronecker(NamedTuple):
     decompose_both: bool = False  # w1 in two factors too, where dim is below half of w1's larger side
 
 
-class LoKr(nn.Module):
+class LoKr(Update):
     """An update by a Kronecker product, kron(w1, w2), of which each side is full or the product of two factors.
 
     w1 (a, c) and w2 (b, d) update a weight of shape (a * b, c * d). Each is one tensor, or two: (a, r) and (r, c).
     """
 
     def __init__(self, name: str, w1: tuple[Tensor, ...], w2: tuple[Tensor, ...], scale: float, start: int = 0):
-        super().__init__()
-        self.name, self.scale, self.start, self.dropout, self.strength = name, scale, start, 0.0, 1.0
+        rank = next((len(side[1]) for side in (w2, w1) if len(side) == 2), 1)
+        super().__init__(name, (len(w1[0]) * len(w2[0]), w1[-1].shape[1] * w2[-1].shape[1]), rank, scale, start)
         self.w1, self.w2 = (nn.ParameterList(nn.Parameter(factor) for factor in side) for side in (w1, w2))
-        self.magnitude: nn.Parameter | None = None
 
     @classmethod
     def fresh(cls, name: str, shape: tuple[int, int], size: Kronecker, start: int = 0) -> "LoKr":
@@ -96,37 +92,26 @@ class LoKr(nn.Module):
         return cls(name, w1, w2, 1.0 if full_1 and full_2 else size.alpha / size.dim, start)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, in) of the weight that it updates."""
-        return self.w1[0].shape[0] * self.w2[0].shape[0], self.w1[-1].shape[1] * self.w2[-1].shape[1]
-
-    @property
     def kind(self) -> str:
         """What it is, in words: w1's shape and w2's, with the rank between where one has two factors."""
         shapes = ([*(len(factor) for factor in side), side[-1].shape[1]] for side in (self.w1, self.w2))
         return "LoKr of " + " and ".join("x".join(map(str, shape)) for shape in shapes)
 
-    def sides(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """w1 (a, c) and w2 (b, d)."""
-        w1, w2 = ([factor.to(dtype) for factor in side] for side in (self.w1, self.w2))
-        return w1[0] @ w1[1] if len(w1) == 2 else w1[0], w2[0] @ w2[1] if len(w2) == 2 else w2[0]
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """w1 (a, c) and w2 (b, d) in fp32."""
+        return tuple(reduce(torch.matmul, [factor.float() for factor in side]) for side in (self.w1, self.w2))
 
     def delta(self) -> Tensor:
         """What it adds to the weight: scale * kron(w1, w2) in fp32, (rows, in)."""
-        return self.scale * torch.kron(*self.sides(torch.float32))
-
-    def lengths(self, weight: Tensor) -> Tensor:
-        """Lengths of the rows of weight + delta, (rows,) in fp32."""
-        return torch.linalg.vector_norm(weight.float() + self.delta(), dim=1)
+        return self.scale * torch.kron(*self.sides())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> scale * kron(w1, w2) x, (..., rows), without making the product."""
-        w1, w2 = self.sides(torch.float32)
-        (a, c), (b, d), r = w1.shape, w2.shape, len(self.w2[-1])
-        if len(self.w2) == 2 and c * d * r + multiplications(a, b, c, r) < multiplications(a, b, c, d):
-            outer, inner = self.w2  # kron(w1, outer inner) = kron(w1, outer) kron(1, inner)
-            x, w2 = F.linear(x.unflatten(-1, (c, d)), inner.to(x.dtype)).flatten(-2), outer
-        return KroneckerProduct.apply(x, (self.scale * w1).to(x.dtype), w2.to(x.dtype))
+        """x (..., in) -> scale * kron(w1, w2) x, (..., rows), without making the product: 1/a + 1/d of its work."""
+        w1 = (self.scale * self.sides()[0]).to(x.dtype)
+        x = x.unflatten(-1, (w1.shape[1], -1))
+        for factor in reversed(self.w2):
+            x = F.linear(x, factor.to(x.dtype))
+        return torch.einsum("...cb,ac->...ab", x, w1).flatten(-2)
 
 
 def factors(size: int, factor: int) -> tuple[int, int]:
@@ -138,62 +123,6 @@ def factors(size: int, factor: int) -> tuple[int, int]:
     return min(m, size // m), max(m, size // m)
 
 
-def multiplications(a: int, b: int, c: int, d: int) -> int:
-    """Of kron(w1, w2) and one vector, the cheaper side first; the full product would take a * b * c * d."""
-    return min(c * b * (d + a), a * d * (c + b))
-
-
-class KroneckerProduct(torch.autograd.Function):
-    """x (..., c * d) -> kron(w1, w2) x, (..., a * b), by two small products. Backward needs x alone."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w1, w2)
-        (a, c), (b, d) = w1.shape, w2.shape
-        x = x.unflatten(-1, (c, d))
-        if c * b * (d + a) <= a * d * (c + b):
-            half = torch.einsum("...cd,bd->...cb", x, w2)
-            return torch.einsum("...cb,ac->...ab", half, w1).flatten(-2)
-        half = torch.einsum("...cd,ac->...ad", x, w1)
-        return torch.einsum("...ad,bd->...ab", half, w2).flatten(-2)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        given, w1, w2 = ctx.saved_tensors
-        (a, c), (b, d) = w1.shape, w2.shape
-        x, dy = given.reshape(-1, c, d), dy.reshape(-1, a, b)
-        by_w1, by_w2 = torch.einsum("nab,ac->ncb", dy, w1), torch.einsum("nab,bd->nad", dy, w2)
-        dx = torch.einsum("nad,ac->ncd", by_w2, w1).reshape(given.shape)
-        return dx, torch.einsum("nad,ncd->ac", by_w2, x), torch.einsum("ncb,ncd->bd", by_w1, x)
-
-
-Update = LoRA | LoKr
-
-
-def take_rows(update: Update, name: str, *ranges: tuple[int, int]) -> Update:
-    """The update, frozen, of these rows (first, end) of an update's own, one after the other, by another name.
-
-    ValueError where a Kronecker product would have to be taken apart within its second side.
-    """
-    unit = 1 if isinstance(update, LoRA) else len(update.w2[0])  # rows of the product for one of its first factor
-
-    def taken(factor: Tensor, unit: int) -> Tensor:
-        return torch.cat([factor[first // unit : end // unit] for first, end in ranges])
-
-    if any(edge % unit for edges in ranges for edge in edges):
-        raise ValueError(
-            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}; make it a "
-            f"LoRA first (python -m kontext_min.adapters convert --rank)"
-        )
-    if isinstance(update, LoRA):
-        made: Update = LoRA(name, update.A, taken(update.B, 1), update.scale)
-    else:
-        made = LoKr(name, (taken(update.w1[0], unit), *update.w1[1:]), tuple(update.w2), update.scale)
-    if update.magnitude is not None:
-        made.magnitude = nn.Parameter(taken(update.magnitude, 1))
-    return made.requires_grad_(False)
-
-
 class Adapted(nn.Module):
     """A frozen linear (or what stands for one) with any number of updates, each added to its own output rows.
 
@@ -203,7 +132,7 @@ class Adapted(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base
+        self.base, self.in_features = base, base.in_features
         self.updates = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,11 +142,9 @@ class Adapted(nn.Module):
             delta = update(given)
             if update.magnitude is not None:
                 delta = self.decomposed(update, delta, given, None if given is not x else base)
-            if delta.shape[-1] == y.shape[-1]:
-                y = y + delta
-            else:
-                before, after = update.start, y.shape[-1] - update.start - delta.shape[-1]
-                y = y + F.pad(delta, (before, after))
+            if delta.shape[-1] < y.shape[-1]:
+                delta = F.pad(delta, (update.start, y.shape[-1] - update.start - delta.shape[-1]))
+            y = y + delta
         return y
 
     def weight_of(self, update: Update) -> Tensor:
@@ -232,10 +159,8 @@ class Adapted(nn.Module):
         4.3, as in PEFT. At strength 0 nothing is left of it; PEFT, which weakens delta alone, keeps the magnitudes.
         """
         weight, rows = self.weight_of(update), slice(update.start, update.start + update.shape[0])
-        if y is None:
-            plain = F.linear(x, weight)
-        else:
-            plain = y[..., rows] if self.base.bias is None else y[..., rows] - self.base.bias[rows]
+        bias = 0.0 if self.base.bias is None else self.base.bias[rows]
+        plain = F.linear(x, weight) if y is None else y[..., rows] - bias
         with torch.no_grad():
             lengths = update.lengths(weight).clamp(min=1e-12)
         gain = update.magnitude.float() / lengths

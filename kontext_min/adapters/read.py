@@ -7,13 +7,15 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kontext_min.adapters.formats import CONFIG_KEY, ENDINGS, FORMATS, RECIPE_KEY, SWAPPED_THEIRS, modules
-from kontext_min.adapters.layers import LoKr, LoRA, Update, take_rows
+from kontext_min.adapters.layers import LoKr, LoRA, Update
+from kontext_min.adapters.rows import swapped
 from kontext_min.checkpoints.tensors import FP8, open_safetensors, refuse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *FP8)
@@ -30,6 +32,8 @@ REFUSED = {  # a regular expression of tensors' names -> what such tensors are, 
         "tensors replace or add whole weights, which cannot be applied here (extract a LoRA from them)",
     r"\.lora_[AB]\.bias$": "tensors are biases of a LoRA (lora_bias), which cannot be applied here",
 }  # fmt: skip
+W1, W2 = ([(f"lokr_{side}",), (f"lokr_{side}_a", f"lokr_{side}_b")] for side in ("w1", "w2"))
+SIDES = [[("lora_B", "lora_A")], *([w1, w2] for w1 in W1 for w2 in W2)]  # what a module may have: a LoRA's or a LoKr's
 USABLE = {  # in PEFT's settings; some initialisations change the frozen weights
     "peft_type": lambda value: value in (None, "LORA"),
     "init_lora_weights": lambda value: not str(value).startswith(("pissa", "olora", "corda", "loftq")),
@@ -65,8 +69,8 @@ def split_lora(text: str) -> tuple[Path, float]:
 def read_adapter(path: Path) -> AdapterFile:
     """An adapter file, or a folder with one. ValueError names what cannot be used."""
     if path.is_dir():
-        path = next((path / n for n in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-                     if (path / n).exists()), path / "pytorch_lora_weights.safetensors")  # fmt: skip
+        own, raw = path / "pytorch_lora_weights.safetensors", path / "adapter_model.safetensors"  # PEFT's by itself
+        path = raw if raw.exists() and not own.exists() else own
     handle = open_safetensors(path)
     header = handle.metadata() or {}
     names = sorted(handle.keys())
@@ -86,19 +90,18 @@ def read_adapter(path: Path) -> AdapterFile:
 
 def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, str]]]:
     """The format by which most tensors are named, and module -> {what a tensor is of it: the tensor's name}."""
-    split = {}
-    for name in names:
-        if ending := next((ending for ending in ENDINGS if name.endswith(f".{ending}")), None):
-            split[name] = name.removesuffix(f".{ending}"), ENDINGS[ending]
+    endings = ((name, ending) for name in names for ending in ENDINGS if name.endswith(f".{ending}"))
+    split = {name: (name.removesuffix(f".{ending}"), ENDINGS[ending]) for name, ending in endings}
     if not split:
         held = ", ".join(names[:3]) or "no tensors"
         raise ValueError(f"{path} is no LoRA: it has {held} (a whole model is given as the model)")
     stems = {form: modules(FORMATS[form]) for form in FORMATS}
     form = max(stems, key=lambda form: sum(stem in stems[form] for stem, _ in split.values()))
     left_over = [name for name in names if name not in split or split[name][0] not in stems[form]]
-    belong = f"tensors do not belong to a {form} LoRA of FLUX as the others do"
-    none = "tensors, and none is of a module of FLUX as any known format names it"
-    refuse(str(path), none if len(left_over) == len(names) else belong, left_over)
+    problem = f"tensors do not belong to a {form} LoRA of FLUX as the others do"
+    if len(left_over) == len(names):
+        problem = "tensors, and none is of a module of FLUX as any known format names it"
+    refuse(str(path), problem, left_over)
     found: dict[str, dict[str, str]] = {}
     for name, (stem, what) in split.items():
         other = found.setdefault(stems[form][stem], {}).setdefault(what, name)
@@ -110,24 +113,17 @@ def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, st
 def json_object(text: str, path: Path) -> dict:
     """What a program wrote of its settings."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the settings that came with it are not JSON: {text[:60]}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: the settings that came with it are no JSON object: {text[:60]}")
-    return value
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: the settings that came with it are no JSON object: {text[:60]}") from error
 
 
 def lora_settings(header: dict[str, str], path: Path) -> dict:
     """PEFT's LoraConfig, from the header or from adapter_config.json beside the file; {} where neither is there."""
     beside = path.parent / "adapter_config.json"
-    if CONFIG_KEY in header:
-        values = json_object(header[CONFIG_KEY], path)
-        values = {key.removeprefix("transformer."): value for key, value in values.items()}
-    elif path.name == "adapter_model.safetensors" and beside.exists():
-        values = json_object(beside.read_text(encoding="utf-8"), beside)
-    else:
-        return {}
+    raw = path.name == "adapter_model.safetensors" and beside.exists()
+    text = header.get(CONFIG_KEY, beside.read_text(encoding="utf-8") if raw else "{}")
+    values = {key.removeprefix("transformer."): value for key, value in json_object(text, path).items()}
     odd = [key for key in ("lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
     odd += [f"{key} {values[key]}" for key, usable in USABLE.items() if not usable(values.get(key))]
     if odd:
@@ -138,18 +134,21 @@ def lora_settings(header: dict[str, str], path: Path) -> dict:
 def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update:
     """The update of one module, checked. What is wrong is said as the rest of a sentence that begins with its name."""
     values = {what: checked(what, tensor) for what, tensor in tensors.items() if what != "alpha"}
-    alpha = number(tensors["alpha"]) if "alpha" in tensors else configured_alpha(module, settings)
     magnitude = values.pop("dora_scale", None)
-    kinds = {what.partition("_")[0] for what in values}
-    if len(kinds) != 1:
-        raise ValueError(f"has {', '.join(tensors)}; it needs the halves of a LoRA, or those of a LoKr")
-    if kinds == {"lora"}:
-        b, a = factors(values, "lora_B", "lora_A")
-        update = LoRA(module, a, b, scale_of(alpha, math.sqrt(len(a)) if settings.get("use_rslora") else len(a)))
-    else:
-        sides = [side(values, "lokr_w1"), side(values, "lokr_w2")]
-        ranks = [len(factor[1]) for factor in sides if len(factor) == 2]
-        update = LoKr(module, *sides, scale_of(alpha, ranks[-1]) if ranks else 1.0)  # two full sides: alpha is not used
+    names = next((names for names in SIDES if set(chain(*names)) == values.keys()), None)
+    if names is None:
+        has = ", ".join(tensors)
+        raise ValueError(f"has {has}; it needs lora_A and lora_B, or lokr_w1 and lokr_w2, each whole or its _a and _b")
+    sides = [tuple(values[name] for name in side) for side in names]
+    for side in sides:
+        if any(factor.ndim != 2 for factor in side) or side[0].shape[1] != len(side[-1]) and len(side) == 2:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in values.items())
+            raise ValueError(f"has {shapes}; these are no matrices, or do not share a rank")
+    scale, ranks = 1.0, [len(side[1]) for side in sides if len(side) == 2]
+    if ranks:  # else alpha is not used
+        alpha = alpha_of(module, tensors, settings)
+        scale = 1.0 if alpha is None else alpha / (math.sqrt(ranks[-1]) if settings.get("use_rslora") else ranks[-1])
+    update = LoKr(module, *sides, scale) if len(sides) == 2 else LoRA(module, *reversed(sides[0]), scale)
     if magnitude is not None:
         if magnitude.shape not in ((update.shape[0],), (update.shape[0], 1)):
             shape = list(magnitude.shape)
@@ -157,10 +156,7 @@ def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update
         update.magnitude = nn.Parameter(magnitude.flatten())
     elif settings.get("use_dora"):
         raise ValueError("has no lora_magnitude_vector, though the file says use_dora")
-    if module == SWAPPED_THEIRS:
-        half = update.shape[0] // 2
-        update = take_rows(update, module, (half, 2 * half), (0, half))
-    return update.requires_grad_(False)
+    return (swapped(update) if module == SWAPPED_THEIRS else update).requires_grad_(False)
 
 
 def checked(what: str, tensor: Tensor) -> Tensor:
@@ -172,48 +168,19 @@ def checked(what: str, tensor: Tensor) -> Tensor:
     return tensor.float()
 
 
-def number(tensor: Tensor) -> float:
-    """The only value of a tensor of any shape; whole numbers count."""
-    if tensor.numel() != 1 or tensor.dtype not in (*DTYPES, torch.int64, torch.int32):
-        raise ValueError(f"has an alpha of {tensor.numel()} numbers in {tensor.dtype}")
-    return float(tensor)
+def alpha_of(module: str, tensors: dict[str, Tensor], settings: dict) -> float | None:
+    """alpha of a module: its tensor's only value, else LoraConfig's; None where neither is there.
 
-
-def factors(values: dict[str, Tensor], left: str, right: str) -> tuple[Tensor, Tensor]:
-    """The two halves (rows, rank) and (rank, in) of a product."""
-    there = [name for name in (left, right) if name in values]
-    if len(there) < 2:
-        raise ValueError(f"has {there[0]} but not its other half" if there else f"has no {left} and no {right}")
-    if any(values[name].ndim != 2 for name in there) or values[left].shape[1] != len(values[right]):
-        shapes = f"{right} {list(values[right].shape)} and {left} {list(values[left].shape)}"
-        raise ValueError(f"has {shapes}, which do not share a rank")
-    return values[left], values[right]
-
-
-def side(values: dict[str, Tensor], name: str) -> tuple[Tensor, ...]:
-    """One side of a Kronecker product: a whole matrix, or its two factors."""
-    if name not in values:
-        return factors(values, f"{name}_a", f"{name}_b")
-    if values[name].ndim != 2 or {f"{name}_a", f"{name}_b"} & values.keys():
-        raise ValueError(f"has {name} {list(values[name].shape)}, which is no matrix, or stands beside its own factors")
-    return (values[name],)
-
-
-def scale_of(alpha: float | None, rank: float) -> float:
-    """alpha / rank; 1 where no alpha is known."""
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"has an alpha of {alpha}")
-    return 1.0 if alpha is None else alpha / rank
-
-
-def configured_alpha(module: str, settings: dict) -> float | None:
-    """alpha of a module by LoraConfig: alpha_pattern (a name, or a regular expression of its end), else lora_alpha."""
+    There alpha_pattern comes before lora_alpha: module names, or regular expressions of how they end.
+    """
     alpha = settings.get("lora_alpha")
     try:
-        for pattern, particular in (settings.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = particular
-                break
-        return None if alpha is None else float(alpha)
-    except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise ValueError(f"has an alpha that cannot be understood in the file's LoraConfig: {error}") from error
+        patterns = dict(settings.get("alpha_pattern") or {}).items()
+        alpha = next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), alpha)
+        alpha = tensors["alpha"].item() if "alpha" in tensors else alpha
+        alpha = None if alpha is None else float(alpha)
+    except (TypeError, ValueError, RuntimeError, re.error) as error:
+        raise ValueError(f"has an alpha that cannot be understood: {error}") from error
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"has an alpha of {alpha}")
+    return alpha

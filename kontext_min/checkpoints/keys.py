@@ -15,7 +15,7 @@ from kontext_min.models.flux import FluxConfig
 from kontext_min.models.vae import VAEConfig
 
 # fmt: off
-FLUX_TOP = {
+FLUX_TOP = {  # linears, in blocks also the norms of queries and keys
     "img_in":                         "x_embedder",
     "txt_in":                         "context_embedder",
     "time_in.in_layer":               "time_text_embed.timestep_embedder.linear_1",
@@ -38,19 +38,15 @@ FLUX_DOUBLE = {
     "img_mlp.2":     "ff.net.2",
     "txt_mlp.0":     "ff_context.net.0.proj",
     "txt_mlp.2":     "ff_context.net.2",
-}
-FLUX_SINGLE = {
-    "modulation.lin": "norm.linear",
-    "linear1":        ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2":        "proj_out",
-}
-FLUX_DOUBLE_NORMS = {
     "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
     "img_attn.norm.key_norm.scale":   "attn.norm_k.weight",
     "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
     "txt_attn.norm.key_norm.scale":   "attn.norm_added_k.weight",
 }
-FLUX_SINGLE_NORMS = {
+FLUX_SINGLE = {
+    "modulation.lin": "norm.linear",
+    "linear1":        ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2":        "proj_out",
     "norm.query_norm.scale": "attn.norm_q.weight",
     "norm.key_norm.scale":   "attn.norm_k.weight",
 }
@@ -99,30 +95,31 @@ class Part(NamedTuple):
     rows: int
 
 
-def flux_levels(config: FluxConfig) -> Iterator[tuple[str, str, dict, dict]]:
-    """The top level and every block: our prefix, diffusers' prefix, the table of linears and that of norms."""
-    yield "", "", {ours: FLUX_TOP[ours] for ours in FLUX_TOP if config.guidance_embed or "guidance" not in ours}, {}
-    for i in range(config.depth):
-        yield f"double_blocks.{i}.", f"transformer_blocks.{i}.", FLUX_DOUBLE, FLUX_DOUBLE_NORMS
-    for i in range(config.depth_single_blocks):
-        yield f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", FLUX_SINGLE, FLUX_SINGLE_NORMS
+def flux_names(config: FluxConfig) -> Iterator[tuple[str, list[str]]]:
+    """Our name of every linear and norm, in the model's order -> diffusers' names."""
+    levels = [("", "", {ours: FLUX_TOP[ours] for ours in FLUX_TOP if config.guidance_embed or "guidance" not in ours})]
+    levels += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", FLUX_DOUBLE) for i in range(config.depth)]
+    singles = range(config.depth_single_blocks)
+    levels += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", FLUX_SINGLE) for i in singles]
+    for our_prefix, their_prefix, table in levels:
+        for ours, theirs in table.items():
+            yield our_prefix + ours, [their_prefix + name for name in ([theirs] if isinstance(theirs, str) else theirs)]
 
 
 def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
     """Every linear of the transformer by our name -> the diffusers modules it is made of, in row order."""
     hidden, mlp = config.hidden_size, config.mlp_hidden
-    rows = {  # of a linear, by our name, or of its part, by diffusers'; the others have `hidden`
+    rows = {  # by the ending of our name, or of the part's; the others have `hidden`
         "final_layer.linear": config.out_channels, SWAPPED: 2 * hidden, "modulation.lin": 3 * hidden,
         "img_mod.lin": 6 * hidden, "txt_mod.lin": 6 * hidden, "img_mlp.0": mlp, "txt_mlp.0": mlp, "proj_mlp": mlp,
     }  # fmt: skip
     table: dict[str, list[Part]] = {}
-    for our_prefix, their_prefix, linears, _ in flux_levels(config):
-        for ours, theirs in linears.items():
-            parts, start = [], 0
-            for name in [theirs] if isinstance(theirs, str) else theirs:
-                parts.append(Part(their_prefix + name, start, rows.get(ours, rows.get(name, hidden))))
-                start += parts[-1].rows
-            table[our_prefix + ours] = parts
+    for ours, names in flux_names(config):
+        if not ours.endswith(".scale"):
+            parts = table[ours] = []
+            for name in names:
+                own = next((n for ending, n in rows.items() if ours.endswith(ending) or name.endswith(ending)), hidden)
+                parts.append(Part(name, sum(part.rows for part in parts), own))
     return table
 
 
@@ -147,13 +144,13 @@ class Source:
         """The file's tensors -> ours."""
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "swapped":
-            return torch.cat(tensor.chunk(2)[::-1])
+            return tensor.roll(len(tensor) // 2, 0)
         return tensor[..., None, None] if self.form == "linear" else tensor
 
     def disassemble(self, tensor: Tensor) -> dict[str, Tensor]:
         """Our tensor -> the file's tensors by name."""
         if self.form == "swapped":
-            tensor = torch.cat(tensor.chunk(2)[::-1])
+            tensor = tensor.roll(len(tensor) // 2, 0)
         if self.form == "linear":
             tensor = tensor[..., 0, 0]
         parts = [tensor] if len(self.names) == 1 else tensor.split(self.rows)
@@ -162,14 +159,12 @@ class Source:
 
 def flux_diffusers(config: FluxConfig) -> dict[str, Source]:
     """Our transformer tensors in diffusers' layout."""
-    table = {}
+    table = {ours: Source(tuple(theirs)) for ours, theirs in flux_names(config) if ours.endswith(".scale")}
     for ours, parts in flux_linears(config).items():
         form = "swapped" if ours == SWAPPED else "same"
         for kind in ("weight", "bias"):
             names = tuple(f"{part.name}.{kind}" for part in parts)
             table[f"{ours}.{kind}"] = Source(names, tuple(part.rows for part in parts), form)
-    for our_prefix, their_prefix, _, norms in flux_levels(config):
-        table |= {our_prefix + ours: Source((their_prefix + theirs,)) for ours, theirs in norms.items()}
     return table
 
 

@@ -58,8 +58,7 @@ def find(model: str | Path, download: bool = True) -> Checkpoint:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = hub_folder(str(model), download)
-    absent = [name for name in ("tokenizer", "tokenizer_2") if not (folder / name).is_dir()]
-    if absent:
+    if absent := [name for name in ("tokenizer", "tokenizer_2") if not (folder / name).is_dir()]:
         raise FileNotFoundError(f"{folder} has no folder {' and '.join(absent)}; copy it from the model's repository")
     components = {part: find_component(folder, part) for part in PARTS}
     return Checkpoint(folder, components, read_shift(folder / "scheduler" / "scheduler_config.json"))
@@ -70,35 +69,29 @@ def hub_folder(repo_id: str, download: bool) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id) or Path(repo_id).parent.is_dir():
         raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    command = f"`hf download {repo_id} --local-dir weights/{repo_id.partition('/')[2]}`"
-    try:
-        folder = Path(snapshot_download(repo_id, local_files_only=True))
-        if all((folder / part).is_dir() for part in PARTS):
-            return folder
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: fetch it
-    absent = f"{repo_id} is not on this machine"
-    if not download:
-        raise FileNotFoundError(f"{absent}; accept its licence on its hub page, then run {command}")
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
-    except RepositoryNotFoundError as error:
-        remedy = "accept its licence on its hub page, run `hf auth login`, then"
-        raise FileNotFoundError(f"{repo_id} is gated, private or unknown: {remedy} {command}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(f"{absent} and the hub cannot be reached; where it can, run {command}") from error
+    why = "is not on this machine"
+    for local in (True, False) if download else (True,):
+        try:
+            folder = Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, local_files_only=local))
+            if not local or all((folder / part).is_dir() for part in PARTS):
+                return folder
+        except RepositoryNotFoundError:
+            why = "is gated, private or unknown"
+        except OSError:  # every other failure of huggingface_hub is one, too
+            why += "" if local else " and the hub cannot be reached"
+    remedy = f"accept its licence on its hub page, run `hf auth login` and `hf download {repo_id} --local-dir weights/"
+    raise FileNotFoundError(f"{repo_id} {why}; {remedy}{repo_id.partition('/')[2]}`")
 
 
 def find_component(folder: Path, part: str) -> Component:
     """One network's files: the part's own folder (sharded with an index, or one file), else a single file beside it."""
     own = folder / part
     config = read_json(own / "config.json") if (own / "config.json").exists() else {}
-    indices = sorted(own.glob("*.safetensors.index.json"))
-    if indices:
-        shards = read_json(indices[0]).get("weight_map", {}).values()
-        return Component(tuple(own / name for name in sorted(set(shards))), config)
+    if indices := sorted(own.glob("*.safetensors.index.json")):
+        shards = sorted(set(read_json(indices[0]).get("weight_map", {}).values()))
+        return Component(tuple(own / name for name in shards), config)
     for place, pattern in [(own, "*.safetensors"), *((folder, pattern) for pattern in SINGLE_FILES[part])]:
         matches = sorted(place.glob(pattern), key=lambda path: (path.name.count("."), len(path.name), path.name))
         if matches:
@@ -111,12 +104,9 @@ def find_component(folder: Path, part: str) -> Component:
 def read_json(path: Path) -> dict:
     """A JSON file with a mapping, or one sentence naming it."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again from the model's repository") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a mapping; copy it again from the model's repository")
-    return value
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON mapping ({error}); copy it again from the model's repository") from error
 
 
 def read_shift(path: Path) -> flow.Shift:
@@ -127,7 +117,7 @@ def read_shift(path: Path) -> flow.Shift:
     odd = [name for name in ODD_SCHEDULES if config.get(name)]
     if odd or config.get("time_shift_type", "exponential") != "exponential":
         raise ValueError(f"{path}: {', '.join(odd) or 'time_shift_type'} is not how FLUX is sampled; remove it")
-    if not config.get("use_dynamic_shifting", False):
+    if not config.get("use_dynamic_shifting"):
         return flow.Shift(static=float(config.get("shift", 1.0)))
     return flow.Shift(**settings(keys.SHIFT_SETTINGS, config))
 
@@ -170,27 +160,23 @@ def vae_config(config: dict, shapes: Shapes) -> VAEConfig:
         return VAEConfig(**{"layers_per_block": 1, **settings(keys.VAE_SETTINGS, config)})
     channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(count(shapes, "encoder.down")))
     return VAEConfig(
-        channels=channels,
-        layers_per_block=count(shapes, "encoder.down.0.block"),
+        channels=channels, layers_per_block=count(shapes, "encoder.down.0.block"), groups=math.gcd(32, *channels),
         latent_channels=shapes["decoder.conv_in.weight"][1],
-        groups=math.gcd(32, *channels),
-    )
+    )  # fmt: skip
 
 
 def t5_config(config: dict, shapes: Shapes) -> T5Config:
     """Sizes of T5, from config.json or (single file) from the shapes of its tensors."""
     if config:
-        activation = config.get("feed_forward_proj", "relu")
-        if activation != "gated-gelu":
-            raise ValueError(f"text_encoder_2/config.json: feed_forward_proj {activation!r} should be 'gated-gelu'")
+        if config.get("feed_forward_proj") != "gated-gelu":
+            raise ValueError("text_encoder_2/config.json: feed_forward_proj must be 'gated-gelu', as in FLUX")
         return T5Config(**settings(keys.T5_SETTINGS, config))
-    attention = "encoder.block.0.layer.0.SelfAttention"
-    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
-    vocab, width = shapes["shared.weight"]
-    inner = shapes["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1]
+    first, (vocab, width) = "encoder.block.0.layer", shapes["shared.weight"]
+    buckets, heads = shapes[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
     return T5Config(
-        vocab_size=vocab, d_model=width, d_kv=shapes[f"{attention}.q.weight"][0] // heads, d_ff=inner,
-        num_layers=count(shapes, "encoder.block"), num_heads=heads, num_buckets=buckets,
+        vocab_size=vocab, d_model=width, d_kv=shapes[f"{first}.0.SelfAttention.q.weight"][0] // heads, num_heads=heads,
+        d_ff=shapes[f"{first}.1.DenseReluDense.wo.weight"][1], num_layers=count(shapes, "encoder.block"),
+        num_buckets=buckets,
     )  # fmt: skip
 
 
@@ -198,9 +184,8 @@ def clip_config(config: dict, shapes: Shapes) -> CLIPConfig:
     """Sizes of CLIP, from config.json or (single file) from the shapes of its tensors; heads are 64 wide there."""
     config = config.get("text_config", config)
     if config:
-        activation = config.get("hidden_act", "quick_gelu")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"text_encoder/config.json: hidden_act {activation!r}; known are {', '.join(ACTIVATIONS)}")
+        if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
+            raise ValueError(f"text_encoder/config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}")
         return CLIPConfig(**settings(keys.CLIP_SETTINGS, config))
     vocab, hidden = shapes["text_model.embeddings.token_embedding.weight"]
     return CLIPConfig(
@@ -217,25 +202,32 @@ def same_names(module: nn.Module) -> dict[str, Source]:
 
 def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, tensors: Tensors) -> nn.Module:
     """A network without weights, or one sentence when a tensor or a setting that tells its sizes is not there."""
-    file = component.files[0].parent / "config.json"
+    where = component.files[0].parent / "config.json" if component.config else tensors.title
     try:
         config = config_of(component.config, {name: tensors.shape(name) for name in tensors.names()})
-    except KeyError as error:
-        where = file if component.config else tensors.title
-        raise ValueError(f"{where}: {error} is missing, so this is not the file it should be") from error
-    except TypeError as error:
-        raise ValueError(f"{file}: a setting is malformed ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where} is not the file it should be; missing or malformed: {error}") from error
     if not component.config and config != type(config)():  # sizes of one's own, which tensors do not tell in full
         print(f"{tensors.title}: no config.json and not the published sizes, so heads, groups and scales are guessed")
     with torch.device("meta"):
         return kind(config)
 
 
+def bare(name: str) -> str:
+    """The name of a transformer's tensor without the prefix that ComfyUI may have put before it."""
+    return name.removeprefix("model.diffusion_model.")
+
+
+def opened(checkpoint: Checkpoint, part: str) -> tuple[Component, Tensors]:
+    """A network's files, and the tensors in them."""
+    component = checkpoint.components[part]
+    return component, Tensors(component.files)
+
+
 def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]]:
     """The transformer without weights, the tensors of its files, and our name -> theirs."""
-    component = checkpoint.components["transformer"]
-    tensors = Tensors(component.files).rename(lambda name: name.removeprefix("model.diffusion_model."))
-    diffusers = "x_embedder.weight" in tensors.names()
+    component, tensors = opened(checkpoint, "transformer")
+    diffusers = "x_embedder.weight" in tensors.rename(bare).names()
     if not diffusers:
         tensors.rename(lambda name: re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name))
     flux = on_meta(Flux, flux_config, component, tensors)
@@ -249,8 +241,7 @@ def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
     """The autoencoder, frozen and in eval mode."""
-    component = checkpoint.components["vae"]
-    tensors = Tensors(component.files)
+    component, tensors = opened(checkpoint, "vae")
     vae = on_meta(VAE, vae_config, component, tensors)
     diffusers = "encoder.conv_norm_out.weight" in tensors.names()
     table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else same_names(vae)
@@ -259,8 +250,7 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
 
 def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> T5Encoder:
     """T5's encoder, frozen and in eval mode. Its embedding may be called `shared`, `encoder.embed_tokens`, or both."""
-    component = checkpoint.components["text_encoder_2"]
-    tensors = Tensors(component.files)
+    component, tensors = opened(checkpoint, "text_encoder_2")
     both = "shared.weight" in tensors.names()
     tensors.rename(lambda name: (None if both else "shared.weight") if name == "encoder.embed_tokens.weight" else name)
     t5 = on_meta(T5Encoder, t5_config, component, tensors)
@@ -269,8 +259,7 @@ def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) ->
 
 def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CLIPText:
     """CLIP's text tower, frozen and in eval mode, from files with or without the `text_model.` prefix."""
-    component = checkpoint.components["text_encoder"]
-    tensors = Tensors(component.files)
+    component, tensors = opened(checkpoint, "text_encoder")
     prefixed = any(name.startswith("text_model.") for name in tensors.names())
     tensors.rename(lambda name: name if prefixed or name in NOT_USED else f"text_model.{name}")
     tensors.rename(lambda name: None if name in NOT_USED else name)

@@ -19,17 +19,12 @@ from kontext_min.models.t5 import T5Encoder
 from kontext_min.models.vae import VAE
 
 MODEL_INDEX = {
-    "_class_name": "FluxKontextPipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+    "_class_name": "FluxKontextPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
+}  # fmt: skip
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
-
 SETTINGS = {  # folder -> what its config file says beside the sizes
     "scheduler": {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": True,
@@ -58,12 +53,11 @@ def save_model(
     write_json(folder / "model_index.json", MODEL_INDEX)
     shift = {**SETTINGS["scheduler"], **in_file(flow.Shift(), keys.SHIFT_SETTINGS)}
     write_json(folder / "scheduler" / "scheduler_config.json", shift)
-    sizes = in_file(flux.config, keys.FLUX_SETTINGS)
+    sizes, levels = in_file(flux.config, keys.FLUX_SETTINGS), len(vae.config.channels)
     sizes["attention_head_dim"] = flux.config.hidden_size // flux.config.num_heads
     save_component(folder / "transformer", flux, keys.flux_diffusers(flux.config), sizes, dtype)
-    sizes, levels = in_file(vae.config, keys.VAE_SETTINGS), len(vae.config.channels)
-    sizes |= {"out_channels": vae.config.in_channels, "down_block_types": ["DownEncoderBlock2D"] * levels}
-    sizes["up_block_types"] = ["UpDecoderBlock2D"] * levels
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    sizes = {**in_file(vae.config, keys.VAE_SETTINGS), "out_channels": vae.config.in_channels, **blocks}
     save_component(folder / "vae", vae, keys.vae_diffusers(vae.config, list(vae.state_dict())), sizes, dtype)
     save_component(folder / "text_encoder", clip, same_names(clip), in_file(clip.config, keys.CLIP_SETTINGS), dtype)
     save_component(folder / "text_encoder_2", t5, same_names(t5), in_file(t5.config, keys.T5_SETTINGS), dtype)

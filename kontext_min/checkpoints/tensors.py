@@ -13,7 +13,6 @@ from kontext_min.checkpoints.keys import Source
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")  # fp8 checkpoints of ComfyUI: weight = fp8 value * scale
 UNUSED_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8")
-PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 PICKLES_BEGIN = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # of torch.save, whatever the name
 
 
@@ -21,11 +20,9 @@ def open_safetensors(path: Path):
     """A memory-mapped safetensors file, or one sentence saying why it is none."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is the download complete?")
-    if not path.is_file():
-        raise ValueError(f"{path} is a folder, where a safetensors file is needed")
     with open(path, "rb") as file:
         start = file.read(8)  # of safetensors, its header's length, whose upper half is always zero
-    if path.suffix in PICKLES or start.startswith(PICKLES_BEGIN) and any(start[4:]):
+    if start.startswith(PICKLES_BEGIN) and any(start[4:]):
         raise ValueError(f"{path} is a pickle, which can run code when opened; convert it to .safetensors first")
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -117,10 +114,8 @@ def fill(
     """
     parameters = dict(module.named_parameters())
     assert parameters.keys() == table.keys(), parameters.keys() ^ table.keys()
-    expected = {}
-    for ours, source in table.items():
-        parts = source.disassemble(parameters[ours].to("meta"))
-        expected |= {name: tuple(part.shape) for name, part in parts.items()}
+    cut = (source.disassemble(parameters[ours].to("meta")) for ours, source in table.items())
+    expected = {name: tuple(part.shape) for parts in cut for name, part in parts.items()}
     refuse(tensors.title, "tensors missing", expected.keys() - tensors.names())
     refuse(tensors.title, "unexpected tensors", tensors.names() - expected.keys())
     found = {name: tensors.shape(name) for name in expected}

@@ -63,8 +63,10 @@ def test_convert_says_what_it_did_and_keeps_the_recipe(tmp_path, capsys):
     source = write(tmp_path / "in.safetensors", lora(Q), lora(V, seed=3), lora(TOP, seed=5))
     run("convert", source, tmp_path / "out.safetensors", "--to", "kohya", "--dtype", "fp32")
     said = capsys.readouterr().out
-    assert re.search(r"in.safetensors: diffusers LoRA, 3 modules\n.*out.safetensors: kohya; .* same to 0.0e", said)
-    assert "note: diffusers silently leaves out norm_out.linear" in said
+    assert re.search(
+        r"in.safetensors: diffusers LoRA, 3 modules, at strength 1\n.*out.safetensors: kohya; .* same to 0.0e", said
+    )
+    assert "note: diffusers silently leaves out DoRA's magnitudes and linears that are outside" in said
     tensors = load_file(tmp_path / "out.safetensors")
     up, down = (tensors[f"lora_unet_double_blocks_0_img_attn_qkv.lora_{half}.weight"] for half in ("up", "down"))
     expected = torch.cat([change(source, Q), torch.zeros(64, 64), change(source, V)])

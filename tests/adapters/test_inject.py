@@ -151,6 +151,12 @@ def test_an_update_applied_at_a_strength_is_on_the_way_from_the_base_to_it(flux,
         detach_all(flux)
 
 
+def test_a_lokr_that_no_file_could_hold_is_refused_before_it_is_trained(flux):
+    with pytest.raises(ValueError, match="norm_out.linear: .* odd number of rows"):
+        add_lokr(flux, ["norm_out.linear"], Kronecker(1, full_matrix=True))
+    assert not list(updates(flux))
+
+
 def test_fresh_updates_are_of_the_size_that_peft_draws():
     lora = LoRA.fresh("x", (64, 4096), rank=16, alpha=16)
     assert lora.A.abs().max().item() == pytest.approx(4096**-0.5, rel=1e-3) and not lora.B.any()

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny import CPU, FP32, error
 
 import infer
-from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, placed, start_from, updates
+from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, start_from, updates
 from kontext_min.adapters.read import read_adapter
+from kontext_min.adapters.rows import by_linear
 from kontext_min.checkpoints.load import load_flux, load_vae
 from kontext_min.data.buckets import Size
 from kontext_min.edit import Editor, edit
@@ -160,9 +161,10 @@ def make(flux, form: str, alpha: str, layout: str, path: Path) -> dict[str, torc
 def assert_adds(flux, path: Path, total: dict[str, torch.Tensor]):
     """Read, the file changes BFL's linears by `total`."""
     ours = {}
-    for update, linear, start in placed(flux, read_adapter(path).updates):
-        whole = ours.setdefault(linear, torch.zeros_like(total[linear]))
-        whole[start : start + update.shape[0]] += update.delta()
+    for linear, (_, here) in by_linear(read_adapter(path).updates, flux).items():
+        ours[linear.name] = torch.zeros_like(total[linear.name])
+        for update in here:
+            ours[linear.name][update.start : update.start + update.shape[0]] += update.delta()
     assert ours.keys() == total.keys()
     assert max(error(ours[name], total[name]) for name in ours) < 1e-6
 
@@ -359,9 +361,10 @@ def test_training_starts_from_fused_modules_of_another_program(flux, tmp_path):
         add_lora(flux, [theirs for theirs, (ours, _) in PLACES.items() if ours == name], 2 + seed % 3, 5)
     start_from(flux, read_adapter(path).updates)
     made = {}
-    for update, ours, start in placed(flux, list(updates(flux))):
-        whole = made.setdefault(ours, torch.zeros_like(total[ours]))
-        whole[start : start + update.shape[0]] += update.delta().detach()
+    for linear, (_, here) in by_linear(list(updates(flux)), flux).items():
+        made[linear.name] = torch.zeros_like(total[linear.name])
+        for update in here:
+            made[linear.name][update.start : update.start + update.shape[0]] += update.delta().detach()
     assert max(error(made[name], total[name]) for name in total) < 1e-6
 
 
@@ -410,17 +413,17 @@ BROKEN = {  # what is in the file: tensors, tensors with a header, or bytes -> w
     "fused and its part": (GOOD | pair(Q, rows=192) | TO_K, "2 tensors do not belong.*attn_to_k.lora_down"),
     "two spellings": (GOOD | pair(K, endings=PEFT), f"{K}.lora_A.weight and {K}.lora_down.weight are the same"),
     "left-over key": (GOOD | {f"{Q}.lora_down.scale_weight": torch.ones(1)}, "1 tensors do not belong.*scale_weight"),
-    "missing half": (GOOD | {f"{Q}.lora_up.weight": torch.ones(192, 4)}, f"{Q} has lora_B but not its other half"),
+    "missing half": (GOOD | {f"{Q}.lora_up.weight": torch.ones(192, 4)}, f"{Q} has lora_B; it needs lora_A and lora_B"),
     "rank mismatch": (GOOD | {f"{K}.lora_up.weight": torch.ones(64, 5)}, f"{K} has lora_A .*do not share a rank"),
     "NaN": ({**GOOD, f"{K}.lora_up.weight": torch.full((64, 4), float("nan"))}, f"{K} holds NaN or infinity in lora_B"),
     "infinite alpha": (GOOD | {f"{K}.alpha": torch.tensor(9999999999.0).half()}, f"{K} has an alpha of inf"),
-    "alphas": (GOOD | {f"{K}.alpha": torch.ones(4)}, f"{K} has an alpha of 4 numbers"),
+    "alphas": (GOOD | {f"{K}.alpha": torch.ones(4)}, f"{K} has an alpha that cannot be .* 4 elements"),
     "rank 0": (pair(K, rank=0), f"{K} has lora_A of shape"),
     "integers": (GOOD | {f"{K}.lora_up.weight": torch.ones(64, 4).char()}, f"{K} has lora_B of shape .*int8"),
     "convolution": (GOOD | {f"{K}.lora_up.weight": torch.ones(64, 4, 1, 1)}, "do not share a rank"),
     "LoRA and LoKr": (GOOD | LOKR, f"{K} has .*lokr_w2_b, .*; it needs"),
-    "LoKr without w1": ({n: t for n, t in LOKR.items() if "w2" in n}, f"{K} has no lokr_w1_a and no lokr_w1_b"),
-    "LoKr of too many": (LOKR | {f"{K}.lokr_w2": torch.ones(32, 32)}, f"{K} has lokr_w2 .*beside its own factors"),
+    "LoKr without w1": ({n: t for n, t in LOKR.items() if "w2" in n}, f"{K} has lokr_w2_a, lokr_w2_b; it needs"),
+    "LoKr of too many": (LOKR | {f"{K}.lokr_w2": torch.ones(32, 32)}, f"{K} has lokr_w1, lokr_w2, .*_b; it needs"),
     "infinite alpha of LoKr": (LOKR | {f"{K}.alpha": torch.tensor(float("inf"))}, f"{K} has an alpha of inf"),
     "text encoder only": (TE, "2 tensors change a text encoder, which is not done here.*lora_te1"),
     "text encoder too": (GOOD | TE, "2 tensors change a text encoder, which is not done here.*lora_te1"),
@@ -430,7 +433,7 @@ BROKEN = {  # what is in the file: tensors, tensors with a header, or bytes -> w
     "Control LoRA": (CONTROL, "3 tensors are of a Control LoRA of BFL, which makes another model"),
     "XLabs": ({"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(4, 64)}, "in XLabs' format"),
     "PiSSA": ((TO_Q, {"lora_adapter_metadata": PISSA}), "init_lora_weights pissa_niter_4, which cannot"),
-    "settings": ((GOOD, {"lora_adapter_metadata": "[1"}), "the settings that came with it are not JSON"),
+    "settings": ((GOOD, {"lora_adapter_metadata": "[1"}), "that came with it are no JSON object"),
     "recipe": ((GOOD, {"kontext_min": "3"}), "the settings that came with it are no JSON object"),
     "wrong recipe": ((GOOD, {"kontext_min": '{"steps": "many", "prompt": 5}'}), "steps 'many', prompt 5, which"),
     "no such device": ((GOOD, {"kontext_min": '{"device": "tpu"}'}), "shown with device 'tpu'"),

@@ -1,0 +1,142 @@
+"""Updates by our linears and their rows: found, cut, joined and turned over, as the layouts of files have them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kontext_min.adapters.layers import LoKr, LoRA, Update
+from kontext_min.checkpoints.keys import Part, flux_linears, flux_places
+from kontext_min.models.flux import Flux, FluxConfig
+
+Placed = dict[Part, tuple[list[Part], list[Update]]]  # our linear, whole -> its parts, and the updates on its rows
+
+
+def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
+    """Our linears that are touched, in the model's order; every update learns its `start` there.
+
+    ValueError if they are for another model. No model need be at hand: in a FLUX all else follows from the width.
+    """
+    config, found = flux.config if flux else guessed(updates), {}
+    places = flux_places(config)
+    if unknown := sorted({update.name for update in updates} - places.keys()):
+        raise ValueError(f"the LoRA has {len(unknown)} modules that this model does not: {', '.join(unknown[:5])}")
+    for ours, parts in flux_linears(config).items():
+        here = [update for update in updates if places[update.name][0] == ours]
+        if not here:
+            continue
+        inputs = flux.get_submodule(ours).in_features if flux else config.hidden_size
+        if not flux and len(parts) == 1:  # of any size
+            rows, inputs = here[0].shape
+            parts = [parts[0]._replace(rows=rows)]
+        whole = Part(ours, 0, sum(part.rows for part in parts))
+        named = {part.name: part for part in (whole, *parts)}
+        for update in here:
+            (rows, columns), part = update.shape, named[update.name]
+            if (rows, columns) != (part.rows, inputs):
+                raise ValueError(
+                    f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}; "
+                    f"it was made for another model"
+                )
+            update.start = part.start
+        found[whole] = parts, here
+    return found
+
+
+def guessed(updates: Sequence[Update]) -> FluxConfig:
+    """A model for these updates: its width is what a fused linear takes."""
+    linears, places = flux_linears(FluxConfig()), flux_places(FluxConfig())
+    width = next((update.shape[1] for update in updates if len(linears[places[update.name][0]]) > 1), 64)
+    return FluxConfig(hidden_size=width, num_heads=1, axes_dim=(width,))
+
+
+def arrange(updates: Sequence[Update], fused: bool) -> list[Update]:
+    """The same change as one update for each of our linears (fused) or for each of their parts.
+
+    Where several meet in one, A are stacked and B lie block by block, and rows that nothing touches are zero; where one
+    is cut, A is shared. Both are exact. ValueError where a Kronecker product or DoRA does not allow it.
+    """
+    arranged = []
+    for whole, (parts, here) in by_linear(updates).items():
+        for part in [whole] if fused else parts:
+            pieces = pieces_of(part, here)
+            if len(pieces) == 1 and pieces[0].shape[0] == part.rows:
+                arranged.append(pieces[0])
+            elif pieces:
+                arranged.append(joined(part, pieces))
+    return arranged
+
+
+def overlap(part: Part, update: Update) -> tuple[slice, slice]:
+    """The rows of a linear that a part of it and an update share: which they are of the part, and of the update."""
+    first = max(part.start, update.start)
+    end = max(first, min(part.start + part.rows, update.start + update.shape[0]))
+    return slice(first - part.start, end - part.start), slice(first - update.start, end - update.start)
+
+
+def pieces_of(part: Part, here: list[Update]) -> list[Update]:
+    """What a part of a linear gets of each update there, in the order of their rows; `start` is within the part."""
+    pieces = []
+    for update in here:
+        place, rows = overlap(part, update)
+        if place.start == place.stop:
+            continue
+        piece = take_rows(update, part.name, rows)
+        if isinstance(piece, LoRA) and piece.shape[0] < update.shape[0] and piece.magnitude is None:
+            used = piece.B.any(dim=0)  # of a block-diagonal B, the other blocks are zero here
+            piece = LoRA(piece.name, piece.A[used], piece.B[:, used], piece.scale)
+        if piece.rank:
+            piece.start = place.start
+            pieces.append(piece)
+    return sorted(pieces, key=lambda piece: piece.start)
+
+
+def joined(part: Part, pieces: list[Update]) -> LoRA:
+    """LoRAs on some rows of a module as one: each A once, B where its rows are, strength in B, magnitudes in a row."""
+    if any(isinstance(piece, LoKr) for piece in pieces):
+        raise ValueError(f"a Kronecker product (LoKr) is only a part of {part.name}; --rank makes LoRAs to be joined")
+    a, b, magnitudes = [], [], [piece.magnitude for piece in pieces if piece.magnitude is not None]
+    for piece in pieces:
+        rows = F.pad(piece.B.float() * piece.scale, (0, 0, piece.start, part.rows - piece.start - len(piece.B)))
+        same = next((i for i, other in enumerate(a) if torch.equal(other, piece.A)), None)
+        if same is None:
+            a, b = [*a, piece.A], [*b, rows]
+        else:
+            b[same] += rows
+    made = LoRA(part.name, torch.cat(a), torch.cat(b, dim=1), 1.0).requires_grad_(False)
+    if magnitudes:
+        made.magnitude = nn.Parameter(torch.cat(magnitudes), requires_grad=False)
+        if len(magnitudes) < len(pieces) or len(made.magnitude) != part.rows:
+            raise ValueError(f"{part.name} has DoRA on some of its rows only; a diffusers file keeps its parts apart")
+    return made
+
+
+def take_rows(update: Update, name: str, *ranges: slice) -> Update:
+    """The update, frozen, of these rows of an update's own, one after the other, by another name.
+
+    ValueError where a Kronecker product would have to be taken apart within its second side.
+    """
+    unit = 1 if isinstance(update, LoRA) else len(update.w2[0])  # rows of the product for one of its first factor
+
+    def taken(factor: Tensor, unit: int) -> Tensor:
+        return torch.cat([factor[rows.start // unit : rows.stop // unit] for rows in ranges])
+
+    if any(edge % unit for rows in ranges for edge in (rows.start, rows.stop)):
+        raise ValueError(
+            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}; make it a "
+            f"LoRA first (python -m kontext_min.adapters convert --rank)"
+        )
+    if isinstance(update, LoRA):
+        made: Update = LoRA(name, update.A, taken(update.B, 1), update.scale)
+    else:
+        made = LoKr(name, (taken(update.w1[0], unit), *update.w1[1:]), tuple(update.w2), update.scale)
+    if update.magnitude is not None:
+        made.magnitude = nn.Parameter(taken(update.magnitude, 1))
+    return made.requires_grad_(False)
+
+
+def swapped(update: Update) -> Update:
+    """The update with the halves of its rows in each other's place, as diffusers has them in its last modulation."""
+    half = update.shape[0] // 2
+    return take_rows(update, update.name, slice(half, 2 * half), slice(0, half))
