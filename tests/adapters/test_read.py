@@ -20,6 +20,7 @@ import infer
 from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, start_from, updates
 from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.rows import by_linear
+from kontext_min.checkpoints import load
 from kontext_min.checkpoints.load import load_flux, load_vae
 from kontext_min.data.buckets import Size
 from kontext_min.edit import Editor, edit
@@ -342,7 +343,7 @@ def test_infer_adds_up_adapters_of_several_formats(kontext, tmp_path, monkeypatc
     infer.main([*map(str, [*flags, "--device", "cpu", *given, "--out", tmp_path / "ours.png"])])
     for ours, delta in deltas.items():
         flux.get_submodule(ours).weight += delta
-    monkeypatch.setattr(infer.load, "load_flux", lambda *_: flux)
+    monkeypatch.setattr(load, "load_flux", lambda *_: flux)
     infer.main([*map(str, [*flags, "--device", "cpu", "--out", tmp_path / "merged.png"])])
     ours, theirs = (np.asarray(infer.Image.open(tmp_path / f"{n}.png"), dtype=float) for n in ("ours", "merged"))
     assert abs(ours - theirs).max() <= 2

@@ -10,10 +10,10 @@ from einops import reduce
 from torch import Tensor
 
 from kontext_min.data.buckets import Size
-from kontext_min.nano.edits import SCENE_EDITS
+from kontext_min.nano.edits import instruction
 from kontext_min.nano.evaluate import SAMPLING, Editor
 from kontext_min.nano.pretrain_vae import to_tensor
-from kontext_min.nano.scenes import cover, draw, random_scene
+from kontext_min.nano.scenes import EDITS, cover, draw, random_scene
 from kontext_min.study.experiment import word_slices
 from kontext_min.study.hooks import Call, attention, average
 
@@ -33,9 +33,9 @@ def scenes_of(edit: str, first: int) -> tuple[list[str], list[str], Tensor, Tens
     for i in range(first, first + COUNT):
         r = np.random.default_rng([7, i])
         scene = random_scene(r, least=2)
-        prompt, changed = SCENE_EDITS[edit](r, scene)
+        words, (_, changed) = EDITS[edit](r, scene)
         (thing,) = set(scene.objects) - set(changed.objects)
-        prompts.append(prompt)
+        prompts.append(instruction(r, edit, **words).rstrip("."))
         shapes.append(thing.shape)
         pictures.append(draw(scene, SIZE))
         masks.append(reduce(cover(thing, SIZE), "(h a) (w b) 1 -> (h w)", "mean", a=16, b=16))
@@ -50,7 +50,7 @@ def maps_of(editor: Editor, edit: str, first: int) -> tuple[dict[tuple[str, str]
     prompts, shapes, pictures, masks = scenes_of(edit, first)
     word = torch.zeros(COUNT, 1, TEXT, 1)
     for i, (prompt, shape) in enumerate(zip(prompts, shapes, strict=True)):
-        part = word_slices(editor.tokenizers.t5, prompt)[shape]
+        part = word_slices(editor.text.tokenize_t5, prompt)[shape]
         word[i, :, part] = 1 / (part.stop - part.start)
 
     def look(call: Call) -> Tensor:  # (2, B, H, L)
