@@ -115,6 +115,7 @@ def measure(editor: Editor, batch: Cases, sampling: sampler.Sampling) -> tuple[d
         numbers |= {
             "copy": psnr(references[0], target).clamp(max=60),
             "success": success(output, references[0], target).float(),
+            "success_ceiling": success(ceiling, references[0], target).float(),
             "shuffled": success(shuffled, references[0], target).float(),
             "shuffled_psnr": psnr(shuffled, target),
             "outside": outside_psnr(output, references[0], target),
