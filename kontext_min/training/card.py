@@ -2,8 +2,10 @@
 
 import json
 import shlex
+from functools import partial
 from pathlib import Path
 
+from kontext_min import presets
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples
 from kontext_min.run_folder import LORA, RunFolder
@@ -18,8 +20,24 @@ license_name: flux-1-dev-non-commercial-license
 license_link: https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md""",
 }
 DIFFUSERS = """\
-In diffusers: `pipe = FluxKontextPipeline.from_pretrained("{base}")` and `pipe.load_lora_weights(".")`, then
-`pipe(image, {instruction}, guidance_scale={guidance}, num_inference_steps={steps})`."""
+With diffusers, which takes one reference:
+
+```python
+import torch
+from diffusers import FluxKontextPipeline
+from diffusers.utils import load_image
+
+pipe = FluxKontextPipeline.from_pretrained({base}, torch_dtype=torch.{dtype})
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+pipe.load_lora_weights(".", weight_name="{lora}")
+image = pipe(
+    image={picture}, prompt={instruction},
+    width={width}, height={height}, max_area={width} * {height}, _auto_resize=False,
+    guidance_scale={guidance}, num_inference_steps={steps},
+    max_sequence_length={tokens}, generator=torch.Generator().manual_seed({seed}),
+).images[0]
+image.save("edited.png")
+```"""
 NO_DIFFUSERS = "For diffusers: `python -m kontext_min.adapters convert {lora} OUT --to diffusers --rank 64`"
 CARD = """\
 ---
@@ -53,18 +71,22 @@ In ComfyUI, with FLUX.1 Kontext: a `LoraLoaderModelOnly` node of strength 1 afte
 
 All others have their defaults; `config.json` lists them.
 """
+quoted = partial(json.dumps, ensure_ascii=False)  # as a Python string
 
 
 def write_card(config: Config, recipe: dict, examples: Examples):
     """README.md beside the LoRA; recipe: what the LoRA's header holds."""
     folder, model, prompt = RunFolder(config.output_dir), config.pretrained_model_name_or_path, recipe["prompt"][0]
     sheet, pairs = folder.sheet(recipe["trained_steps"]), sum(bool(e.references) for e in examples.examples)
-    places = {"data_backend_config", "output_dir", "cache_dir"}
+    places, (width, height) = {"data_backend_config", "output_dir", "cache_dir"}, recipe["size"].split("x")
     values = recipe | {
         "kind": "LoKr" if config.lycoris_config else "DoRA" if config.use_dora else "LoRA", "lora": LORA,
         "model": model, "licence": LICENCES.get(Path(model).name, ""), "pairs": pairs, "alone": len(examples) - pairs,
-        "base": "weights/nano" if model == "nano" else model,  # a folder of kontext_min's repository
-        "instruction": json.dumps(prompt, ensure_ascii=False), "argument": shlex.quote(prompt),
+        "base": quoted("weights/nano" if model == "nano" else model),  # a folder of kontext_min's repository
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe["precision"]], "width": width, "height": height,
+        "picture": f"load_image({quoted(Path(recipe['image'][0]).name)})" if recipe["image"] else None,
+        "tokens": presets.preset_of(examples.checkpoint.folder).text_shape[0],
+        "instruction": quoted(prompt), "argument": shlex.quote(prompt),
         "sheet": f"\n![input, base, LoRA, target](validation/{sheet.name})\n" if sheet.exists() else "",
         "settings": config.model_dump_json(indent=2, exclude_unset=True, exclude=places),
     }  # fmt: skip

@@ -235,6 +235,16 @@ def test_lokr_is_refused_where_there_is_none_with_the_remedy(form, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def assert_same_velocity(kontext, given, theirs):
+    """These updates change our model, and to what diffusers' adapted one gives."""
+    flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32)
+    inputs = tiny.flux_inputs(flux.config)
+    base = flux(**inputs)
+    apply_updates(flux, given, 1.0, FP32)
+    assert error(flux(**inputs), run_flux(theirs, **inputs)) < 1e-5
+    assert error(flux(**inputs), base) > 0.05
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("merged", [True, False])
 @torch.no_grad()
@@ -248,12 +258,7 @@ def test_lycoris_does_with_our_file_what_we_do(merged, kontext, tmp_path):
     library.LycorisNetwork.apply_preset({"lora_prefix": "lycoris"})  # of the class: other tests change it
     network, _ = library.create_lycoris_from_weights(1.0, str(tmp_path / "lora.safetensors"), theirs)
     (network.merge_to if merged else network.apply_to)()
-    flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32)
-    inputs = tiny.flux_inputs(flux.config)
-    base = flux(**inputs)
-    apply_updates(flux, given, 1.0, FP32)
-    assert error(flux(**inputs), run_flux(theirs, **inputs)) < 1e-5
-    assert error(flux(**inputs), base) > 0.05
+    assert_same_velocity(kontext, given, theirs)
 
 
 # ------------------------------------------------------------------------------------------------ DoRA
@@ -290,12 +295,7 @@ def test_dora_does_in_diffusers_what_it_does_here(kontext, tmp_path):
     write_adapter(tmp_path / "pytorch_lora_weights.safetensors", given, {}, FP32)
     theirs = diffusers.FluxTransformer2DModel.from_pretrained(kontext / "transformer", dtype=FP32)
     theirs.load_lora_adapter(tmp_path, prefix="transformer", weight_name="pytorch_lora_weights.safetensors")
-    flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32)
-    inputs = tiny.flux_inputs(flux.config)
-    base = flux(**inputs)
-    apply_updates(flux, given, 1.0, FP32)
-    assert error(flux(**inputs), run_flux(theirs, **inputs)) < 1e-5
-    assert error(flux(**inputs), base) > 0.05
+    assert_same_velocity(kontext, given, theirs)
 
 
 def test_dora_is_refused_where_it_cannot_be_said(tmp_path):
