@@ -21,7 +21,7 @@ from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
-from kontext_min.models.flux import FluxConfig
+from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.quantize import quantize_int8
 from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
@@ -31,7 +31,7 @@ from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
-from kontext_min.training.start import screen
+from kontext_min.training.start import per_rank, screen
 from kontext_min.training.validate import Validator, items_of, sampling_of
 
 OPTIONS = {"--explain", "--check", "--prune-cache"}
@@ -65,7 +65,7 @@ def report_data(config: Config):
     sets, _ = check(config, model=False)
     shape = presets.named(config.pretrained_model_name_or_path).text_shape
     text = (*shape, 2 if config.mixed_precision == "bf16" else 4)
-    print(*sets.notes, *summary(sets.training, text), sep="\n")
+    print(*sets.notes, *summary(sets.training, text), *per_rank(config, sets.training, shape[0]), sep="\n")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     examples = sets.training + (sets.validation if sets.unseen else [])
     for set_id in dict.fromkeys(example.set_id for example in examples):
@@ -89,6 +89,23 @@ def encode(config: Config, sets: Sets, items: list[Item], checkpoint: load.Check
     return [examples, validation]
 
 
+def load_model(config: Config, checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype) -> Flux:
+    """The transformer, frozen; if all of it is trained, its parameters are kept in fp32 and it computes in dtype."""
+    full, offloaded = config.model_type == "full", config.fsdp_cpu_offload
+    kept, home = torch.float32 if full else dtype, torch.device("cpu") if offloaded else device
+    if config.sharded:
+        then = parallel.sharding(full, dtype, offloaded)
+        flux = load.load_flux(checkpoint, home, kept, then).requires_grad_(full)
+        parallel.shard(flux, dtype, offloaded)
+        return flux
+    quantise = quantize_int8 if "int8" in config.base_model_precision else None
+    if quantise:
+        print(
+            f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)"
+        )
+    return load.load_flux(checkpoint, device, dtype, quantise).requires_grad_(False)
+
+
 def main(argv: list[str]):
     overrides, plain = [a for a in argv if "=" in a], [a for a in argv if "=" not in a]
     options, files = {a for a in plain if a.startswith("-")}, [a for a in plain if not a.startswith("-")]
@@ -101,11 +118,22 @@ def main(argv: list[str]):
         return print(*explain(config), sep="\n")
     if "--check" in options:
         return report_data(config)
-    full = config.model_type == "full"
-    sharded = full or config.fsdp_enable
-    parallel.join(config.distributed_timeout, anyway=sharded)
-    if parallel.restarted():
+    parallel.join(config.distributed_timeout, anyway=config.sharded)
+    if parallel.starts():
         config = config.model_copy(update={"resume_from_checkpoint": "latest"})
+    try:
+        run(config, "--prune-cache" in options)
+    except RuntimeError as error:
+        if not parallel.lost(error):
+            raise
+        what = f"a rank died, or was silent for {config.distributed_timeout:g} minutes; {state.last(config.output_dir)}"
+        remedy = "go on with resume_from_checkpoint=latest, or let torchrun do it: --max-restarts=3"
+        raise ConnectionError(f"{what}; {remedy}") from error
+    parallel.leave()
+
+
+def run(config: Config, prune: bool = False):
+    """The recipe; prune: stop before the model, with the caches tidied up."""
     sets, checkpoint = check(config)
     print(*(f"{key} is ignored: {why}" for key, why in config.ignored.items()), *sets.notes, sep="\n")
     folder = RunFolder(config.output_dir)
@@ -114,7 +142,7 @@ def main(argv: list[str]):
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     items = items_of(config, sets, presets.preset_of(checkpoint.folder))
     examples, validation = encode(config, sets, items, checkpoint, (device, dtype))
-    if "--prune-cache" in options:
+    if prune:
         return print(parallel.by_first(examples.prune)(validation))
     trained = read_adapter(config.init_lora) if config.init_lora else None  # before its folder may be set aside
     with parallel.first_alone():
@@ -122,19 +150,9 @@ def main(argv: list[str]):
             print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     # model: load, and quantise or shard, as it streams -> freeze -> adapt -> checkpoint
-    quantise = quantize_int8 if "int8" in config.base_model_precision else None
-    if quantise:
-        print(
-            f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)"
-        )
-    then, home = quantise, torch.device("cpu") if config.fsdp_cpu_offload else device
-    if sharded:
-        then = parallel.sharding(full, dtype, config.fsdp_cpu_offload)
-    flux = load.load_flux(checkpoint, home, torch.float32 if full else dtype, then).requires_grad_(full)
-    if sharded:
-        parallel.shard(flux, dtype, config.fsdp_cpu_offload)
+    flux = load_model(config, checkpoint, device, dtype)
     torch.manual_seed(config.seed)
-    parameters = [*flux.parameters()] if full else add_adapter(config, flux)
+    parameters = [*flux.parameters()] if config.model_type == "full" else add_adapter(config, flux)
     if trained:
         start_from(flux, trained.updates)
         print(f"init_lora {trained.path}: {trained.title}")
@@ -155,12 +173,7 @@ def main(argv: list[str]):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-        parallel.leave()
     except (ValueError, OSError) as error:
         parallel.last_words(f"train.py: {error}")
-    except RuntimeError as error:
-        if not parallel.lost(error):
-            raise
-        parallel.last_words("train.py: another rank died, or does not answer")
     except KeyboardInterrupt:
         sys.exit(130)

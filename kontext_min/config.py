@@ -308,6 +308,11 @@ class Config(Strict):
     logging_dir: Path | None = knob(None, "trackers write to its folder of the run's name; default: output_dir/logs")
 
     @property
+    def sharded(self) -> bool:
+        """Whether the transformer lies in shards on all ranks."""
+        return self.fsdp_enable or self.model_type == "full"
+
+    @property
     def idle(self) -> set[str]:
         """Keys that say nothing of the kind of adapter that is trained."""
         if self.model_type == "full":
@@ -331,6 +336,8 @@ class Config(Strict):
             "model_type full trains in fp32 beside mixed_precision: set base_model_precision to no_change": full
             and quantised,
             "model_type full keeps no average: take out use_ema": full and self.use_ema,
+            "adamw_bf16 keeps some parameters in bf16, others in fp32; model_type full needs another optimizer": full
+            and self.optimizer == "adamw_bf16",
             "fsdp_enable: a quantised base is kept whole; set base_model_precision to no_change": self.fsdp_enable
             and quantised,
             "use_dora needs whole weights: take out fsdp_enable": self.fsdp_enable and self.use_dora,

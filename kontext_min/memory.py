@@ -35,25 +35,40 @@ def in_use(device: torch.device) -> dict[str, float]:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes of a tensor; of a quantised one, of all that it is made of; of one in shards, of this rank's."""
-    if isinstance(tensor, DTensor):
-        return size_of(tensor.to_local())
-    if hasattr(tensor, "__tensor_flatten__"):
+    """Bytes of a tensor; of a quantised one, of all that it is made of; of one in shards, of all ranks' together."""
+    if hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, DTensor):
         return sum(size_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
-def predicted(
-    flux: Flux, vae: nn.Module, tokens: int, dtype: torch.dtype, checkpointed: bool, trained: float
-) -> list[str]:
-    """A training step's memory, line by line. tokens: of the largest batch, computed in dtype; trained: its bytes."""
-    frozen = [t for t in (*flux.parameters(), *flux.buffers()) if not t.requires_grad]
-    parts = {"transformer": sum(map(size_of, frozen)), "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers())))}
-    parts["what is trained, its gradient, the optimizer's state and the average, if any"] = trained
-    rest = "all activations (gradient_checkpointing is off)"
-    if checkpointed:
-        blocks, rest = len(flux.double_blocks) + len(flux.single_blocks), "what one block computes"
-        inputs = blocks * flux.config.hidden_size * dtype.itemsize * tokens
-        parts[f"inputs of {blocks} blocks, kept for {tokens} tokens"] = inputs
+def held(flux: Flux, per_trained: float, dtype: torch.dtype, ranks: int = 1, sharded: bool = False) -> dict[str, float]:
+    """Bytes of weights and training state on each of so many ranks, by what they are, from shapes alone: meta will do.
+
+    per_trained: bytes of a trained parameter, its gradient and its state; dtype: what blocks compute in. Shards are of
+    the base and, where all of it is trained, of that state; an adapter is on every rank.
+    """
+    trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
+    frozen = sum(size_of(t) for t in (*flux.parameters(), *flux.buffers()) if not t.requires_grad)
+    parts = {"transformer": frozen / ranks if sharded else frozen}
+    if sharded:
+        blocks = [sum(p.numel() for p in block.parameters()) for block in (*flux.double_blocks, *flux.single_blocks)]
+        rest = sum(p.numel() for p in flux.parameters()) - sum(blocks)
+        parts["two blocks and what is in none, gathered while they work"] = (2 * max(blocks) + rest) * dtype.itemsize
+    what = "what is trained, its gradient, the optimizer's state and the average, if any"
+    parts[what] = trained * per_trained / (1 if frozen or not sharded else ranks)
+    return parts
+
+
+def inputs(flux: Flux, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes of what checkpointed blocks keep of the largest batch."""
+    blocks = len(flux.double_blocks) + len(flux.single_blocks)
+    size = blocks * flux.config.hidden_size * dtype.itemsize * tokens
+    return {f"inputs of {blocks} blocks, kept for {tokens} tokens": size}
+
+
+def predicted(parts: dict[str, float], vae: nn.Module, checkpointed: bool) -> list[str]:
+    """A training step's memory, line by line."""
+    parts = {**parts, "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers())))}
+    rest = "what one block computes" if checkpointed else "all activations (gradient_checkpointing is off)"
     parts[f"and {rest}: measured, in the bar and metrics.jsonl"] = sum(parts.values())
     return [f"{size / GB:8.3f} GB  {name}" for name, size in parts.items()]

@@ -1,4 +1,4 @@
-"""Many devices, one recipe: `torchrun train.py CONFIG` makes one rank of each, on torch.distributed; alone, rank 0 of 1.
+"""Many devices, one recipe: `torchrun train.py CONFIG` makes a rank of each, on torch.distributed; alone, rank 0 of 1.
 
 Every rank runs the same program on batches of its own. Gradients are summed, work that is done once is shared out, and
 rank 0 alone speaks and writes. A model can lie in shards on all ranks (FSDP2), which gather one block at a time.
@@ -37,7 +37,7 @@ def join(minutes: float, anyway: bool = False):
         backend = "cpu:gloo,cuda:nccl"
     if launched or anyway:
         store, number, count = next(dist.rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
-        STORE.append(store)
+        STORE.append(store := dist.PrefixStore(f"start {starts()}", store))  # each start has notes of its own
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=minutes))
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -59,9 +59,9 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def restarted() -> bool:
-    """Whether torchrun started this again after a failure (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def starts() -> int:
+    """How often torchrun has started this again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def lost(error: RuntimeError) -> bool:
@@ -151,8 +151,8 @@ def shared_out(work: Callable, items: Sequence) -> list:
 def sharding(trained: bool, dtype: torch.dtype, offloaded: bool) -> Callable[[nn.Module, str], None]:
     """For `load_flux(then=...)`: each block becomes shards on all ranks as soon as its last tensor is there.
 
-    trained: whether the shards get gradients, kept as they were loaded; dtype: what blocks compute in; offloaded: shards
-    lie in the host's memory. At last call `shard` on the whole.
+    trained: whether the shards get gradients; dtype: what blocks compute in; offloaded: they lie in the host's memory.
+    At last call `shard` on the whole.
     """
 
     def then(flux: nn.Module, name: str):

@@ -34,6 +34,7 @@ class Run:
         self.config, self.flux, self.examples = config, flux, examples
         self.validator, self.evaluator = validator, evaluator
         self.folder = RunFolder(config.output_dir)
+        self.trained = self.folder.lora if config.model_type == "lora" else self.folder.model
         first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), None)
         self.recipe = recipe(config, (validator.items or [first])[0])
         self.identity = state.identity(config, examples)
@@ -43,10 +44,7 @@ class Run:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
         config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
-        self.kept = state.Parts({"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer})
-        self.kept |= {"ema": self.ema} if self.ema else {}
-        if config.model_type == "full":
-            self.kept = parallel.Shards(self.flux, optimizer)
+        self.kept = self.parts(optimizer)
         self.done = start = 0
         if path := state.chosen(config):
             self.done = start = state.restore(path, self.kept, self.identity, config.allow_changed_resume)
@@ -68,24 +66,22 @@ class Run:
                     if self.each_step(step):
                         break
             except ValueError as error:  # nothing is lost: the LoRA as it was before the step that failed
-                left = "" if config.model_type == "full" else f"; {self.folder.lora} is the LoRA so far"
-                if left:
-                    self.write(self.done)
-                raise ValueError(f"{error}\n{self.last()}{left}") from error
-            except RuntimeError as error:
-                if not parallel.lost(error):
-                    raise
-                what = f"after step {self.done} a rank died, or was silent for {config.distributed_timeout:g} minutes"
-                remedy = "go on with resume_from_checkpoint=latest, or let torchrun do it: --max-restarts 3"
-                raise ConnectionError(f"{what}\n{self.last()}; {remedy}") from error
+                self.write_adapter(self.done)
+                so_far = f"; {self.trained} is the LoRA so far" if self.trained == self.folder.lora else ""
+                raise ValueError(f"{error}\n{state.last(self.folder.path)}{so_far}") from error
         if config.model_type == "lora":
             parallel.by_first(write_card)(config, {**self.recipe, "trained_steps": self.done}, self.examples)
-        left = (self.folder.lora, self.folder.average, self.folder.model, self.folder.sheet(self.done))
         if self.interrupted.is_set():
-            return (
-                f"stopped; {next(filter(Path.exists, left), '')} is it so far; go on with resume_from_checkpoint=latest"
-            )
+            return f"stopped; {self.trained} is what is trained so far; go on with resume_from_checkpoint=latest"
+        left = (self.trained, self.folder.average, self.folder.sheet(self.done))
         return "\n".join(str(file) for file in left if file.exists())
+
+    def parts(self, optimizer: torch.optim.Optimizer) -> state.Kept:
+        """What a checkpoint holds."""
+        if self.config.model_type == "full":
+            return parallel.Shards(self.flux, optimizer)
+        ema = {"ema": self.ema} if self.ema else {}
+        return state.Parts({"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer, **ema})
 
     @parallel.by_first
     def begin(self, start: int):
@@ -120,21 +116,17 @@ class Run:
             tqdm.write("\n".join(filter(None, said)))
             self.tracker.validated(step)
 
-    def last(self) -> str:
-        """What one can go on from."""
-        kept = state.checkpoints(self.folder.path)
-        return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-
     def write(self, step: int):
         """What is trained as it is after a step, in the dtype of the computation."""
         if self.config.model_type == "full":
             save_trained(self.flux, self.examples.checkpoint, self.folder.model, self.examples.dtype)
-        else:
-            self.write_adapter(step)
+        self.write_adapter(step)
 
     @parallel.by_first
     def write_adapter(self, step: int):
-        """The adapter, and its average if there is one."""
+        """The adapter, if there is one, and its average."""
+        if self.config.model_type == "full":
+            return
         recipe, dtype, adapter = {**self.recipe, "trained_steps": step}, self.examples.dtype, list(updates(self.flux))
         form = "lycoris" if self.config.lycoris_config else self.config.lora_format.replace("comfyui", "comfy")
         write_adapter(self.folder.lora, adapter, recipe, dtype, form)

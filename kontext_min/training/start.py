@@ -8,11 +8,16 @@ from torch import nn
 
 from kontext_min import memory, parallel, presets
 from kontext_min.adapters.inject import updates
+from kontext_min.checkpoints import load
 from kontext_min.config import Config
 from kontext_min.data.check import histogram
-from kontext_min.data.examples import Examples
+from kontext_min.data.examples import Example, Examples
 from kontext_min.edit import Editor
 from kontext_min.encoders import pixels_per_token
+from kontext_min.models.flux import Flux, FluxConfig
+from kontext_min.quantize import quantize_int8
+from kontext_min.training.adapter import add_adapter
+from kontext_min.training.items import TOKEN
 from kontext_min.training.optim import make_optimizer
 
 
@@ -21,8 +26,7 @@ def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
     flux, (text, *_) = editor.flux, presets.preset_of(examples.checkpoint.folder).text_shape
     kept = [p for name, p in flux.named_buffers() if name.endswith(".weight")]  # of a quantised base
     frozen = sum(p.numel() for p in (*flux.parameters(), *kept) if not p.requires_grad)
-    trained = [p for p in flux.parameters() if p.requires_grad]
-    here = sum(memory.size_of(p) / p.element_size() for p in trained)  # of shards, this rank's
+    trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
     kinds = Counter(update.kind for update in updates(flux)).items()
     batches = examples.epoch(0, config.train_batch_size)
     share = config.gradient_accumulation_steps * parallel.world()
@@ -31,18 +35,55 @@ def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
     tokens = text * max(map(len, batches)) + pixels // pixels_per_token(editor.vae) ** 2
     pairs, epochs = sum(bool(e.references) for e in examples.examples), config.max_train_steps / steps
     adapter = ", ".join(f"{kind} on {n} modules" for kind, n in kinds) or "none"
-    ranks, checkpointed = parallel.world(), config.gradient_checkpointing
+    ranks, dtype = parallel.world(), examples.dtype
+    parts = memory.held(flux, bytes_of_one(config), dtype, ranks, config.sharded)
+    parts |= memory.inputs(flux, tokens, dtype) if config.gradient_checkpointing else {}
     return [
         f"model    {config.pretrained_model_name_or_path}: {frozen:,} parameters, frozen, on {editor.device}",
         *[f"ranks    {ranks}, each with batches of its own"] * (ranks > 1),
-        f"adapter  {adapter}: {sum(p.numel() for p in trained):,} trainable parameters",
+        f"adapter  {adapter}: {trained:,} trainable parameters",
         f"data     {pairs} pairs and {len(examples) - pairs} pictures without a reference",
         f"epoch    {uses} uses in {len(batches)} batches: {steps} steps; max_train_steps {config.max_train_steps} is "
         f"{epochs:.1f} epochs",
         *histogram(examples.examples),
-        "memory:",
-        *memory.predicted(flux, editor.vae, tokens, examples.dtype, checkpointed, here * bytes_of_one(config)),
+        "memory:" if ranks == 1 else "memory of each rank:",
+        *memory.predicted(parts, editor.vae, config.gradient_checkpointing),
     ]
+
+
+def per_rank(config: Config, examples: list[Example], text: int) -> list[str]:
+    """What one GPU of several would hold, in GB: a table of ways to train. text: tokens of an instruction."""
+    pixels = max(sum(math.prod(view.size) for view in example.views()) for example in examples)
+    tokens = config.train_batch_size * (text + pixels // TOKEN**2)
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    ways = {"LoRA, the base in shards (fsdp_enable)": True, "all parameters, in shards (model_type full)": True}
+    precision = "" if config.base_model_precision == "no_change" else f", {config.base_model_precision}"
+    lines = [
+        f"GB on each GPU beside what one block computes, {tokens} tokens a step; GPUs:{'':10}1      2      4      8"
+    ]
+    for way, sharded in {f"LoRA, the base{precision} on every GPU": False, **ways}.items():
+        flux = on_meta(config, dtype, full="full" in way, quantised=not sharded)
+        found = [memory.held(flux, bytes_of_one(config), dtype, ranks, sharded) for ranks in (1, 2, 4, 8)]
+        kept = sum(memory.inputs(flux, tokens, dtype).values())
+        lines.append(f"  {way:74}" + "".join(f"{(sum(parts.values()) + kept) / memory.GB:7.1f}" for parts in found))
+    return lines
+
+
+def on_meta(config: Config, dtype: torch.dtype, full: bool, quantised: bool) -> Flux:
+    """The config's transformer without weights, as it would be trained; of the published sizes if it is not here."""
+    try:
+        flux, *_ = load.empty_flux(load.find(presets.locate(config.pretrained_model_name_or_path), download=False))
+    except FileNotFoundError:
+        with torch.device("meta"):
+            flux = Flux(FluxConfig())
+    if full:
+        return flux
+    flux.to(dtype).requires_grad_(False)
+    for name in [name for name, _ in flux.named_parameters()]:
+        if quantised and "int8" in config.base_model_precision:
+            quantize_int8(flux, name)
+    add_adapter(config, flux)
+    return flux
 
 
 def bytes_of_one(config: Config) -> float:

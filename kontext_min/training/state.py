@@ -85,9 +85,7 @@ def save(folder: Path, step: int, kept: Kept, identity: dict, limit: int):
         finish(temporary, final, {"step": step, "identity": identity}, limit)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        kept = checkpoints(folder)
-        last = f"the last whole one is {kept[-1]}" if kept else "there is none before it"
-        raise OSError(f"checkpoint {step} could not be written ({error}); {last}") from error
+        raise OSError(f"checkpoint {step} could not be written ({error}); {last(folder)}") from error
 
 
 @parallel.by_first
@@ -122,6 +120,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     numbered = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     return [numbered[step] for step in sorted(numbered)]
+
+
+def last(folder: Path) -> str:
+    """What a run can go on from, in words."""
+    kept = checkpoints(folder)
+    return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
 
 
 def chosen(config: Config) -> Path | None:
