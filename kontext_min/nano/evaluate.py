@@ -16,9 +16,8 @@ from kontext_min.checkpoints.load import find, load_flux, load_vae
 from kontext_min.checkpoints.save import write_json
 from kontext_min.data.buckets import Size
 from kontext_min.encoders import TextEncoder, to_image
-from kontext_min.nano.edits import HELD_OUT, MIX, example
-from kontext_min.nano.held_out import held_out_example
-from kontext_min.nano.pretrain_vae import psnr, to_tensor
+from kontext_min.nano.edits import MIX, example
+from kontext_min.nano.pretrain import to_tensor
 from kontext_min.sheet import card, page
 
 SIZES = (Size(96, 96), Size(112, 80), Size(80, 112), Size(96, 96))
@@ -35,15 +34,12 @@ GUIDANCES |= {f"true CFG {scale:g}": replace(SAMPLING, cfg_scale=scale) for scal
 class Editor:
     """A model folder, loaded in fp32, at times with a LoRA."""
 
-    @classmethod
-    def read(cls, folder: Path, lora: Path | None = None) -> "Editor":
-        """All networks of a model folder."""
-        editor, checkpoint, place = cls(), find(folder), (torch.device("cpu"), torch.float32)
-        editor.flux, editor.vae = load_flux(checkpoint, *place), load_vae(checkpoint, *place)
-        editor.text, editor.shift = TextEncoder(checkpoint, *place), checkpoint.shift
+    def __init__(self, folder: Path, lora: Path | None = None):
+        checkpoint, place = find(folder), (torch.device("cpu"), torch.float32)
+        self.flux, self.vae = load_flux(checkpoint, *place), load_vae(checkpoint, *place)
+        self.text, self.shift = TextEncoder(checkpoint, *place), checkpoint.shift
         if lora is not None:
-            apply_updates(editor.flux, read_adapter(lora).updates, 1.0, torch.float32)
-        return editor
+            apply_updates(self.flux, read_adapter(lora).updates, 1.0, torch.float32)
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], references: list[Tensor], size: Size, sampling=SAMPLING) -> Tensor:
@@ -73,11 +69,11 @@ class Cases(NamedTuple):
 
 def cases_of(edit: str, count: int) -> list[Cases]:
     """`count` validation examples of an edit, learnt or held out, in batches of one size."""
-    batches, make = [], held_out_example if edit in HELD_OUT else example
+    batches = []
     for size in dict.fromkeys(SIZES):
         numbers = [10_000 + i for i in range(count) if SIZES[i % len(SIZES)] == size]
         for start in range(0, len(numbers), BATCH):
-            tasks = [make("validation", i, size, edit) for i in numbers[start : start + BATCH]]
+            tasks = [example("validation", i, size, edit) for i in numbers[start : start + BATCH]]
             columns = zip(*((task.target, *task.references) for task in tasks), strict=True)
             target, *references = (to_tensor(pictures) for pictures in columns)
             photograph = torch.tensor([task.photograph for task in tasks])
@@ -91,6 +87,13 @@ def success(output: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     error, before = (((x - target).square() * mask).flatten(1).sum(1) for x in (output, reference))
     done = (error < ENOUGH * before) & ~(outside_psnr(output, reference, target) < UNDISTURBED)
     return torch.where(before > 0, done, psnr(output, target) > KEPT)
+
+
+def psnr(output: Tensor, target: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+    """dB (B,) of pictures (B, 3, H, W) in -1..1 where the mask (B, 1, H, W) is 1; nan where it never is."""
+    mask = torch.ones_like(target) * mask
+    squared = ((output.clamp(-1, 1) - target) / 2).square() * mask
+    return -10 * torch.log10((squared.flatten(1).sum(1) / mask.flatten(1).sum(1)).clamp(min=1e-8))
 
 
 def changed_pixels(reference: Tensor, target: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ def evaluate(editor: Editor, edits: Iterable[str], count: int, sampling=SAMPLING
 
 def report(folder: Path, count: int) -> None:
     """Print the table of a model folder, and of some guidances; write metrics.json and sheet.jpg into it."""
-    editor, effect = Editor.read(folder), {}
+    editor, effect = Editor(folder), {}
     table, sheet = evaluate(editor, MIX, count)
     for name, sampling in GUIDANCES.items():
         print(f"at {name}:")
@@ -153,8 +156,8 @@ def report(folder: Path, count: int) -> None:
 
 def report_lora(folder: Path, lora: Path, edits: Iterable[str], count: int) -> None:
     """Print what a LoRA does to each edit, beside the base; write LORA.json and LORA.jpg next to the file."""
-    base, _ = evaluate(Editor.read(folder), edits, count)
-    table, sheet = evaluate(Editor.read(folder, lora), edits, count)
+    base, _ = evaluate(Editor(folder), edits, count)
+    table, sheet = evaluate(Editor(folder, lora), edits, count)
     for edit, numbers in table.items():
         numbers["base"] = base[edit]["psnr"]
         start = max(numbers["base"], numbers.get("copy", 0.0))  # closed: the share of the way from here to the ceiling

@@ -10,19 +10,17 @@ import torch
 
 from kontext_min.models.vae import VAE
 from kontext_min.nano.evaluate import success
-from kontext_min.nano.model import Nano, Tokenizers
-from kontext_min.nano.muon import orthogonalise
-from kontext_min.nano.pretrain_flux import (
+from kontext_min.nano.model import AUTOENCODER, CLIP_TOKENS, LENGTH, Nano, Tokenizers, write_clip, write_t5
+from kontext_min.nano.pretrain import (
     PARTS,
     PHASES,
     Bucket,
     cached_buckets,
     distil_loss,
+    orthogonalise,
     pretrain_flux,
     token_weights,
 )
-from kontext_min.nano.pretrain_vae import CONFIG
-from kontext_min.nano.vocabulary import CLIP_TOKENS, LENGTH, write_clip, write_t5
 
 PROMPTS = ["Make the red circle blue.", "add a crimson dinosaur at the top", "", "  Put a hat on  the cat, please!"]
 
@@ -56,7 +54,7 @@ def test_tokenizers_give_the_ids_of_transformers(tokenizers):
 
 def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    vae = VAE(CONFIG).requires_grad_(False)
+    vae = VAE(AUTOENCODER).requires_grad_(False)
     phase = replace(PHASES[0], examples=40, steps=3, batch=2)
     phases = (phase, replace(phase, name="later", steps=2))
 
@@ -65,7 +63,7 @@ def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tm
             if torch.load(tmp_path / name / "flux.pt", weights_only=True)["step"] == stop:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("kontext_min.nano.pretrain_flux.export", export)
+        monkeypatch.setattr("kontext_min.nano.pretrain.export", export)
         pretrain_flux(tmp_path / name, vae, tokenizers[0], phases, 2)
         nano = torch.load(tmp_path / name / "flux.pt", weights_only=True)["nano"]
         return torch.cat([tensor.flatten() for tensor in nano.values()])
@@ -81,13 +79,13 @@ def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tm
 
 def test_only_missing_latents_are_made(tokenizers, tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
-    vae, phase = VAE(CONFIG).requires_grad_(False), replace(PHASES[0], examples=40)
+    vae, phase = VAE(AUTOENCODER).requires_grad_(False), replace(PHASES[0], examples=40)
     first = cached_buckets(tmp_path, vae, tokenizers[0], phase)
     assert f"{PARTS} of {PARTS} parts" in capsys.readouterr().out
     (tmp_path / "latents-64px.1").unlink()
     again = cached_buckets(tmp_path, vae, tokenizers[0], phase)
     assert f"1 of {PARTS} parts" in capsys.readouterr().out
-    monkeypatch.setattr("kontext_min.nano.pretrain_flux.ProcessPoolExecutor", None)  # not needed any more
+    monkeypatch.setattr("kontext_min.nano.pretrain.ProcessPoolExecutor", None)  # not needed any more
     last = cached_buckets(tmp_path, vae, tokenizers[0], phase)
     assert capsys.readouterr().out == ""
     for buckets in (again, last):
