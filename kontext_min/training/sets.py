@@ -10,8 +10,7 @@ from kontext_min.data.buckets import Geometry, Transform, extent, same_aspect
 from kontext_min.data.cache import Cache
 from kontext_min.data.degrade import check as check_generator
 from kontext_min.data.examples import Degradation, Example, Mix, View, draw
-from kontext_min.data.pairs import Captions, Picture, Pictures
-from kontext_min.data.problems import Problems, near_miss
+from kontext_min.data.pairs import Captions, Picture, Pictures, Problems, near_miss
 from kontext_min.training.items import asked
 
 
