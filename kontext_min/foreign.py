@@ -6,19 +6,13 @@ from typing import ClassVar
 import json5
 from pydantic import BaseModel, ConfigDict, model_validator
 
-RENAMED = {
-    "checkpoint_step_interval": "checkpointing_steps", "fused_qkv_projections": "fuse_qkv_projections",
-    "validation_step_interval": "validation_steps", "validation_input": "validation",
-}  # fmt: skip
-
 # values, as text in small letters, by which a refused key asks for nothing: such a key is left out too
 OFF = {"", "none", "false", "0", "0.0", "[]", "{}", "default", "standard", "diffusers", "unmodified", "flow_matching"}
 
-# the file's tables, {what is said: "key key …"} -> {key: what is said}
-CONFIG_IGNORED, LYCORIS_IGNORED, CONFIG_REFUSED, LYCORIS_REFUSED, DATASET_IGNORED, DATASET_REFUSED = (
-    {key: said for said, keys in table.items() for key in keys.split()}
-    for table in json5.loads(Path(__file__).with_suffix(".json5").read_text(encoding="utf-8")).values()
-)
+TABLES = {  # of the file: name -> key -> what is said of it, which of renamed keys is our name
+    name: {key: said for said, keys in table.items() for key in keys.split()}
+    for name, table in json5.loads(Path(__file__).with_suffix(".json5").read_text(encoding="utf-8")).items()
+}
 
 
 class Strict(BaseModel):
@@ -43,7 +37,7 @@ class Strict(BaseModel):
         if not isinstance(values, dict):
             return validate(values)
         values = {cls.SAME.get(key, key): value for key, value in values.items()}
-        used = LYCORIS_IGNORED if values.get("lora_type") == "lycoris" else ()
+        used = TABLES["LYCORIS_IGNORED"] if values.get("lora_type") == "lycoris" else ()
         ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values and key not in used}
         off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in OFF]
         ignored |= dict.fromkeys(off, "what it says is always so here")

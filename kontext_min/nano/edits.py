@@ -1,7 +1,4 @@
-"""What nano learns, and what it is kept from learning: prompts and exact results of every edit, and pairs for LoRAs.
-
-`example(split, index, size)` is the whole data set of pretraining.
-"""
+"""What nano learns and what is held out: prompts and exact results of every edit, as `example`, and pairs for LoRAs."""
 
 import re
 from dataclasses import dataclass, replace
@@ -20,35 +17,28 @@ from kontext_min.nano.scenes import COLOURS, Picture, cover, draw, exchange, hea
 PHOTOS = Path(__file__).parents[2] / "configs" / "photos"
 
 # fmt: off
-MIX = {  # share of each edit in pretraining
-    "recolour": 0.13, "remove": 0.10, "add": 0.15, "move": 0.15, "background": 0.08,
-    "resize": 0.02, "reshape": 0.02, "swap": 0.01, "insert": 0.03,
-    "grayscale": 0.06, "darker": 0.03, "brighter": 0.03, "flip": 0.06, "border": 0.03, "blur": 0.04,
-    "keep": 0.03,
-    "text to image": 0.03,
-}
-TEMPLATES = {
-    "recolour": ("make the {thing} {colour}", "change the color of the {thing} to {colour}",
-                 "turn the {thing} {colour}", "paint the {thing} {colour}", "recolor the {thing} to {colour}"),
-    "remove": ("remove the {thing}", "delete the {thing}", "erase the {thing}", "take away the {thing}"),
-    "add": ("add a {thing} in the {place}", "put a {thing} in the {place}", "draw a {thing} in the {place}"),
-    "move": ("move the {thing} to the {place}", "shift the {thing} to the {place}"),
-    "background": ("make the background {colour}", "change the background to {colour}",
-                   "replace the background with plain {colour}"),
-    "resize": ("make the {thing} {how}", "draw the {thing} {how}"),
-    "reshape": ("turn the {thing} into a {shape}", "replace the {thing} with a {shape}"),
-    "swap": ("swap the {thing} and the {other}", "exchange the {thing} and the {other}"),
-    "insert": ("put the object of the second picture in the {place}",
-               "add the object from the second picture in the {place}"),
-    "grayscale": ("make it black and white", "convert the image to grayscale", "turn the picture gray",
-                  "remove the colors"),
-    "darker": ("make the image darker", "darken the picture", "make it darker"),
-    "brighter": ("make the image brighter", "brighten the picture", "make it brighter"),
-    "flip": ("flip the image horizontally", "mirror the picture", "flip it left to right"),
-    "border": ("add a {colour} border", "put a {colour} frame around the picture"),
-    "blur": ("blur the image", "make the picture blurry"),
-    "keep": ("keep the image unchanged", "do nothing", "keep it the same"),
-    "text to image": ("{things} on a {colour} background",),
+MIX = {  # edit: its share in pretraining, and its templates
+    "recolour": (0.13, "make the {thing} {colour}", "change the color of the {thing} to {colour}",
+        "turn the {thing} {colour}", "paint the {thing} {colour}", "recolor the {thing} to {colour}"),
+    "remove": (0.10, "remove the {thing}", "delete the {thing}", "erase the {thing}", "take away the {thing}"),
+    "add": (0.15, "add a {thing} in the {place}", "put a {thing} in the {place}", "draw a {thing} in the {place}"),
+    "move": (0.15, "move the {thing} to the {place}", "shift the {thing} to the {place}"),
+    "background": (0.08, "make the background {colour}", "change the background to {colour}",
+        "replace the background with plain {colour}"),
+    "resize": (0.02, "make the {thing} {how}", "draw the {thing} {how}"),
+    "reshape": (0.02, "turn the {thing} into a {shape}", "replace the {thing} with a {shape}"),
+    "swap": (0.01, "swap the {thing} and the {other}", "exchange the {thing} and the {other}"),
+    "insert": (0.03, "put the object of the second picture in the {place}",
+        "add the object from the second picture in the {place}"),
+    "grayscale": (0.06, "make it black and white", "convert the image to grayscale", "turn the picture gray",
+        "remove the colors"),
+    "darker": (0.03, "make the image darker", "darken the picture", "make it darker"),
+    "brighter": (0.03, "make the image brighter", "brighten the picture", "make it brighter"),
+    "flip": (0.06, "flip the image horizontally", "mirror the picture", "flip it left to right"),
+    "border": (0.03, "add a {colour} border", "put a {colour} frame around the picture"),
+    "blur": (0.04, "blur the image", "make the picture blurry"),
+    "keep": (0.03, "keep the image unchanged", "do nothing", "keep it the same"),
+    "text to image": (0.03, "{things} on a {colour} background"),
 }
 # fmt: on
 PHOTO_SHARE, LEAVES_SHARE = 0.45, 0.15  # of the global edits and of keep; the rest are scenes; leaves only train
@@ -70,7 +60,7 @@ class Example:
 
 def instruction(r: np.random.Generator, edit: str, **words: str) -> str:
     """One of the edit's templates, filled in; at times with a capital letter or a full stop, as people write."""
-    prompt = pick(r, TEMPLATES[edit]).format(**words)
+    prompt = pick(r, MIX[edit][1:]).format(**words)
     prompt = re.sub(r"\ba (?=orange)", "an ", prompt)
     prompt = prompt[0].upper() + prompt[1:] if r.random() < 0.25 else prompt
     return prompt + "." if r.random() < 0.15 else prompt
@@ -208,7 +198,7 @@ def example(split: str, index: int, size: Size, edit: str | None = None) -> Exam
     if edit in HELD_OUT:
         return held_out_example(split, index, size, edit)
     r = np.random.default_rng([SPLITS[split], index])
-    drawn = r.choice(list(MIX), p=list(MIX.values()))
+    drawn = r.choice(list(MIX), p=[share for share, *_ in MIX.values()])
     edit = edit or str(drawn)
     if edit in scenes.EDITS:
         scene = random_scene(r, least=2 if edit == "swap" else 1, most=2 if edit == "text to image" else 3)

@@ -1,9 +1,8 @@
 """How well nano edits, alone or with a LoRA: seeded held-out pictures, a rule that looks at pixels, a contact sheet."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -16,7 +15,7 @@ from kontext_min.checkpoints.load import find, load_flux, load_vae
 from kontext_min.checkpoints.save import write_json
 from kontext_min.data.buckets import Size
 from kontext_min.encoders import TextEncoder, to_image
-from kontext_min.nano.edits import MIX, example
+from kontext_min.nano.edits import MIX, Example, example
 from kontext_min.nano.pretrain import to_tensor
 from kontext_min.sheet import card, page
 
@@ -57,36 +56,12 @@ class Editor:
         return self.vae.decode(x).clamp(-1, 1)
 
 
-class Cases(NamedTuple):
-    """Examples of one edit and one size; pictures (B, 3, H, W) in -1..1."""
-
-    prompts: list[str]
-    references: list[Tensor]
-    target: Tensor
-    size: Size
-    photograph: Tensor  # (B,) bool
-
-
-def cases_of(edit: str, count: int) -> list[Cases]:
+def batches(edit: str, count: int) -> Iterator[list[Example]]:
     """`count` validation examples of an edit, learnt or held out, in batches of one size."""
-    batches = []
     for size in dict.fromkeys(SIZES):
         numbers = [10_000 + i for i in range(count) if SIZES[i % len(SIZES)] == size]
         for start in range(0, len(numbers), BATCH):
-            tasks = [example("validation", i, size, edit) for i in numbers[start : start + BATCH]]
-            columns = zip(*((task.target, *task.references) for task in tasks), strict=True)
-            target, *references = (to_tensor(pictures) for pictures in columns)
-            photograph = torch.tensor([task.photograph for task in tasks])
-            batches.append(Cases([task.prompt for task in tasks], references, target, size, photograph))
-    return batches
-
-
-def success(output: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    """Per picture: whether what should change came out and the rest stayed. (B,) bool"""
-    mask = changed_pixels(reference, target)
-    error, before = (((x - target).square() * mask).flatten(1).sum(1) for x in (output, reference))
-    done = (error < ENOUGH * before) & ~(outside_psnr(output, reference, target) < UNDISTURBED)
-    return torch.where(before > 0, done, psnr(output, target) > KEPT)
+            yield [example("validation", i, size, edit) for i in numbers[start : start + BATCH]]
 
 
 def psnr(output: Tensor, target: Tensor, mask: Tensor | float = 1.0) -> Tensor:
@@ -96,35 +71,34 @@ def psnr(output: Tensor, target: Tensor, mask: Tensor | float = 1.0) -> Tensor:
     return -10 * torch.log10((squared.flatten(1).sum(1) / mask.flatten(1).sum(1)).clamp(min=1e-8))
 
 
-def changed_pixels(reference: Tensor, target: Tensor) -> Tensor:
-    """(B, 1, H, W), 1 where the edit changes something one can see."""
-    return ((target - reference).abs().amax(1, keepdim=True) > CHANGED).float()
-
-
-def outside_psnr(output: Tensor, reference: Tensor, target: Tensor) -> Tensor:
-    """PSNR in dB on the pixels that should stay, per picture; nan where all change. (B,)"""
-    return psnr(output, target, 1 - changed_pixels(reference, target))
+def judge(output: Tensor, reference: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Per picture: 1 if what should change came out and the rest stayed, else 0; the rest's PSNR, nan without. (B,)"""
+    mask = ((target - reference).abs().amax(1, keepdim=True) > CHANGED).float()  # what one can see, (B, 1, H, W)
+    error, before = (((x - target).square() * mask).flatten(1).sum(1) for x in (output, reference))
+    outside = psnr(output, target, 1 - mask)
+    done = (error < ENOUGH * before) & ~(outside < UNDISTURBED)
+    return torch.where(before > 0, done, psnr(output, target) > KEPT).float(), outside
 
 
 @torch.inference_mode()
-def measure(editor: Editor, batch: Cases, sampling: sampler.Sampling) -> tuple[dict[str, Tensor], Image.Image]:
+def measure(editor: Editor, tasks: list[Example], sampling: sampler.Sampling) -> tuple[dict[str, Tensor], Image.Image]:
     """Per-picture numbers of one batch, each (B,), and a card of one case, a photograph if there is one."""
-    prompts, references, target, size, photograph = batch
+    columns = zip(*((task.target, *task.references) for task in tasks), strict=True)
+    target, *references = map(to_tensor, columns)  # (B, 3, H, W) in -1..1
+    prompts, photograph = [task.prompt for task in tasks], torch.tensor([task.photograph for task in tasks])
+    size = Size(*target.shape[:1:-1])
     output = editor(prompts, references, size, sampling)
     ceiling = editor.vae.decode(editor.vae.encode(target)).clamp(-1, 1)
     numbers = {"psnr": psnr(output, target), "ceiling": psnr(ceiling, target)}
     if references:
         shuffled = editor(prompts, [pictures.roll(1, dims=0) for pictures in references], size, sampling)
+        pictures = (output, ceiling, shuffled)
+        (done, outside), (best, apart), (wrong, _) = (judge(made, references[0], target) for made in pictures)
         numbers |= {
             "copy": psnr(references[0], target).clamp(max=60),
-            "success": success(output, references[0], target).float(),
-            "success_ceiling": success(ceiling, references[0], target).float(),
-            "shuffled": success(shuffled, references[0], target).float(),
-            "shuffled_psnr": psnr(shuffled, target),
-            "outside": outside_psnr(output, references[0], target),
-            "outside_ceiling": outside_psnr(ceiling, references[0], target),
-        }
-        numbers["photographs"] = torch.where(photograph, numbers["success"], torch.nan)
+            "success": done, "success_ceiling": best, "shuffled": wrong, "shuffled_psnr": psnr(shuffled, target),
+            "outside": outside, "outside_ceiling": apart, "photographs": torch.where(photograph, done, torch.nan),
+        }  # fmt: skip
     row = int(photograph.int().argmax())
     named = [*(("reference", pictures) for pictures in references), ("nano", output), ("target", target)]
     return numbers, card([prompts[row]], [(label, to_image(pictures[row])) for label, pictures in named])
@@ -134,7 +108,7 @@ def evaluate(editor: Editor, edits: Iterable[str], count: int, sampling=SAMPLING
     """Means over `count` cases of every edit, printed as they come, and a sheet with three cases of each."""
     table, cards = {}, []
     for edit in edits:
-        numbers, shown = zip(*(measure(editor, batch, sampling) for batch in cases_of(edit, count)), strict=True)
+        numbers, shown = zip(*(measure(editor, batch, sampling) for batch in batches(edit, count)), strict=True)
         means = {key: torch.cat([part[key] for part in numbers]).nanmean().item() for key in numbers[0]}
         table[edit] = {key: round(mean, 3) for key, mean in means.items() if mean == mean}  # no photographs: nan
         print(f"{edit:14s}", *(f"{key} {mean:5.2f}" for key, mean in table[edit].items()), flush=True)

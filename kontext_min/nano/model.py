@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -55,14 +56,10 @@ class Nano(nn.Module):
         return Condition(txt=self.t5(ids[0]), vec=self.clip(ids[1]), references=references)
 
 
-class Tokenizers:
+def tokenizers_of(folder: Path) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
     """Both tokenizers of a model folder: prompts -> (T5 ids, CLIP ids), each (B, LENGTH)."""
-
-    def __init__(self, folder: Path):
-        self.t5, self.clip = T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer")
-
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        return self.t5(prompts), self.clip(prompts)
+    t5, clip = T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer")
+    return lambda prompts: (t5(prompts), clip(prompts))
 
 
 def export(folder: Path, nano: Nano, vae: VAE) -> None:
@@ -70,9 +67,6 @@ def export(folder: Path, nano: Nano, vae: VAE) -> None:
     save_model(folder, flux=nano.flux, vae=vae, t5=nano.t5, clip=nano.clip)
     index = json.loads((folder / "model_index.json").read_text())
     write_json(folder / "model_index.json", index | {"_name_or_path": NANO.name})
-
-
-# ------------------------------------------------------------------------------------------------ tokenizers
 
 
 def corpus() -> list[str]:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from kontext_min import flow
 from kontext_min.data.buckets import Size
+from kontext_min.data.cache import whole_file
 from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import TARGETS, any_picture, example
-from kontext_min.nano.model import AUTOENCODER, Nano, Tokenizers, export
+from kontext_min.nano.model import AUTOENCODER, Nano, export, tokenizers_of
 from kontext_min.nano.scenes import Picture, pick
 
 MOMENTUM = 0.95
@@ -137,13 +138,8 @@ class Training:
     def save(self) -> None:
         """Replace the file."""
         optims = [optim.state_dict() for optim in self.optims]
-        save_whole({self.name: self.network.state_dict(), "optims": optims, "step": self.step}, self.file)
-
-
-def save_whole(content, file: Path) -> None:
-    """torch.save under another name first, so that a file is never half written."""
-    torch.save(content, unfinished := file.with_name(file.name + ".tmp"))
-    unfinished.rename(file)
+        with whole_file(self.file) as file:
+            torch.save({self.name: self.network.state_dict(), "optims": optims, "step": self.step}, file)
 
 
 def to_tensor(pictures: list[Picture]) -> Tensor:
@@ -204,7 +200,7 @@ def pretrain_vae(folder: Path, steps: int) -> VAE:
 def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> None:
     """Every PARTS-th batch of the phase's examples, drawn, encoded and sorted into buckets; the suffix is the first."""
     torch.set_num_threads(1)
-    tokenizers, chunks = Tokenizers(tokenizer_folder), {}
+    tokenizers, chunks = tokenizers_of(tokenizer_folder), {}
     for start in range(int(file.suffix[1:]) * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
         size = phase.sizes[start // ENCODE_BATCH % len(phase.sizes)]
         numbers = range(start, min(start + ENCODE_BATCH, phase.examples))
@@ -215,7 +211,8 @@ def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> No
             target, *references = (vae.encode(to_tensor(pictures)).half().contiguous() for pictures in columns)
             bucket = Bucket(target, references, *tokenizers([task.prompt for task in group]))
             chunks.setdefault((count, *size), []).append(bucket)
-    save_whole({key: vars(joined(buckets)) for key, buckets in chunks.items()}, file)
+    with whole_file(file) as unfinished:
+        torch.save({key: vars(joined(buckets)) for key, buckets in chunks.items()}, unfinished)
 
 
 def joined(chunks: list[Bucket]) -> Bucket:
@@ -290,7 +287,7 @@ def distil_loss(nano: Nano, teacher: Nano, data: Bucket, empty: tuple, generator
 def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int) -> None:
     """Train through all phases and distil guidance, or go on from `work`/flux.pt; each is exported to `folder`."""
     torch.manual_seed(2)
-    nano, empty = Nano(), Tokenizers(folder)([""])
+    nano, empty = Nano(), tokenizers_of(folder)([""])
     run = Training(work / "flux.pt", "nano", nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
     total, done = sum(phase.steps for phase in phases), 0
     for phase in phases:
@@ -318,7 +315,8 @@ def distil_guidance(run: Training, folder: Path, buckets: list[Bucket], empty: t
     """The phase's steps after `first`; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
     file, last = folder / "teacher.pt", first + phase.steps
     if run.step == first:
-        save_whole(run.network.state_dict(), file)
+        with whole_file(file) as unfinished:
+            torch.save(run.network.state_dict(), unfinished)
     teacher = copy.deepcopy(run.network).requires_grad_(False)
     teacher.load_state_dict(torch.load(file, weights_only=True))
     while run.step < last:

@@ -274,9 +274,8 @@ def view(entry: Dataset, picture: Picture, geometry: Geometry, seed: tuple[str |
     def crop(epoch: int) -> Transform:
         return geometry.transform(size, tuple(draw("crop", *seed, epoch).random(2).tolist()))
 
-    return View(
-        picture, crop(0), crop=crop if entry.vae_cache_clear_each_epoch and geometry.style == "random" else None
-    )
+    anew = entry.vae_cache_clear_each_epoch and geometry.style == "random"
+    return View(picture, crop(0), crop=crop if anew else None)
 
 
 def generated_id(entry: Dataset, generator: Generator) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kontext_min.models.vae import VAE
-from kontext_min.nano.evaluate import success
-from kontext_min.nano.model import AUTOENCODER, CLIP_TOKENS, LENGTH, Nano, Tokenizers, write_clip, write_t5
+from kontext_min.nano.evaluate import judge
+from kontext_min.nano.model import AUTOENCODER, CLIP_TOKENS, LENGTH, Nano, tokenizers_of, write_clip, write_t5
 from kontext_min.nano.pretrain import (
     PARTS,
     PHASES,
@@ -37,7 +37,7 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano")
     write_t5(folder / "tokenizer_2")
     write_clip(folder / "tokenizer")
-    return folder, Tokenizers(folder)
+    return folder, tokenizers_of(folder)
 
 
 def test_tokenizers_give_the_ids_of_transformers(tokenizers):
@@ -132,7 +132,7 @@ def test_success_needs_the_change_done_and_the_rest_left():
     output[1] = 0  # nothing done
     output[2, :, 4:] = 0.5  # done, and the rest spoilt
     output[3] = 0.5  # something done where nothing should be
-    assert success(output, reference, target).tolist() == [True, False, False, False]
+    assert judge(output, reference, target)[0].tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.slow
