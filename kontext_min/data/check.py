@@ -6,10 +6,9 @@ from collections import Counter
 from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
-from kontext_min.data.align import shift_between
+from kontext_min.compare import MARGIN, card, page, shift_between
 from kontext_min.data.buckets import Size, share_cut
 from kontext_min.data.examples import Example, Mix, View, use_of
-from kontext_min.sheet import MARGIN, card, page
 
 WIDTH = 2400  # pixels of the page at most
 DRAWN, AMPLIFIED = 400, 4  # examples on one page at most (all of them are measured); differences

@@ -1,7 +1,6 @@
 """Which references belong to which target: found completely, or named as a problem.
 
-Four ways to give pairs: folders with the same relative paths, a JSONL or CSV file, side-by-side pictures, and
-`NAME_ref.png` beside `NAME.png`. A picture is known by its relative path without extension.
+By the same relative path in two folders, which is a picture's name; by a JSONL or CSV file; as halves; or by a suffix.
 """
 
 import csv

@@ -13,11 +13,11 @@ from kontext_min.adapters.inject import apply_updates
 from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.load import find, load_flux, load_vae
 from kontext_min.checkpoints.save import write_json
+from kontext_min.compare import card, page
 from kontext_min.data.buckets import Size
 from kontext_min.encoders import TextEncoder, to_image
 from kontext_min.nano.edits import MIX, Example, example
 from kontext_min.nano.pretrain import to_tensor
-from kontext_min.sheet import card, page
 
 SIZES = (Size(96, 96), Size(112, 80), Size(80, 112), Size(96, 96))
 SAMPLING = sampler.Sampling(steps=8, guidance=1.0, seed=0)
@@ -85,8 +85,8 @@ def measure(editor: Editor, tasks: list[Example], sampling: sampler.Sampling) ->
     """Per-picture numbers of one batch, each (B,), and a card of one case, a photograph if there is one."""
     columns = zip(*((task.target, *task.references) for task in tasks), strict=True)
     target, *references = map(to_tensor, columns)  # (B, 3, H, W) in -1..1
-    prompts, photograph = [task.prompt for task in tasks], torch.tensor([task.photograph for task in tasks])
-    size = Size(*target.shape[:1:-1])
+    prompts, size = [task.prompt for task in tasks], Size(*target.shape[:1:-1])
+    photograph = torch.tensor([task.photograph for task in tasks])
     output = editor(prompts, references, size, sampling)
     ceiling = editor.vae.decode(editor.vae.encode(target)).clamp(-1, 1)
     numbers = {"psnr": psnr(output, target), "ceiling": psnr(ceiling, target)}

@@ -117,9 +117,8 @@ COMMANDS = {run.__name__: run for run in (attention, ablate, lora, path, drift)}
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        prog="python -m kontext_min.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m kontext_min.study", description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("command", choices=COMMANDS, metavar="COMMAND")
     add("--image", required=True, metavar="FILE", help="the reference")

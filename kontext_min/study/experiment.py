@@ -19,7 +19,7 @@ from kontext_min.adapters.inject import muted, updates
 from kontext_min.adapters.layers import Adapted
 from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.load import find
-from kontext_min.data.align import psnr, shift_between
+from kontext_min.compare import card, page, psnr, shift_between
 from kontext_min.data.buckets import Size, fit, open_image
 from kontext_min.edit import open_editor, output_size
 from kontext_min.encoders import decode_image, encode_image, pixels_per_token
@@ -28,7 +28,6 @@ from kontext_min.models.flux import Flux
 from kontext_min.models.tokenizers import T5Tokenizer
 from kontext_min.models.vae import VAE
 from kontext_min.sampler import Field, Sampling
-from kontext_min.sheet import card, page
 from kontext_min.study.hooks import Call, average
 
 Table = dict[str, dict[str, float]]  # row -> column -> number
@@ -187,7 +186,7 @@ def repeat(experiment: Experiment, rounds: int) -> tuple[list[Image.Image], Tabl
     """Apply the edit to the picture, to its result, and so on, each time from the same noise.
 
     -> the pictures, and beside the first one: PSNR in dB, the shift by phase correlation in pixels with its confidence
-    (`data.align`), and the change of the mean red, green and blue, of 255.
+    (`compare`), and the change of the mean red, green and blue, of 255.
     """
     if rounds < 1:
         raise ValueError(f"drift takes 1 round or more, got --rounds {rounds}")
