@@ -115,13 +115,14 @@ def outline(picture: Picture) -> Picture:
     return picture * np.clip(1.6 - 2 * edges, 0, 1)[..., None].astype(np.float32)
 
 
-def hollow(r: np.random.Generator, size: Size) -> tuple[str, Picture, Picture]:
-    """One object of a scene becomes a ring through which one sees what is behind. -> prompt, reference, target"""
+def hollow(r: np.random.Generator, size: Size) -> Example:
+    """One object of a scene becomes a ring through which one sees what is behind."""
     scene = random_scene(r)
     thing = pick(r, scene.objects)
     hole = cover(replace(thing, radius=0.62 * thing.radius), size)
     reference, behind = draw(scene, size), draw(exchange(scene, thing), size)
-    return f"hollow out the {thing.name}", reference, reference * (1 - hole) + behind * hole
+    target = reference * (1 - hole) + behind * hole
+    return Example("hollow", f"hollow out the {thing.name}", (reference,), target)
 
 
 def inset(picture: Picture, second: Picture) -> Picture:
@@ -216,8 +217,7 @@ def held_out_example(split: str, index: int, size: Size, edit: str) -> Example:
     """`example` of one of HELD_OUT."""
     r = np.random.default_rng([SPLITS[split], 5, index])
     if edit == "hollow":
-        prompt, reference, target = hollow(r, size)
-        return Example(edit, prompt, (reference,), target)
+        return hollow(r, size)
     photograph, picture = any_picture(r, split, size)
     if edit == "inset":
         _, second = any_picture(r, split, size)

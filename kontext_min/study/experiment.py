@@ -23,11 +23,9 @@ from kontext_min.compare import card, page, psnr, shift_between
 from kontext_min.data.buckets import Size, fit, open_image
 from kontext_min.edit import open_editor, output_size
 from kontext_min.encoders import decode_image, encode_image, pixels_per_token
-from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.tokenizers import T5Tokenizer
 from kontext_min.models.vae import VAE
-from kontext_min.sampler import Field, Sampling
 from kontext_min.study.hooks import Call, average
 
 Table = dict[str, dict[str, float]]  # row -> column -> number
@@ -43,7 +41,7 @@ class Experiment:
     flux: Flux  # its modules are the sites
     vae: VAE
     image: Image.Image  # the reference as the model sees it
-    conditions: dict[str, Condition]  # of every instruction, the one that is studied first, and of "", none
+    conditions: dict[str, flow.Condition]  # of every instruction, the one that is studied first, and of "", none
     words: dict[str, slice]  # of the first instruction: their tokens
     noise: Tensor  # (1, 16, h, w)
     times: Tensor  # (steps + 1,), falling
@@ -61,14 +59,14 @@ class Experiment:
         multiple = pixels_per_token(editor.vae)
         picture = fit(picture, output_size([Size(*picture.size)], size, "auto", editor.preset, multiple))
         latents = encode_image(editor.vae, picture).to(device)
-        conditions = {text: Condition(*encoded, [latents]) for text, encoded in texts.items()}
+        conditions = {text: flow.Condition(*encoded, [latents]) for text, encoded in texts.items()}
         words = word_slices(T5Tokenizer(find(presets.locate(model)).folder / "tokenizer_2"), prompts[0])
         noise = flow.draw_noise(latents.shape, torch.Generator().manual_seed(seed)).to(device)
         times = flow.schedule(steps, flow.token_count(*noise.shape[-2:]), editor.shift)
         return cls(editor.flux, editor.vae, picture, conditions, words, noise, times, guidance)
 
     @property
-    def condition(self) -> Condition:
+    def condition(self) -> flow.Condition:
         """Of the first instruction."""
         return next(iter(self.conditions.values()))
 
@@ -84,11 +82,11 @@ class Experiment:
         target, reference = slice(text, text + tokens), slice(text + tokens, text + 2 * tokens)
         return {"text": slice(0, text), "target": target, "reference": reference}
 
-    def field(self, condition: Condition) -> Field:
+    def field(self, condition: flow.Condition) -> sampler.Field:
         """The velocity field of a condition."""
-        return sampler.guided(self.flux, condition, None, Sampling(guidance=self.guidance))
+        return sampler.guided(self.flux, condition, None, sampler.Sampling(guidance=self.guidance))
 
-    def run(self, condition: Condition | None = None) -> Tensor:
+    def run(self, condition: flow.Condition | None = None) -> Tensor:
         """The finished latents, (1, 16, h, w)."""
         *_, x = sampler.euler(self.field(condition or self.condition), self.noise, self.times)
         return x

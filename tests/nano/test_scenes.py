@@ -110,9 +110,9 @@ def test_every_demo_pair_has_its_edited_target_and_caption():
 
 
 def test_hollow_shows_the_background_inside_and_nothing_else_changes():
-    prompt, reference, target = edits.hollow(np.random.default_rng(3), Size(96, 96))
-    changed = np.abs(target - reference).max(-1) > 0.05
-    assert prompt.startswith("hollow out the ") and 0.01 < changed.mean() < 0.12
+    task = edits.hollow(np.random.default_rng(3), Size(96, 96))
+    changed = np.abs(task.target - task.references[0]).max(-1) > 0.05
+    assert task.prompt.startswith("hollow out the ") and 0.01 < changed.mean() < 0.12
     rows, columns = np.nonzero(changed)
     assert np.ptp(rows) < 40 and np.ptp(columns) < 40  # one object of 36 pixels
 
