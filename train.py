@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kontext_min import presets, report
+from kontext_min import parallel, presets, report
 from kontext_min.adapters.inject import start_from
 from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints import load
@@ -77,12 +77,13 @@ def report_data(config: Config):
 
 def encode(config: Config, sets: Sets, items: list[Item], checkpoint: load.Checkpoint, place: tuple) -> list[Examples]:
     """Make what is made once, then text and latents, cached by content. -> what is trained and what is validated on."""
-    make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
     (device, dtype), mix, texts = place, mix_of(config), text_cache(config)
     negatives = [item.negative for item in items if config.validation_guidance_real != 1]
     prompts = (*(item.prompt for item in items), *negatives)
-    examples = Examples(sets.training, checkpoint, texts, dtype, mix)
-    validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts)
+    with parallel.first_alone():
+        make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
+        examples = Examples(sets.training, checkpoint, texts, dtype, mix)
+        validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts)
     captions, pictures = (sum(made) for made in zip(examples.encode(device), validation.encode(device), strict=True))
     print(f"encoded {captions} captions and {pictures} pictures; all else was cached")
     return [examples, validation]
@@ -100,6 +101,11 @@ def main(argv: list[str]):
         return print(*explain(config), sep="\n")
     if "--check" in options:
         return report_data(config)
+    full = config.model_type == "full"
+    sharded = full or config.fsdp_enable
+    parallel.join(config.distributed_timeout, anyway=sharded)
+    if parallel.restarted():
+        config = config.model_copy(update={"resume_from_checkpoint": "latest"})
     sets, checkpoint = check(config)
     print(*(f"{key} is ignored: {why}" for key, why in config.ignored.items()), *sets.notes, sep="\n")
     folder = RunFolder(config.output_dir)
@@ -109,20 +115,26 @@ def main(argv: list[str]):
     items = items_of(config, sets, presets.preset_of(checkpoint.folder))
     examples, validation = encode(config, sets, items, checkpoint, (device, dtype))
     if "--prune-cache" in options:
-        return print(examples.prune(validation))
+        return print(parallel.by_first(examples.prune)(validation))
     trained = read_adapter(config.init_lora) if config.init_lora else None  # before its folder may be set aside
-    if state.chosen(config) is None and (aside := folder.set_aside()):
-        print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
+    with parallel.first_alone():
+        if state.chosen(config) is None and (aside := folder.set_aside()):
+            print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
-    # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
+    # model: load, and quantise or shard, as it streams -> freeze -> adapt -> checkpoint
     quantise = quantize_int8 if "int8" in config.base_model_precision else None
     if quantise:
         print(
             f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)"
         )
-    flux = load.load_flux(checkpoint, device, dtype, quantise).requires_grad_(False)
+    then, home = quantise, torch.device("cpu") if config.fsdp_cpu_offload else device
+    if sharded:
+        then = parallel.sharding(full, dtype, config.fsdp_cpu_offload)
+    flux = load.load_flux(checkpoint, home, torch.float32 if full else dtype, then).requires_grad_(full)
+    if sharded:
+        parallel.shard(flux, dtype, config.fsdp_cpu_offload)
     torch.manual_seed(config.seed)
-    parameters = add_adapter(config, flux)
+    parameters = [*flux.parameters()] if full else add_adapter(config, flux)
     if trained:
         start_from(flux, trained.updates)
         print(f"init_lora {trained.path}: {trained.title}")
@@ -137,13 +149,18 @@ def main(argv: list[str]):
     validator = Validator(editor, validation, items, sampling_of(config), folder)
     evaluator = Evaluator(config, flux, validation, sets.unseen)
     print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
-    print(report.write(config.output_dir))
+    print(parallel.by_first(report.write)(config.output_dir))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        parallel.leave()
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        parallel.last_words(f"train.py: {error}")
+    except RuntimeError as error:
+        if not parallel.lost(error):
+            raise
+        parallel.last_words("train.py: another rank died, or does not answer")
     except KeyboardInterrupt:
         sys.exit(130)

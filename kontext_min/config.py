@@ -183,12 +183,15 @@ class Config(Strict):
     # model
     model_family: Literal["flux"] = "flux"
     model_flavour: Literal["kontext"] = "kontext"
-    model_type: Literal["lora"] = "lora"
+    model_type: Literal["lora", "full"] = knob("lora", "full: all parameters, spread over the ranks of torchrun")
     pretrained_model_name_or_path: str = knob("nano", "model folder, hub id, or nano, the embedded model")
     base_model_precision: Precision = knob("no_change", "of the frozen base; the two int8 are one, half of bf16's size")
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
+    fsdp_enable: bool = knob(False, "each of torchrun's ranks keeps a part of the frozen base; with full always so")
+    fsdp_cpu_offload: bool = knob(False, "these parts, their gradients and moments lie in the host's memory")
+    distributed_timeout: float = knob(10.0, "minutes in which a rank must answer another", gt=0)
 
     # data
     data_backend_config: DataList = knob(..., "the data list or its file; default multidatabackend.json beside this")
@@ -306,6 +309,9 @@ class Config(Strict):
     @property
     def idle(self) -> set[str]:
         """Keys that say nothing of the kind of adapter that is trained."""
+        if self.model_type == "full":
+            named = {key for key in Config.model_fields if key.startswith("lora_")}
+            return named | {"use_dora", "lycoris_config", "init_lora", "flux_lora_target"}
         if self.lora_type == "standard":
             return {"lycoris_config"}
         preset = self.lycoris_config and self.lycoris_config.apply_preset.target_module
@@ -318,7 +324,17 @@ class Config(Strict):
         lokr, form, split = self.lora_type == "lycoris", self.lora_format, self.validation_split
         flows, curve = self.flow_use_uniform_schedule + self.flow_use_beta_schedule, "constant" not in self.lr_scheduler
         precisions = (self.base_model_precision, self.mixed_precision)
+        full, quantised = self.model_type == "full", self.base_model_precision not in ("no_change", "bf16")
         contradictions = {
+            f"model_type full has no adapter; take out {idle}": full and idle,
+            "model_type full trains in fp32 beside mixed_precision: set base_model_precision to no_change": full
+            and quantised,
+            "model_type full keeps no average: take out use_ema": full and self.use_ema,
+            "fsdp_enable: a quantised base is kept whole; set base_model_precision to no_change": self.fsdp_enable
+            and quantised,
+            "use_dora needs whole weights: take out fsdp_enable": self.fsdp_enable and self.use_dora,
+            "fsdp_cpu_offload needs fsdp_enable, or model_type full": self.fsdp_cpu_offload
+            and not (full or self.fsdp_enable),
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,
             f"lora_type lycoris is described by lycoris_config; take out {idle}": lokr and idle,
             f"lora_format: a {form} file cannot hold LoKr or DoRA": form != "diffusers" and (lokr or self.use_dora),

@@ -33,7 +33,7 @@ class Editor:
     @property
     def device(self) -> torch.device:
         """Where the sampling runs."""
-        return next(self.flux.parameters()).device
+        return self.vae.decoder.conv_in.weight.device
 
 
 def open_editor(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from kontext_min.models.flux import Flux
@@ -34,21 +35,25 @@ def in_use(device: torch.device) -> dict[str, float]:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Bytes of a tensor; of a quantised one, of all that it is made of."""
+    """Bytes of a tensor; of a quantised one, of all that it is made of; of one in shards, of this rank's."""
+    if isinstance(tensor, DTensor):
+        return size_of(tensor.to_local())
     if hasattr(tensor, "__tensor_flatten__"):
         return sum(size_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
-def predicted(flux: Flux, vae: nn.Module, tokens: int, checkpointed: bool, adapter: float) -> list[str]:
-    """A training step's memory, line by line. tokens: of the largest batch; adapter: bytes of all that is trained."""
+def predicted(
+    flux: Flux, vae: nn.Module, tokens: int, dtype: torch.dtype, checkpointed: bool, trained: float
+) -> list[str]:
+    """A training step's memory, line by line. tokens: of the largest batch, computed in dtype; trained: its bytes."""
     frozen = [t for t in (*flux.parameters(), *flux.buffers()) if not t.requires_grad]
     parts = {"transformer": sum(map(size_of, frozen)), "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers())))}
-    parts["adapter, its gradient, the optimizer's state and the average, if any"] = adapter
+    parts["what is trained, its gradient, the optimizer's state and the average, if any"] = trained
     rest = "all activations (gradient_checkpointing is off)"
     if checkpointed:
         blocks, rest = len(flux.double_blocks) + len(flux.single_blocks), "what one block computes"
-        inputs = blocks * flux.config.hidden_size * frozen[0].element_size() * tokens
+        inputs = blocks * flux.config.hidden_size * dtype.itemsize * tokens
         parts[f"inputs of {blocks} blocks, kept for {tokens} tokens"] = inputs
     parts[f"and {rest}: measured, in the bar and metrics.jsonl"] = sum(parts.values())
     return [f"{size / GB:8.3f} GB  {name}" for name, size in parts.items()]

@@ -2,6 +2,7 @@
 
 config.json                       every key in force; a config file again
 metrics.jsonl                     a line per optimizer step
+model/                            with model_type full: the model, trained, in its own layout
 pytorch_lora_weights.safetensors  the LoRA; ema/ has its average, sample-reference-1.png what infer.py shows it on
 checkpoint-500/                   all that a run needs to go on
 README.md  report.html  logs/     the model card; everything on one page; what trackers write
@@ -17,7 +18,7 @@ from pathlib import Path
 LORA = "pytorch_lora_weights.safetensors"
 LEFT_BEHIND = (
     "config.json", "metrics.jsonl", "validation", "*.safetensors", "ema", "checkpoint-*", "sample-reference-*.png",
-    "logs", "wandb-id", "README.md", "report.html",
+    "logs", "wandb-id", "README.md", "report.html", "model",
 )  # fmt: skip
 
 
@@ -27,7 +28,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
-        self.lora, self.average = path / LORA, path / "ema" / LORA
+        self.lora, self.average, self.model = path / LORA, path / "ema" / LORA, path / "model"
         self.card, self.report = path / "README.md", path / "report.html"
         self.validation = path / "validation"
         self.items = self.validation / "items.json"

@@ -1,7 +1,8 @@
-"""Our modules -> a model folder in diffusers' layout, the form in which nano is shipped."""
+"""Our modules -> model folders: in diffusers' layout, as nano is shipped, or in that of the model that was trained."""
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kontext_min import flow
+from kontext_min import flow, parallel
 from kontext_min.checkpoints import keys
 from kontext_min.checkpoints.keys import Source
-from kontext_min.checkpoints.load import same_names
+from kontext_min.checkpoints.load import Checkpoint, empty_flux, same_names
 from kontext_min.models.clip import CLIPText
 from kontext_min.models.flux import Flux
 from kontext_min.models.t5 import T5Encoder
@@ -86,6 +87,36 @@ def stream(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, r
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             file.write(read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy())
+
+
+def save_trained(flux: Flux, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype):
+    """A model folder with this transformer in its file's layout, in one file; all else is linked from its checkpoint.
+
+    All ranks call it, since the tensors may lie in shards. Rank 0 writes, one tensor after another.
+    """
+    *_, table = empty_flux(checkpoint)
+    tensors, old = dict(flux.named_parameters()), checkpoint.components["transformer"].files
+    places = {name: ours for ours, source in table.items() for name in source.names}
+    cut = (source.disassemble(tensors[ours].detach().to("meta")) for ours, source in table.items())
+    shapes = {name: tuple(part.shape) for parts in cut for name, part in parts.items()}
+
+    def read(name: str) -> Tensor:
+        source = table[places[name]]
+        return source.disassemble(parallel.whole(tensors[places[name]].detach()).to("cpu", dtype))[name]
+
+    if parallel.rank():
+        return [read(name) for name in shapes] and None
+    shutil.rmtree(folder, ignore_errors=True)
+    alone = old[0].parent == checkpoint.folder  # a single file among others
+    target = folder / old[0].name if alone else folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    target.parent.mkdir(parents=True)
+    for path in checkpoint.folder.iterdir():
+        if path not in old and path.name != "transformer":
+            (folder / path.name).symlink_to(path.resolve())
+    for path in () if alone else old[0].parent.glob("config.json"):
+        shutil.copy(path, target.parent)
+    stream(target.with_suffix(".tmp"), shapes, dtype, read)
+    target.with_suffix(".tmp").rename(target)
 
 
 def write_json(path: Path, value: dict):

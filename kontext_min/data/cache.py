@@ -32,7 +32,7 @@ def digest(*parts: str | bytes) -> str:
 def weights_id(component: Component, memo: Path) -> str:
     """A network's identity: settings and content of all files. memo: a JSON file with the hashes of unchanged ones."""
     known = json.loads(memo.read_text(encoding="utf-8")) if memo.is_file() else {}
-    parts = [repr(sorted(component.config.items()))]
+    before, parts = len(known), [repr(sorted(component.config.items()))]
     for path in component.files:
         stat = path.stat()
         key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -40,8 +40,9 @@ def weights_id(component: Component, memo: Path) -> str:
             with open(path, "rb") as file:
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()
         parts.append(known[key])
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.write_text(json.dumps(known, indent=2), encoding="utf-8")
+    if len(known) > before:
+        with whole_file(memo) as file:
+            file.write_text(json.dumps(known, indent=2), encoding="utf-8")
     return digest(*parts)
 
 
@@ -76,7 +77,7 @@ class Cache:
             return self.path(key).is_file() and bool(self.get(key))
         except ValueError:
             print(f"{self.path(key)} is damaged; it is made anew")
-            self.path(key).unlink()
+            self.path(key).unlink(missing_ok=True)
             return False
 
     def get(self, key: str) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from kontext_min import parallel
 from kontext_min.checkpoints.load import Checkpoint, load_vae
 from kontext_min.data.buckets import Size, Transform
 from kontext_min.data.cache import Cache, digest, weights_id, whole_file
@@ -222,23 +223,28 @@ class Examples:
         return digest(repr(parts), *views, repr(self.mix), self.vae_id, self.text_id)
 
     def encode(self, device: torch.device) -> tuple[int, int]:
-        """Fill the caches, loading a network only if something is missing. -> how many captions and pictures."""
+        """Fill the caches, loading a network only if something is missing. -> how many captions and pictures.
+
+        All ranks look what is missing, and each makes its share of that.
+        """
         captions = [caption for caption in self.captions() if not self.texts.whole(self._text_key(caption))]
-        if captions:
+        kept = [(Cache(e.cache_dir), view) for e in self.examples for view in e.views() if not view.fleeting]
+        views = {(cache, self.keys[view]): view for cache, view in kept if not cache.whole(self.keys[view])}
+        parallel.wait()
+        if mine := parallel.own(captions):
             encode = TextEncoder(self.checkpoint, device, self.dtype)
-            for caption in tqdm(captions, desc="encoding captions", unit=" captions"):
+            for caption in tqdm(mine, desc="encoding captions", unit=" captions"):
                 txt, vec = encode(caption)
                 self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
             del encode
             free(device)
-        kept = [(Cache(e.cache_dir), view) for e in self.examples for view in e.views() if not view.fleeting]
-        views = {(cache, self.keys[view]): view for cache, view in kept if not cache.whole(self.keys[view])}
-        if views:
+        if mine := parallel.own([*views.items()]):
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
-            for (cache, key), view in tqdm(views.items(), desc="encoding pictures", unit=" pictures"):
+            for (cache, key), view in tqdm(mine, desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": encode_view(vae, view)})
             del vae
             free(device)
+        parallel.wait()
         return len(captions), len(views)
 
     def prune(self, *others: "Examples") -> str:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kontext_min import flow
+from kontext_min import flow, parallel
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples, Use, use_of
 from kontext_min.models.flux import Flux
@@ -35,11 +35,13 @@ class Evaluator:
         """Evaluate. -> what to say of it, nothing without pairs."""
         if not self.uses:
             return ""
-        own = torch.stack([self.losses(use, use) for use in self.uses])
+        own = torch.stack(parallel.shared_out(self.losses, [(use, use) for use in self.uses]))
         loss, curve, probe = own.mean().item(), [*zip(self.times, own.mean(0).tolist(), strict=True)], self.probe(own)
         warned = bool(step) and ignored(probe)
         line = {"step": step, "loss": loss, "per_timestep": curve, "probe": probe, "pairs": len(self.uses)}
-        append(self.file, {**line, "unseen": self.unseen, **({"warning": WARNING} if warned else {})})
+        parallel.by_first(append)(
+            self.file, {**line, "unseen": self.unseen, **({"warning": WARNING} if warned else {})}
+        )
         text = f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {'unseen' if self.unseen else 'trained'} pairs"
         for kind, name in (("shuffled", "another pair's reference"), ("none", "no reference")):
             text += f", {probe[kind]:.4f} with {name}" if probe and probe[kind] is not None else ""
@@ -49,9 +51,10 @@ class Evaluator:
         """The mean loss of the pairs that have references, with their own, with another pair's, and with none."""
         uses = [use for use in self.uses if use.references]
         others = [self.other(use) for use in uses]
-        groups = {"own": [own[use.index] for use in uses], "shuffled": [], "none": [self.losses(u, None) for u in uses]}
+        groups = {"own": [own[use.index] for use in uses], "shuffled": []}
+        groups["none"] = parallel.shared_out(self.losses, [(use, None) for use in uses])
         if None not in others:  # else a mean would be over fewer pairs
-            groups["shuffled"] = [self.losses(use, other) for use, other in zip(uses, others, strict=True)]
+            groups["shuffled"] = parallel.shared_out(self.losses, [*zip(uses, others, strict=True)])
         means = {kind: torch.stack(found).mean().item() if found else None for kind, found in groups.items()}
         return means if uses else None
 
@@ -61,9 +64,9 @@ class Evaluator:
         ring = [u for u in ring if u.references and self.shown[u.index] != self.shown[use.index]]
         return min(ring, key=lambda u: u.shape != use.shape, default=None)
 
-    def losses(self, use: Use, shown: Use | None) -> Tensor:
-        """(T,) the loss of a pair's target at every time, with the references of `shown`."""
-        device = next(self.flux.parameters()).device
+    def losses(self, pair: tuple[Use, Use | None]) -> Tensor:
+        """(T,) the loss of the first use's target at every time, with the references of the second."""
+        (use, shown), device = pair, parallel.place(self.flux)
         batch = self.examples.batch([use], device)
         references = self.examples.batch([shown], device).condition.references if shown else []
         batch = replace(batch, condition=replace(batch.condition, references=references))

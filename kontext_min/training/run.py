@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kontext_min import flow
+from kontext_min import flow, parallel
 from kontext_min.adapters.inject import updates
 from kontext_min.adapters.write import write_adapter
+from kontext_min.checkpoints.save import save_trained
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
@@ -42,21 +43,23 @@ class Run:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
         config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
-        self.parts = {"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer}
-        self.parts |= {"ema": self.ema} if self.ema else {}
+        self.kept = state.Parts({"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer})
+        self.kept |= {"ema": self.ema} if self.ema else {}
+        if config.model_type == "full":
+            self.kept = parallel.Shards(self.flux, optimizer)
         self.done = start = 0
         if path := state.chosen(config):
-            self.done = start = state.restore(path, self.parts, self.identity, config.allow_changed_resume)
+            self.done = start = state.restore(path, self.kept, self.identity, config.allow_changed_resume)
             print(f"going on from {path}, after step {start}")
-        self.folder.config.write_text(config.record(), encoding="utf-8")
         if start >= config.max_train_steps:
             return f"max_train_steps {config.max_train_steps} is already reached; nothing to do"
-        self.folder.rewind(start)
+        self.begin(start)
+        parallel.wait()
         skipped = sum("skipped" in line for line in read_lines(self.folder.metrics))
         self.stop_when_told()
-        if config.validation_on_startup:
+        if config.validation_on_startup or config.model_type == "full":  # later there is no base
             self.validator.prepare()
-        with Tracker(config, parameters[0].device, start) as self.tracker:
+        with Tracker(config, parallel.place(self.flux), start) as self.tracker:
             if not start:
                 self.look(0, False, True)  # the base model's loss
             try:
@@ -65,25 +68,42 @@ class Run:
                     if self.each_step(step):
                         break
             except ValueError as error:  # nothing is lost: the LoRA as it was before the step that failed
-                self.write(self.done)
-                kept = state.checkpoints(self.folder.path)
-                last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-                raise ValueError(f"{error}\n{last}; {self.folder.lora} is the LoRA so far") from error
-        write_card(config, {**self.recipe, "trained_steps": self.done}, self.examples)
+                left = "" if config.model_type == "full" else f"; {self.folder.lora} is the LoRA so far"
+                if left:
+                    self.write(self.done)
+                raise ValueError(f"{error}\n{self.last()}{left}") from error
+            except RuntimeError as error:
+                if not parallel.lost(error):
+                    raise
+                what = f"after step {self.done} a rank died, or was silent for {config.distributed_timeout:g} minutes"
+                remedy = "go on with resume_from_checkpoint=latest, or let torchrun do it: --max-restarts 3"
+                raise ConnectionError(f"{what}\n{self.last()}; {remedy}") from error
+        if config.model_type == "lora":
+            parallel.by_first(write_card)(config, {**self.recipe, "trained_steps": self.done}, self.examples)
+        left = (self.folder.lora, self.folder.average, self.folder.model, self.folder.sheet(self.done))
         if self.interrupted.is_set():
-            return f"stopped; {self.folder.lora} is the LoRA so far; go on with resume_from_checkpoint=latest"
-        left = (self.folder.lora, self.folder.average, self.folder.sheet(self.done))
+            return (
+                f"stopped; {next(filter(Path.exists, left), '')} is it so far; go on with resume_from_checkpoint=latest"
+            )
         return "\n".join(str(file) for file in left if file.exists())
+
+    @parallel.by_first
+    def begin(self, start: int):
+        """The run's settings; logs end where it goes on."""
+        self.folder.config.write_text(self.config.record(), encoding="utf-8")
+        self.folder.rewind(start)
 
     def each_step(self, step: int) -> bool:
         """After the n-th step, counted from 1: what is due. -> whether to stop."""
+        if parallel.total(self.interrupted.is_set()):  # on any rank
+            self.interrupted.set()
         self.done, config, stop = step, self.config, self.interrupted.is_set()
         if self.ema and due(step, config.ema_update_interval):
             self.ema.update()
         done, shown = step == config.max_train_steps, due(step, config.validation_steps)
         interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
         if stop or done or due(step, config.checkpointing_steps):
-            state.save(self.folder.path, step, self.parts, self.identity, config.checkpoints_total_limit)
+            state.save(self.folder.path, step, self.kept, self.identity, config.checkpoints_total_limit)
         if stop or done or shown:
             self.write(step)
         if done or shown or due(step, interval):
@@ -100,8 +120,21 @@ class Run:
             tqdm.write("\n".join(filter(None, said)))
             self.tracker.validated(step)
 
+    def last(self) -> str:
+        """What one can go on from."""
+        kept = state.checkpoints(self.folder.path)
+        return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+
     def write(self, step: int):
-        """The adapter as it is after a step, in the dtype of the computation, and its average if there is one."""
+        """What is trained as it is after a step, in the dtype of the computation."""
+        if self.config.model_type == "full":
+            save_trained(self.flux, self.examples.checkpoint, self.folder.model, self.examples.dtype)
+        else:
+            self.write_adapter(step)
+
+    @parallel.by_first
+    def write_adapter(self, step: int):
+        """The adapter, and its average if there is one."""
         recipe, dtype, adapter = {**self.recipe, "trained_steps": step}, self.examples.dtype, list(updates(self.flux))
         form = "lycoris" if self.config.lycoris_config else self.config.lora_format.replace("comfyui", "comfy")
         write_adapter(self.folder.lora, adapter, recipe, dtype, form)
@@ -133,7 +166,7 @@ def recipe(config: Config, shown: Item) -> dict:
     kind = {"lora_type", "lora_rank", "use_dora", "lycoris_config", "flux_lora_target"} - config.idle
     for i, view in enumerate(shown.references, 1):
         files.append(config.output_dir.resolve() / f"sample-reference-{i}.png")
-        view.open().save(files[-1])
+        parallel.by_first(view.open().save)(files[-1])
     return {
         "title": config.output_dir.name, "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
         "prompt": [shown.prompt], "negative_prompt": shown.negative, "cfg_scale": config.validation_guidance_real,

@@ -2,6 +2,7 @@
 
 Noise, times, dropout and the order of the data are functions of (seed, step), so a checkpoint is the states of adapter,
 optimizer and EMA, and the step. It appears whole or not at all, and old ones are removed only after a new one is whole.
+All ranks call `save` and `restore`; they may be more or fewer when a run goes on, if a step still has as many batches.
 """
 
 import hashlib
@@ -9,25 +10,26 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 
+from kontext_min import parallel
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples
 
-TENSORS, STATE = "tensors.pt", "state.json"
+STATE = "state.json"
 FREE = (  # keys that begin so may change between a checkpoint and the run that goes on from it
     "max_train_steps", "output_dir", "cache_dir", "checkpoint", "resume_from_checkpoint", "allow_changed_resume",
     "validation", "eval_", "num_eval_", "user_prompt_library", "ema_validation", "skip_nonfinite_steps",
-    "report_to", "tracker_", "logging_dir",
+    "report_to", "tracker_", "logging_dir", "fsdp_", "distributed_timeout",
     # the data's fingerprint tells of these
     "data_backend_config", "resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "caption_strategy",
 )  # fmt: skip
 FIXED = {  # nothing goes on without them
     "lora_type", "lora_rank", "lora_rank_pattern", "use_dora", "lycoris_config", "flux_lora_target", "optimizer",
-    "use_ema", "weights",
+    "use_ema", "weights", "model_type",
 }  # fmt: skip
 
 
@@ -36,38 +38,76 @@ def identity(config: Config, examples: Examples) -> dict:
     values = {key: value for key, value in config.model_dump(mode="json").items() if not key.startswith(FREE)}
     if not config.lr_scheduler.startswith("constant"):
         values["max_train_steps"] = config.max_train_steps
+    values["gradient_accumulation_steps"] *= parallel.world()  # what counts is how many batches a step has
     return {**values, "data": examples.fingerprint(), "weights": examples.weights_of("transformer")}
 
 
-def checksum(file: Path) -> str:
-    """Of a file's bytes."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+class Kept(Protocol):
+    """The states of a run, which are written to a folder and read from it by all ranks together."""
+
+    def save(self, folder: Path): ...
+
+    def load(self, folder: Path): ...
 
 
-def save(folder: Path, step: int, parts: dict[str, Any], identity: dict, limit: int):
-    """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so.
+class Parts(dict):
+    """Name -> what has a state_dict, whole and alike on every rank: the adapter, the optimizer, the EMA."""
 
-    parts: what has a state_dict, by name: the adapter, the optimizer, the EMA.
-    """
+    @parallel.by_first
+    def save(self, folder: Path):
+        """Write one file."""
+        torch.save({name: part.state_dict() for name, part in self.items()}, folder / "tensors.pt")
+
+    def load(self, folder: Path):
+        """Bring all parts to the state of the file."""
+        saved = torch.load(folder / "tensors.pt", map_location="cpu", weights_only=True)
+        for name, part in self.items():
+            part.load_state_dict(saved[name])
+
+
+def checksum(folder: Path) -> str:
+    """Of all files' names and bytes but the state's own."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.name != STATE):
+        with open(file, "rb") as opened:
+            digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def save(folder: Path, step: int, kept: Kept, identity: dict, limit: int):
+    """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so."""
     final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        torch.save({name: part.state_dict() for name, part in parts.items()}, temporary / TENSORS)
-        state = {"step": step, "checksum": checksum(temporary / TENSORS), "identity": identity}
-        (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync(folder)
+        empty(temporary)
+        parallel.wait()
+        kept.save(temporary)
+        parallel.wait()
+        finish(temporary, final, {"step": step, "identity": identity}, limit)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = checkpoints(folder)
         last = f"the last whole one is {kept[-1]}" if kept else "there is none before it"
         raise OSError(f"checkpoint {step} could not be written ({error}); {last}") from error
-    for old in checkpoints(folder)[:-limit]:
+
+
+@parallel.by_first
+def empty(folder: Path):
+    """A new folder, instead of an old one if need be."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+@parallel.by_first
+def finish(temporary: Path, final: Path, state: dict, limit: int):
+    """Complete a checkpoint and give it its name, then remove the oldest."""
+    state = {**state, "checksum": checksum(temporary)}
+    (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    sync(final.parent)
+    for old in checkpoints(final.parent)[:-limit]:
         shutil.rmtree(old)
 
 
@@ -94,16 +134,15 @@ def chosen(config: Config) -> Path | None:
     return Path(wanted)
 
 
-def restore(path: Path, parts: dict[str, Any], identity: dict, allow_changes: bool) -> int:
-    """Bring all parts to the state of a checkpoint. -> its step.
+def restore(path: Path, kept: Kept, identity: dict, allow_changes: bool) -> int:
+    """Bring a run to the state of a checkpoint. -> its step.
 
     Raises ValueError listing what changed since, or naming the checkpoint before a damaged one.
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if checksum(path / TENSORS) != state["checksum"]:
+        if parallel.rank() == 0 and checksum(path) != state["checksum"]:
             raise ValueError("its checksum differs")
-        saved = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError) as error:
         before = [p for p in checkpoints(path.parent) if p != path]
         remedy = f"go on with resume_from_checkpoint={before[-1]}" if before else "start anew"
@@ -115,6 +154,5 @@ def restore(path: Path, parts: dict[str, Any], identity: dict, allow_changes: bo
         remedy = "undo that, or start anew in another output_dir" + ", or set allow_changed_resume=true" * (not fixed)
         lines = [f"  {key}: {old.get(key)!r} -> {identity.get(key)!r}" for key in changed]
         raise ValueError("\n".join([f"{path} was made with other settings; {remedy}:", *lines]))
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
+    kept.load(path)
     return state["step"]

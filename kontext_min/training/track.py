@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from kontext_min import parallel
 from kontext_min.config import Config
 from kontext_min.memory import in_use
 from kontext_min.run_folder import RunFolder, append, read_lines
@@ -25,7 +26,7 @@ class Tracker(AbstractContextManager):
         self.loss = self.weight = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
-        self.reporters = [REPORTERS[name](config, start) for name in asked(config)]
+        self.reporters = [REPORTERS[name](config, start) for name in asked(config) if parallel.rank() == 0]
         self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
 
     def __exit__(self, *_):
@@ -33,6 +34,7 @@ class Tracker(AbstractContextManager):
         for reporter in self.reporters:
             reporter.close()
 
+    @parallel.by_first
     def log(self, step: int, values: dict[str, float | None]):
         """One optimizer step; a skipped one has no loss."""
         values = {**values, **in_use(self.device)}
@@ -46,6 +48,7 @@ class Tracker(AbstractContextManager):
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
+    @parallel.by_first
     def validated(self, step: int):
         """Pass on the numbers and pictures that validation left for a step."""
         self.bar.unpause()  # the time that validation takes is none of the steps'

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from kontext_min import flow
+from kontext_min import flow, parallel
 from kontext_min.adapters.inject import muted
 from kontext_min.config import Config
 from kontext_min.data.cache import digest
@@ -30,16 +30,18 @@ def train(
 ) -> Iterator[tuple[int, dict]]:
     """Optimizer steps start + 1 to max_train_steps, each yielded with its numbers when it is done.
 
+    A step takes gradient_accumulation_steps batches on every rank, of which none sees another's.
+
     Raises ValueError when a loss or gradient is no longer finite: the parameters are then still those before it. Up to
     skip_nonfinite_steps such steps, `skipped` of them before the start, are left out instead: their loss is None.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    device, share = parameters[0].device, config.gradient_accumulation_steps
+    device, share = parallel.place(flux), config.gradient_accumulation_steps * parallel.world()
     curve = (config.lr_end / config.learning_rate, config.lr_power, config.lr_num_cycles)
     numbered = islice(enumerate(batches(examples, config)), start * share, None)
     for step in range(start + 1, config.max_train_steps + 1):
         began, loss, seen = time.perf_counter(), 0.0, []
-        for number, uses in islice(numbered, share):
+        for number, uses in parallel.own(list(islice(numbered, share))):
             batch = examples.batch(uses, device)
             drawn = draw(batch, uses, number, config, shift)
             torch.manual_seed(seeded("dropout", config.seed, number).initial_seed())
@@ -47,14 +49,17 @@ def train(
             part.backward()
             loss += part.item()
             seen += [f"{use.example.name} at t = {t:.4f}" for use, t in zip(uses, drawn.t.tolist(), strict=True)]
-        norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+        loss = parallel.total(loss)
+        parallel.summed([parameter.grad for parameter in parameters])
+        norm = float(parallel.whole(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
         factor = rate_factor(config.lr_scheduler, step - 1, config.max_train_steps, config.lr_warmup_steps, *curve)
         values = {"loss": loss, "grad_norm": norm, "lr": config.learning_rate * factor}
         if math.isfinite(loss) and math.isfinite(norm):
             set_rate(optimizer, values["lr"])
             optimizer.step()
         else:
-            what = f"step {step}: the loss is {loss} and the gradient's norm {norm}, of {', '.join(seen)}"
+            shown = ", ".join(chain.from_iterable(parallel.gathered(seen)))
+            what = f"step {step}: the loss is {loss} and the gradient's norm {norm}, of {shown}"
             if skipped >= config.skip_nonfinite_steps:
                 raise ValueError(f"{what}; lower learning_rate, or let a few such steps go by: skip_nonfinite_steps=3")
             skipped += 1

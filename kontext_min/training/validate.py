@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from kontext_min import parallel
 from kontext_min.adapters.inject import muted
 from kontext_min.compare import card, page, psnr
 from kontext_min.config import Config
@@ -53,16 +54,22 @@ class Validator:
         if note.is_file() and note.read_text() == made_from:
             self.base = [Image.open(self.folder.picture("base", i)).convert("RGB") for i in range(len(self.items))]
         elif self.items:
-            for old in self.folder.validation.glob("*/"):  # of other items
-                shutil.rmtree(old)
-            for i, item in enumerate(self.items):
-                views = {f"input-{k}": view for k, view in enumerate(item.references, 1)}
-                for kind, view in (views | ({"target": item.target} if item.target else {})).items():
-                    save(view.open(), self.folder.picture(kind, i))
+            self.clear()
             with muted(self.editor.flux):
                 self.base = self.pictures("base")
-            self.folder.items.write_text(listed + "\n", encoding="utf-8")
-            note.write_text(made_from)
+            write = parallel.by_first(Path.write_text)
+            write(self.folder.items, listed + "\n", encoding="utf-8")
+            write(note, made_from)
+
+    @parallel.by_first
+    def clear(self):
+        """Remove what was made of other items, and write what these are made from."""
+        for old in self.folder.validation.glob("*/"):
+            shutil.rmtree(old)
+        for i, item in enumerate(self.items):
+            views = {f"input-{k}": view for k, view in enumerate(item.references, 1)}
+            for kind, view in (views | ({"target": item.target} if item.target else {})).items():
+                save(view.open(), self.folder.picture(kind, i))
 
     def text(self, prompt: str) -> Text:
         """An encoded prompt on the model's device."""
@@ -71,15 +78,16 @@ class Validator:
     @torch.no_grad()
     def pictures(self, kind: str) -> list[Image.Image]:
         """One picture per item, with what the model holds now; each is written as of this kind."""
-        made = []
-        for i, item in enumerate(self.items):
-            negative = self.text(item.negative) if self.sampling.cfg_scale != 1 else None
-            text, references = self.text(item.prompt), [view.open() for view in item.references]
-            made.append(
-                edit(self.editor, text, references, item.size, replace(self.sampling, seed=item.seed), negative)
-            )
-            save(made[-1], self.folder.picture(kind, i))
+        made = parallel.shared_out(self.made, self.items)
+        for i, image in enumerate(made):
+            parallel.by_first(save)(image, self.folder.picture(kind, i))
         return made
+
+    def made(self, item: Item) -> Image.Image:
+        """One item's picture."""
+        negative = self.text(item.negative) if self.sampling.cfg_scale != 1 else None
+        text, references = self.text(item.prompt), [view.open() for view in item.references]
+        return edit(self.editor, text, references, item.size, replace(self.sampling, seed=item.seed), negative)
 
     def run(self, step: int) -> str:
         """Write all pictures of a step, and a line of psnr.jsonl on those with a target. -> one sentence on them."""
@@ -87,8 +95,13 @@ class Validator:
             return f"step {step}: nothing to show, num_eval_images is 0 or validation is disabled"
         if not self.base:
             self.prepare()
+        return self.compare(step, self.pictures(f"{step:06d}"))
+
+    @parallel.by_first
+    def compare(self, step: int, made: list[Image.Image]) -> str:
+        """The sheet and the line of psnr.jsonl."""
         rows, scores = [], []
-        for item, base, lora in zip(self.items, self.base, self.pictures(f"{step:06d}"), strict=True):
+        for item, base, lora in zip(self.items, self.base, made, strict=True):
             cells = [("input", view.open()) for view in item.references]
             cells += [("base", base), ("LoRA", lora)]
             if item.target is not None:

@@ -1,0 +1,211 @@
+"""Many devices, one recipe: `torchrun train.py CONFIG` makes one rank of each, on torch.distributed; alone, rank 0 of 1.
+
+Every rank runs the same program on batches of its own. Gradients are summed, work that is done once is shared out, and
+rank 0 alone speaks and writes. A model can lie in shards on all ranks (FSDP2), which gather one block at a time.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+# ------------------------------------------------------------------------------------------------ ranks
+
+STORE: list[dist.Store] = []  # of this run's group, where the ranks see each other's notes
+
+
+def join(minutes: float, anyway: bool = False):
+    """Join the group that torchrun describes in the environment; without torchrun none, or one of this rank `anyway`.
+
+    A rank that waits for another for more than `minutes` gives up. Ranks but the first fall silent.
+    """
+    launched, backend = "RANK" in os.environ, "gloo"
+    if torch.cuda.is_available() and (launched or anyway):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+    if launched or anyway:
+        store, number, count = next(dist.rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
+        STORE.append(store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=minutes))
+    if rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def leave():
+    """End the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def restarted() -> bool:
+    """Whether torchrun started this again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error is torch.distributed's way to say that another rank has died, or hangs."""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def last_words(text: str):
+    """Exit with an error, which the first rank to fail tells, whichever it is; the others fail of that."""
+    try:
+        first = STORE[0].add("failed", 1) == 1 if STORE else os.environ.get("RANK", "0") == "0"
+    except RuntimeError:  # the store has died with its rank
+        first = True
+    if first:
+        print(text, file=sys.__stderr__, flush=True)
+    sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------ together
+
+
+def by_first(function: Callable) -> Callable:
+    """Decorates what rank 0 alone does; on the others it is nothing, and gives None."""
+
+    @wraps(function)
+    def done(*arguments, **more):
+        return None if rank() else function(*arguments, **more)
+
+    return done
+
+
+def summed(values: Sequence[Tensor]):
+    """Make every tensor the sum of all ranks', in place; those of shards are already."""
+    if world() > 1:
+        for work in [dist.all_reduce(value, async_op=True) for value in values if not isinstance(value, DTensor)]:
+            work.wait()
+
+
+def total(value: float) -> float:
+    """The sum of all ranks' numbers."""
+    sums = torch.tensor(value, dtype=torch.float64)
+    summed([sums])
+    return sums.item()
+
+
+def wait():
+    """Until all ranks are here."""
+    total(0)
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Rank 0 goes first; the others come to what it has made."""
+    if rank():
+        wait()
+    yield
+    if not rank():
+        wait()
+
+
+def gathered(value) -> list:
+    """What every rank has, in their order."""
+    found = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def own(items: Sequence) -> Sequence:
+    """A rank's share of what all ranks have to do."""
+    return items[rank() :: world()]
+
+
+def shared_out(work: Callable, items: Sequence) -> list:
+    """[work(item) for item in items], shared out. All ranks work equally often, as models in shards need it."""
+    if not items:
+        return []
+    rounds = -(-len(items) // world())
+    mine = [work(items[min(i * world() + rank(), len(items) - 1)]) for i in range(rounds)]
+    found = gathered(mine)
+    return [found[i % world()][i // world()] for i in range(len(items))]
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+def sharding(trained: bool, dtype: torch.dtype, offloaded: bool) -> Callable[[nn.Module, str], None]:
+    """For `load_flux(then=...)`: each block becomes shards on all ranks as soon as its last tensor is there.
+
+    trained: whether the shards get gradients, kept as they were loaded; dtype: what blocks compute in; offloaded: shards
+    lie in the host's memory. At last call `shard` on the whole.
+    """
+
+    def then(flux: nn.Module, name: str):
+        group, number, *_ = name.split(".")
+        if group in ("double_blocks", "single_blocks"):
+            block = getattr(flux, group)[int(number)]
+            if not any(parameter.is_meta for parameter in block.parameters()):
+                shard(block.requires_grad_(trained), dtype, offloaded)
+
+    return then
+
+
+def shard(module: nn.Module, dtype: torch.dtype, offloaded: bool):
+    """Spread all parameters of a module that are not yet so over the ranks. Gradients are summed over them in fp32."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # nothing here works in place on what a model returns
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # times and angles stay in fp32
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offloaded else OffloadPolicy()
+    fully_shard(module, mp_policy=precision, offload_policy=offload)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
+def place(model: nn.Module) -> torch.device:
+    """Where a model computes; the shards of an offloaded one lie elsewhere."""
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return parameter.device
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that lies in shards, on every rank; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Shards:
+    """A model in shards and its optimizer, saved and loaded by all ranks together, however many there then are."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def states(self) -> dict:
+        """Of both, by the parameters' names."""
+        return dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer), strict=True))
+
+    def save(self, folder: Path):
+        """Write the ranks' files."""
+        save(self.states(), storage_writer=FileSystemWriter(folder))
+
+    def load(self, folder: Path):
+        """Read what this rank needs of them."""
+        states = self.states()
+        load(states, storage_reader=FileSystemReader(folder))
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
+        )
