@@ -13,8 +13,7 @@ from typing import Annotated, Literal
 import json5
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from kontext_min import foreign
-from kontext_min.foreign import Strict
+from kontext_min.foreign import TABLES, Strict
 
 
 def knob(default, meaning: str, **limits):
@@ -73,7 +72,7 @@ class Generator(BaseModel):
 class Dataset(Strict):
     """One entry of the data list: targets (edited pictures), references, or the text cache's place."""
 
-    LEFT_OUT, REFUSED = foreign.DATASET_IGNORED, foreign.DATASET_REFUSED
+    LEFT_OUT, REFUSED = TABLES["DATASET_IGNORED"], TABLES["DATASET_REFUSED"]
 
     id: str
     type: Literal["local"] = "local"
@@ -149,7 +148,7 @@ class ValidationItem(Strict):
 class LoKrSize(Strict):
     """The size of LoKrs, of all of them or, in module_algo_map, of one class of modules."""
 
-    REFUSED, SAME = foreign.LYCORIS_REFUSED, {"linear_dim": "dim", "linear_alpha": "alpha"}
+    REFUSED, SAME = TABLES["LYCORIS_REFUSED"], {"linear_dim": "dim", "linear_alpha": "alpha"}
 
     algo: Literal["lokr"] = knob("lokr", "of LyCORIS's kinds, this one is built")
     factor: int = knob(-1, "size of w1; -1: near to that of w2", ge=-1)
@@ -162,7 +161,7 @@ class LoKrSize(Strict):
 class Preset(Strict):
     """Modules by their class in diffusers, as LyCORIS's presets name them."""
 
-    REFUSED = foreign.LYCORIS_REFUSED
+    REFUSED = TABLES["LYCORIS_REFUSED"]
 
     target_module: list[ModuleClass] = knob([], "instead of flux_lora_target")
     module_algo_map: dict[ModuleClass, LoKrSize] = {}
@@ -178,8 +177,8 @@ class LyCORIS(LoKrSize):
 class Config(Strict):
     """One training run."""
 
-    LEFT_OUT = foreign.CONFIG_IGNORED | foreign.LYCORIS_IGNORED
-    REFUSED, SAME = foreign.CONFIG_REFUSED, foreign.RENAMED
+    LEFT_OUT = TABLES["CONFIG_IGNORED"] | TABLES["LYCORIS_IGNORED"]
+    REFUSED, SAME = TABLES["CONFIG_REFUSED"], TABLES["RENAMED"]
 
     # model
     model_family: Literal["flux"] = "flux"

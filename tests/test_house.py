@@ -14,12 +14,11 @@ OPTIONAL = {"torchao", "tensorboard", "wandb"}  # imported where they are used, 
 LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of its modules
     5: ["train", "infer", "report", "adapters.__main__", "study.__main__"],
     4: ["training"],
-    3: ["edit", "study.experiment", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
+    3: ["edit", "study.experiment", "presets", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.read", "adapters.write", "adapters.merge", "quantize", "memory", "parallel", "study.hooks"],
-    1: ["models", "flow", "adapters.layers", "adapters.formats", "adapters.rows", "checkpoints.keys", "data.align",
-        "data.buckets", "data.degrade", "data.problems", "sheet", "study.pictures", "training.optim", "training.ema",
-        "run_folder"],
+    1: ["models", "flow", "adapters.layers", "adapters.formats", "adapters.rows", "checkpoints.keys", "compare",
+        "data.buckets", "data.degrade", "data.pairs", "training.optim", "training.ema", "run_folder"],
     0: ["config", "foreign"],
 }  # fmt: skip
 

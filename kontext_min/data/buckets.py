@@ -139,11 +139,19 @@ def share_cut(size: Size, aspect: Size) -> float:
 
 
 def open_image(path: Path) -> Image.Image:
-    """A picture as RGB, turned as its EXIF says; transparency is laid on white. One sentence if it cannot be read."""
+    """RGB, turned as its EXIF says; 16 bits become 8, transparency white. One sentence if it cannot be read."""
     if not os.path.isfile(path):  # False also for names that no disk could hold
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     try:
-        return to_rgb(ImageOps.exif_transpose(Image.open(path)))
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a channel; save it with 8 or 16")
+        if image.mode.startswith("I;16"):
+            image = image.point(lambda value: value / 256).convert("L")
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to be a photograph ({error}); shrink it first") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -154,15 +162,3 @@ def oriented_size(path: Path) -> Size:
     """The size of a picture as `open_image` would give it, from its header alone."""
     with Image.open(path) as image:
         return Size(*image.size[:: -1 if image.getexif().get(ORIENTATION) in (5, 6, 7, 8) else 1])
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB; 16-bit grey is scaled, transparency laid on white."""
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits a channel; save it with 8 or 16")
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")

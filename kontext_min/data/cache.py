@@ -1,7 +1,4 @@
-"""Latents and encoded text on disk, keyed by content and by all that shaped the entry, never by name or position.
-
-An entry is one small safetensors file that appears whole or not at all. Deleting the folder costs only time.
-"""
+"""Latents and encoded text on disk: small files, keyed by content and all that shaped them, never by name or place."""
 
 import hashlib
 import json

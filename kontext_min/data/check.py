@@ -6,10 +6,9 @@ from collections import Counter
 from PIL import Image, ImageChops, ImageDraw
 from tqdm import tqdm
 
-from kontext_min.data.align import shift_between
-from kontext_min.data.buckets import Size
+from kontext_min.compare import MARGIN, card, page, shift_between
+from kontext_min.data.buckets import Size, share_cut
 from kontext_min.data.examples import Example, Mix, View, use_of
-from kontext_min.sheet import MARGIN, card, page
 
 WIDTH = 2400  # pixels of the page at most
 DRAWN, AMPLIFIED = 400, 4  # examples on one page at most (all of them are measured); differences
@@ -42,9 +41,8 @@ def look(example: Example, mix: Mix, side: int) -> tuple[Image.Image, list[str]]
     """Open an example's pictures, as epoch 0 shows them, once each -> its card, and what is wrong with its frames."""
     original, cells, warnings = example.target.picture.open(), [], []
     target, compared = example.target.transform(original), None
-    left, upper, right, lower = example.target.transform.box
-    cut = f"{1 - (right - left) * (lower - upper):.0%} cut off"
-    said = [f"{example.name}   {Size(*original.size)} to {example.target.size}, {cut}"]
+    size, seen = Size(*original.size), example.target.size
+    said = [f"{example.name}   {size} to {seen}, {share_cut(size, seen):.0%} cut off"]
     for view in example.references:
         cells.append(("reference", reference := view.open()))
         if reference.size != target.size:

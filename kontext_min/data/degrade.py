@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from PIL.Image import Image as Picture
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from kontext_min.data.problems import near_miss
+from kontext_min.data.pairs import near_miss
 
 GRID = 8  # JPEG's blocks are 8x8 pixels
 BLURS = {  # blur_type -> filters in order, each with its share of blur_radius

@@ -1,10 +1,10 @@
 """Which references belong to which target: found completely, or named as a problem.
 
-Four ways to give pairs: folders with the same relative paths, a JSONL or CSV file, side-by-side pictures, and
-`NAME_ref.png` beside `NAME.png`. A picture is known by its relative path without extension.
+By the same relative path in two folders, which is a picture's name; by a JSONL or CSV file; as halves; or by a suffix.
 """
 
 import csv
+import difflib
 import io
 import json
 import os
@@ -17,10 +17,43 @@ from pathlib import Path
 from PIL import Image
 
 from kontext_min.data.buckets import Size, open_image, oriented_size
-from kontext_min.data.problems import Problems, near_miss
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 NOT_READ = {".gif", ".avif", ".heic", ".heif", ".jxl", ".psd", ".svg"}
+SHOWN = 20  # of each kind of problem
+
+
+class Problems:
+    """Findings by kind. `raise_any` turns them into one ValueError, the first twenty of each kind."""
+
+    def __init__(self):
+        self.found: dict[str, list[str]] = defaultdict(list)
+        self.facts: list[str] = []  # what else was found, said with the problems or without
+
+    def add(self, kind: str, text: str):
+        """One finding, naming the file or the key."""
+        self.found[kind].append(text)
+
+    def count(self) -> int:
+        """How many there are."""
+        return sum(len(entries) for entries in self.found.values())
+
+    def raise_any(self):
+        """ValueError listing all of them, if there are any."""
+        lines = ["the data cannot be used as it is; nothing was started", *(f"  {fact}" for fact in self.facts)]
+        for kind, found in self.found.items():
+            entries = list(dict.fromkeys(found))  # a set that two others name was looked at twice
+            more = [f"… and {len(entries) - SHOWN} more"] if len(entries) > SHOWN else []
+            lines += [f"  {len(entries)} {kind}:", *(f"    {entry}" for entry in entries[:SHOWN] + more)]
+        if self.found:
+            raise ValueError("\n".join(lines))
+
+
+def near_miss(name: str, candidates: Iterable[str]) -> str:
+    """A hint at what was perhaps meant: another case, or nearly the same letters."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[near[0]]}?" if near else ""
 
 
 @dataclass(frozen=True)

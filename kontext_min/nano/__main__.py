@@ -12,12 +12,10 @@ from pathlib import Path
 
 import torch
 
-from kontext_min.nano.edits import HELD_OUT, MIX
+from kontext_min.nano.edits import HELD_OUT, MIX, write_pairs
 from kontext_min.nano.evaluate import report, report_lora
-from kontext_min.nano.held_out import write_pairs
-from kontext_min.nano.pretrain_flux import DISTIL_STEPS, PHASES, pretrain_flux
-from kontext_min.nano.pretrain_vae import VAE_STEPS, pretrain_vae
-from kontext_min.nano.vocabulary import write_clip, write_t5
+from kontext_min.nano.model import write_clip, write_t5
+from kontext_min.nano.pretrain import DISTIL_STEPS, PHASES, VAE_STEPS, pretrain_flux, pretrain_vae
 from kontext_min.presets import WEIGHTS
 
 EDITS = (*HELD_OUT, *MIX)

@@ -1,55 +1,50 @@
-"""What nano learns: templates and exact results of each edit; `example(split, index, size)` is the whole data set."""
+"""What nano learns and what is held out: prompts and exact results of every edit, as `example`, and pairs for LoRAs."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from kontext_min.checkpoints.save import write_json
 from kontext_min.data.buckets import Size
+from kontext_min.data.degrade import degrade
 from kontext_min.nano import scenes
-from kontext_min.nano.scenes import COLOURS, Picture, draw, heap_of_leaves, pick, random_scene
+from kontext_min.nano.scenes import COLOURS, Picture, cover, draw, exchange, heap_of_leaves, pick, random_scene
 
 PHOTOS = Path(__file__).parents[2] / "configs" / "photos"
-# never in pretraining, so that a LoRA has something to teach
-HELD_OUT = ("invert", "sketch", "sepia", "mosaic", "outline", "hollow", "inset", "deblur", "jpeg clean-up")
 
 # fmt: off
-MIX = {  # share of each edit in pretraining
-    "recolour": 0.13, "remove": 0.10, "add": 0.15, "move": 0.15, "background": 0.08,
-    "resize": 0.02, "reshape": 0.02, "swap": 0.01, "insert": 0.03,
-    "grayscale": 0.06, "darker": 0.03, "brighter": 0.03, "flip": 0.06, "border": 0.03, "blur": 0.04,
-    "keep": 0.03,
-    "text to image": 0.03,
-}
-TEMPLATES = {
-    "recolour": ("make the {thing} {colour}", "change the color of the {thing} to {colour}",
-                 "turn the {thing} {colour}", "paint the {thing} {colour}", "recolor the {thing} to {colour}"),
-    "remove": ("remove the {thing}", "delete the {thing}", "erase the {thing}", "take away the {thing}"),
-    "add": ("add a {thing} in the {place}", "put a {thing} in the {place}", "draw a {thing} in the {place}"),
-    "move": ("move the {thing} to the {place}", "shift the {thing} to the {place}"),
-    "background": ("make the background {colour}", "change the background to {colour}",
-                   "replace the background with plain {colour}"),
-    "resize": ("make the {thing} {how}", "draw the {thing} {how}"),
-    "reshape": ("turn the {thing} into a {shape}", "replace the {thing} with a {shape}"),
-    "swap": ("swap the {thing} and the {other}", "exchange the {thing} and the {other}"),
-    "insert": ("put the object of the second picture in the {place}",
-               "add the object from the second picture in the {place}"),
-    "grayscale": ("make it black and white", "convert the image to grayscale", "turn the picture gray",
-                  "remove the colors"),
-    "darker": ("make the image darker", "darken the picture", "make it darker"),
-    "brighter": ("make the image brighter", "brighten the picture", "make it brighter"),
-    "flip": ("flip the image horizontally", "mirror the picture", "flip it left to right"),
-    "border": ("add a {colour} border", "put a {colour} frame around the picture"),
-    "blur": ("blur the image", "make the picture blurry"),
-    "keep": ("keep the image unchanged", "do nothing", "keep it the same"),
-    "text to image": ("{things} on a {colour} background",),
+MIX = {  # edit: its share in pretraining, and its templates
+    "recolour": (0.13, "make the {thing} {colour}", "change the color of the {thing} to {colour}",
+        "turn the {thing} {colour}", "paint the {thing} {colour}", "recolor the {thing} to {colour}"),
+    "remove": (0.10, "remove the {thing}", "delete the {thing}", "erase the {thing}", "take away the {thing}"),
+    "add": (0.15, "add a {thing} in the {place}", "put a {thing} in the {place}", "draw a {thing} in the {place}"),
+    "move": (0.15, "move the {thing} to the {place}", "shift the {thing} to the {place}"),
+    "background": (0.08, "make the background {colour}", "change the background to {colour}",
+        "replace the background with plain {colour}"),
+    "resize": (0.02, "make the {thing} {how}", "draw the {thing} {how}"),
+    "reshape": (0.02, "turn the {thing} into a {shape}", "replace the {thing} with a {shape}"),
+    "swap": (0.01, "swap the {thing} and the {other}", "exchange the {thing} and the {other}"),
+    "insert": (0.03, "put the object of the second picture in the {place}",
+        "add the object from the second picture in the {place}"),
+    "grayscale": (0.06, "make it black and white", "convert the image to grayscale", "turn the picture gray",
+        "remove the colors"),
+    "darker": (0.03, "make the image darker", "darken the picture", "make it darker"),
+    "brighter": (0.03, "make the image brighter", "brighten the picture", "make it brighter"),
+    "flip": (0.06, "flip the image horizontally", "mirror the picture", "flip it left to right"),
+    "border": (0.03, "add a {colour} border", "put a {colour} frame around the picture"),
+    "blur": (0.04, "blur the image", "make the picture blurry"),
+    "keep": (0.03, "keep the image unchanged", "do nothing", "keep it the same"),
+    "text to image": (0.03, "{things} on a {colour} background"),
 }
 # fmt: on
 PHOTO_SHARE, LEAVES_SHARE = 0.45, 0.15  # of the global edits and of keep; the rest are scenes; leaves only train
 SPLITS = {"train": 1, "validation": 2}
+PAIR_SIZE = Size(96, 96)
+SEPIA = np.array([[0.393, 0.349, 0.272], [0.769, 0.686, 0.534], [0.189, 0.168, 0.131]], np.float32)
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class Example:
 
 def instruction(r: np.random.Generator, edit: str, **words: str) -> str:
     """One of the edit's templates, filled in; at times with a capital letter or a full stop, as people write."""
-    prompt = pick(r, TEMPLATES[edit]).format(**words)
+    prompt = pick(r, MIX[edit][1:]).format(**words)
     prompt = re.sub(r"\ba (?=orange)", "an ", prompt)
     prompt = prompt[0].upper() + prompt[1:] if r.random() < 0.25 else prompt
     return prompt + "." if r.random() < 0.15 else prompt
@@ -99,6 +94,50 @@ def framed(picture: Picture, colour: str) -> Picture:
     return picture
 
 
+def sketch(picture: Picture) -> Picture:
+    """Dark lines on white: luma divided by its blurred self (line width 1/40 of the short side)."""
+    luma = gray(picture)
+    return np.clip((luma + 0.05) / (blurred(luma, 40) + 0.05), 0, 1) ** 3
+
+
+def mosaic(picture: Picture) -> Picture:
+    """Flat squares, twelve along the short side."""
+    image = to_image(picture)
+    cell = min(image.size) / 12
+    small = image.resize((round(image.width / cell), round(image.height / cell)), Image.BOX)
+    return from_image(small.resize(image.size, Image.NEAREST))
+
+
+def outline(picture: Picture) -> Picture:
+    """A black line wherever brightness or colour changes abruptly (line width 1/40 of the short side)."""
+    wide = max(1, round(min(picture.shape[:2]) / 80))
+    edges = sum(np.abs(np.roll(picture, wide, axis) - np.roll(picture, -wide, axis)).sum(-1) for axis in (0, 1))
+    return picture * np.clip(1.6 - 2 * edges, 0, 1)[..., None].astype(np.float32)
+
+
+def hollow(r: np.random.Generator, size: Size) -> Example:
+    """One object of a scene becomes a ring through which one sees what is behind."""
+    scene = random_scene(r)
+    thing = pick(r, scene.objects)
+    hole = cover(replace(thing, radius=0.62 * thing.radius), size)
+    reference, behind = draw(scene, size), draw(exchange(scene, thing), size)
+    target = reference * (1 - hole) + behind * hole
+    return Example("hollow", f"hollow out the {thing.name}", (reference,), target)
+
+
+def inset(picture: Picture, second: Picture) -> Picture:
+    """The second picture at half its size in the lower right corner of the first."""
+    height, width = picture.shape[:2]
+    result, small = picture.copy(), to_image(second).resize((width // 2, height // 2), Image.BOX)
+    result[height - height // 2 :, width - width // 2 :] = from_image(small)
+    return result
+
+
+def compress(picture: Picture) -> Picture:
+    """What "jpeg clean-up" starts from."""
+    return from_image(degrade(to_image(picture), "jpeg", {"quality": 12}, np.random.default_rng(0)))
+
+
 PICTURE_EDITS = {
     "grayscale": gray,
     "darker": lambda picture: picture * 0.5,
@@ -107,6 +146,19 @@ PICTURE_EDITS = {
     "blur": blurred,
     "keep": lambda picture: picture,
 }
+# held-out edit: (prompt, function); the first group makes the target of one picture, the second one its reference
+TARGETS = {
+    "invert": ("invert the colors", lambda picture: 1 - picture),
+    "sketch": ("turn the picture into a pencil sketch", sketch),
+    "sepia": ("give the picture a sepia tone", lambda picture: np.clip(picture @ SEPIA, 0, 1)),
+    "mosaic": ("turn the picture into a mosaic", mosaic),
+    "outline": ("outline everything in black", outline),
+}
+DEGRADATIONS = {
+    "deblur": ("deblur the picture", lambda picture: blurred(picture, 40)),
+    "jpeg clean-up": ("clean up the jpeg artifacts", compress),
+}
+HELD_OUT = (*TARGETS, "hollow", "inset", *DEGRADATIONS)  # never in pretraining, so that a LoRA has something to teach
 
 
 @cache
@@ -132,10 +184,22 @@ def photo_crop(r: np.random.Generator, split: str, size: Size) -> Picture:
     return picture
 
 
+def any_picture(r: np.random.Generator, split: str, size: Size) -> tuple[bool, Picture]:
+    """A photograph (True), a heap of leaves or a scene."""
+    kind = r.random()
+    if kind < PHOTO_SHARE:
+        return True, photo_crop(r, split, size)
+    if split == "train" and kind < PHOTO_SHARE + LEAVES_SHARE:
+        return False, heap_of_leaves(r, size)
+    return False, draw(random_scene(r), size)
+
+
 def example(split: str, index: int, size: Size, edit: str | None = None) -> Example:
     """Example `index` of "train" or "validation", always the same; `edit` is drawn from MIX unless it is given."""
+    if edit in HELD_OUT:
+        return held_out_example(split, index, size, edit)
     r = np.random.default_rng([SPLITS[split], index])
-    drawn = r.choice(list(MIX), p=list(MIX.values()))
+    drawn = r.choice(list(MIX), p=[share for share, *_ in MIX.values()])
     edit = edit or str(drawn)
     if edit in scenes.EDITS:
         scene = random_scene(r, least=2 if edit == "swap" else 1, most=2 if edit == "text to image" else 3)
@@ -149,11 +213,42 @@ def example(split: str, index: int, size: Size, edit: str | None = None) -> Exam
     return Example(edit, prompt, (reference,), target, photograph)
 
 
-def any_picture(r: np.random.Generator, split: str, size: Size) -> tuple[bool, Picture]:
-    """A photograph (True), a heap of leaves or a scene."""
-    kind = r.random()
-    if kind < PHOTO_SHARE:
-        return True, photo_crop(r, split, size)
-    if split == "train" and kind < PHOTO_SHARE + LEAVES_SHARE:
-        return False, heap_of_leaves(r, size)
-    return False, draw(random_scene(r), size)
+def held_out_example(split: str, index: int, size: Size, edit: str) -> Example:
+    """`example` of one of HELD_OUT."""
+    r = np.random.default_rng([SPLITS[split], 5, index])
+    if edit == "hollow":
+        return hollow(r, size)
+    photograph, picture = any_picture(r, split, size)
+    if edit == "inset":
+        _, second = any_picture(r, split, size)
+        return Example(edit, "inset the second picture", (picture, second), inset(picture, second), photograph)
+    prompt, change = (TARGETS | DEGRADATIONS)[edit]
+    changed = change(picture).astype(np.float32)
+    reference, target = (changed, picture) if edit in DEGRADATIONS else (picture, changed)
+    return Example(edit, prompt, (reference,), target, photograph)
+
+
+def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str:
+    """`count` training examples of an edit, a share replaced by known edits, with data.json. -> what to do next"""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; name a new folder")
+    r, data = np.random.default_rng([6, len(edit)]), {}
+    for i in range(count):
+        if r.random() < replay:
+            task, prefix = example("train", 2 * 10**6 + i, PAIR_SIZE), "replay-"
+            if len(task.references) != 1:
+                task = example("train", 2 * 10**6 + i, PAIR_SIZE, "keep")
+        else:
+            task, prefix = example("train", 3 * 10**6 + i, PAIR_SIZE, edit), ""
+        target, ids = f"{prefix}target", [f"{prefix}reference-{k}" for k in range(1, len(task.references) + 1)]
+        for part, picture in zip([target, *ids], [task.target, *task.references], strict=True):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            to_image(picture).save(folder / part / f"{i:04d}.jpg", quality=95, subsampling=0)
+            data[part] = {"id": part, "instance_data_dir": str(folder / part), "conditioning_type": "reference_strict"}
+        (folder / target / f"{i:04d}.txt").write_text(task.prompt + "\n")
+        data[target] = {
+            "id": target, "conditioning_data": ids, "instance_data_dir": str(folder / target),
+            "resolution": PAIR_SIZE.width, "resolution_type": "pixel",
+        }  # fmt: skip
+    write_json(folder / "data.json", list(data.values()))
+    return f"{count} pairs; train with data_backend_config={folder / 'data.json'}"

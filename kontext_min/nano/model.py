@@ -1,19 +1,31 @@
-"""nano's four networks together: their sizes, first weights, text encoding, and export."""
+"""nano's parts: the four networks, their sizes and first weights, its two tokenizers, and the model folder."""
 
+import io
 import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from kontext_min.checkpoints.save import save_model, write_json
+from kontext_min.data.buckets import Size
 from kontext_min.flow import Condition
 from kontext_min.models.clip import CLIPConfig, CLIPText
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.t5 import T5Config, T5Encoder
-from kontext_min.models.tokenizers import CLIPTokenizer, T5Tokenizer
-from kontext_min.models.vae import VAE
-from kontext_min.nano.vocabulary import CLIP_TOKENS, LENGTH, T5_PIECES
+from kontext_min.models.tokenizers import BEGIN, END, CLIPTokenizer, T5Tokenizer
+from kontext_min.models.vae import VAE, VAEConfig
+from kontext_min.nano.edits import HELD_OUT, example
 from kontext_min.presets import NANO
+
+LENGTH = 24  # tokens of a prompt, T5 and CLIP alike
+T5_PIECES, CLIP_TOKENS = 1120, 1280  # the embeddings of the usual 32,128 and 49,408 would be 15 MB
+WORDS = Path(__file__).with_name("words.txt")
 
 # fmt: off
 FLUX = FluxConfig(vec_in_dim=64, context_in_dim=128, hidden_size=192, num_heads=3, depth=2, depth_single_blocks=4,
@@ -21,6 +33,7 @@ FLUX = FluxConfig(vec_in_dim=64, context_in_dim=128, hidden_size=192, num_heads=
 T5 = T5Config(vocab_size=T5_PIECES, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, max_distance=32)
 CLIP = CLIPConfig(vocab_size=CLIP_TOKENS, hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2,
                   max_positions=LENGTH, eos_token_id=CLIP_TOKENS - 1)
+AUTOENCODER = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, groups=8, scaling_factor=1.0, shift_factor=0.0)
 # fmt: on
 
 
@@ -43,14 +56,10 @@ class Nano(nn.Module):
         return Condition(txt=self.t5(ids[0]), vec=self.clip(ids[1]), references=references)
 
 
-class Tokenizers:
+def tokenizers_of(folder: Path) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
     """Both tokenizers of a model folder: prompts -> (T5 ids, CLIP ids), each (B, LENGTH)."""
-
-    def __init__(self, folder: Path):
-        self.t5, self.clip = T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer")
-
-    def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        return self.t5(prompts), self.clip(prompts)
+    t5, clip = T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer")
+    return lambda prompts: (t5(prompts), clip(prompts))
 
 
 def export(folder: Path, nano: Nano, vae: VAE) -> None:
@@ -58,3 +67,69 @@ def export(folder: Path, nano: Nano, vae: VAE) -> None:
     save_model(folder, flux=nano.flux, vae=vae, t5=nano.t5, clip=nano.clip)
     index = json.loads((folder / "model_index.json").read_text())
     write_json(folder / "model_index.json", index | {"_name_or_path": NANO.name})
+
+
+def corpus() -> list[str]:
+    """Prompts of pretraining, a few prompts of each held-out edit (only for its spelling), and every English word."""
+    prompts = [example("train", i, Size(16, 16)).prompt for i in range(1500)]
+    held_out = [example("train", i, Size(16, 16), edit).prompt for edit in HELD_OUT for i in range(3)]
+    words = WORDS.read_text().split()
+    return prompts + held_out + 3 * words + [word.capitalize() for word in words]
+
+
+def write_t5(folder: Path) -> None:
+    """SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2; as spiece.model and as tokenizer.json."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=T5_PIECES,
+        normalization_rule_name="identity", required_chars="".join(map(chr, range(33, 127))),
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    pieces = SentencePieceProcessor(model_proto=model.getvalue())
+    scores = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    unigram = Tokenizer(models.Unigram(scores, unk_id=pieces.unk_id(), byte_fallback=False))
+    unigram.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    unigram.decoder = decoders.Metaspace(prepend_scheme="always")
+    unigram.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", pieces.eos_id())])
+    unigram.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write_settings(folder, "T5Tokenizer", special, extra_ids=0, legacy=False)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    unigram.save(str(folder / "tokenizer.json"))
+
+
+def write_settings(folder: Path, kind: str, special: dict[str, str], **more) -> None:
+    """The two small files of a tokenizer; the folder is made."""
+    write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": kind, "model_max_length": LENGTH, **more, **special}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def clip_merges(count: int) -> list[tuple[str, str]]:
+    """The first `count` byte-pair merges: always the most frequent pair, the alphabet's first among equals."""
+    split = pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
+    cut = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    # a word is its byte symbols with spaces between, the last one with </w>
+    words = Counter(" ".join(word) + "</w>" for text in corpus() for word, _ in cut.pre_tokenize_str(text.lower()))
+    merges = []
+    while len(merges) < count:
+        pairs = Counter()
+        for word, times in words.items():
+            pairs.update({pair: n * times for pair, n in Counter(pairwise(word.split())).items()})
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        whole = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
+        words = Counter({whole.sub(lambda match: match[0].replace(" ", ""), word): n for word, n in words.items()})
+    return merges
+
+
+def write_clip(folder: Path) -> None:
+    """CLIP's files in CLIP's order: bytes, bytes that end a word, merges, begin, end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = clip_merges(CLIP_TOKENS - 2 * len(alphabet) - 2)
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges), BEGIN, END]
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    write_settings(folder, "CLIPTokenizer", {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END})
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -86,7 +86,6 @@ def heart_points() -> np.ndarray:
 
 
 CROSS = np.array([(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)])  # a quarter of its corners
-QUARTER_TURN = np.array([(0, 1), (-1, 0)])
 # name: polygon inside (about) the unit disc, (points, 2)
 SHAPES: dict[str, np.ndarray] = {
     "circle": circle_points(48, 0.95),
@@ -94,7 +93,7 @@ SHAPES: dict[str, np.ndarray] = {
     "triangle": circle_points(3, 1.15),
     "star": np.stack([circle_points(5, 1.12), circle_points(5, 0.5, start=np.pi / 5)], 1).reshape(10, 2),
     "heart": heart_points(),
-    "cross": np.concatenate([CROSS @ np.linalg.matrix_power(QUARTER_TURN, turns) for turns in range(4)]),
+    "cross": np.concatenate([CROSS @ np.linalg.matrix_power([(0, 1), (-1, 0)], turns) for turns in range(4)]),
 }
 
 

@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from kontext_min.adapters.inject import muted, updates
-from kontext_min.study import hooks
-from kontext_min.study.experiment import Experiment, ablation, anatomy, follow, repeat
-from kontext_min.study.pictures import heat_map, overlay, rows_of, write_page
+from kontext_min.study import experiment, hooks
+from kontext_min.study.experiment import Experiment, heat_map, overlay, rows_of
 
 Sections = Iterator[tuple[str, str, Image.Image]]  # name, caption, picture
 
@@ -80,7 +79,7 @@ def ablate(edit: Experiment, args: argparse.Namespace) -> Sections:
             contexts[block, "LoRA off"] = muted(flux, block)
         for head in range(flux.config.num_heads if args.heads else 0):
             contexts[block, f"head {head} off"] = hooks.zero_head(flux, f"{block}.attend", head)
-    moved, psnr, pictures = ablation(edit, contexts)
+    moved, psnr, pictures = experiment.ablation(edit, contexts)
     yield "latents", "How far the finished latents move: ||x - x'|| / ||x||.", heat_map(moved)
     yield "psnr", "PSNR of the pictures in dB: low is far, 99 is equal.", heat_map(psnr, "{:.1f}")
     yield "pictures", "What comes out.", rows_of(pictures)
@@ -88,8 +87,8 @@ def ablate(edit: Experiment, args: argparse.Namespace) -> Sections:
 
 def lora(edit: Experiment, args: argparse.Namespace) -> Sections:
     """Tables of every update, and how far the result moves without a block's updates."""
-    norm, rank, effect = anatomy(edit)
-    moved, _, _ = ablation(edit, {(block, "latents"): muted(edit.flux, block) for block in norm})
+    norm, rank, effect = experiment.anatomy(edit)
+    moved, _, _ = experiment.ablation(edit, {(block, "latents"): muted(edit.flux, block) for block in norm})
     yield "norm", "||dW||, the Frobenius norm of what is added to the weight.", heat_map(norm)
     yield "rank", "Effective rank of dW: e to the entropy of its singular values' shares.", heat_map(rank)
     yield "effect", "||dW x|| / ||W x|| on the inputs x of this edit.", heat_map(effect)
@@ -98,7 +97,7 @@ def lora(edit: Experiment, args: argparse.Namespace) -> Sections:
 
 def path(edit: Experiment, args: argparse.Namespace) -> Sections:
     """The strip of predictions, and what is at work at every step."""
-    predicted, table = follow(edit)
+    predicted, table = experiment.follow(edit)
     strip = dict(zip(table["speed"], map(edit.picture, predicted), strict=True))
     caption = "Speed: root mean square of v. What text, reference and LoRA change: ||v - v without|| / ||v||."
     yield "predictions", "The picture as predicted at every step, x - t v.", rows_of({"": strip})
@@ -107,7 +106,7 @@ def path(edit: Experiment, args: argparse.Namespace) -> Sections:
 
 def drift(edit: Experiment, args: argparse.Namespace) -> Sections:
     """Every round's picture and its numbers."""
-    pictures, table = repeat(edit, args.rounds)
+    pictures, table = experiment.repeat(edit, args.rounds)
     strip = {f"round {i}" if i else "given": picture for i, picture in enumerate(pictures)}
     caption = "Beside the given picture: PSNR in dB, shift in pixels (sure with a confidence of 1), colours of 255."
     yield "pictures", "The edit, applied to its own result.", rows_of({"": strip})
@@ -118,9 +117,8 @@ COMMANDS = {run.__name__: run for run in (attention, ablate, lora, path, drift)}
 
 
 def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        prog="python -m kontext_min.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m kontext_min.study", description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("command", choices=COMMANDS, metavar="COMMAND")
     add("--image", required=True, metavar="FILE", help="the reference")
@@ -138,7 +136,7 @@ def main(argv: list[str] | None = None):
     edit = Experiment.open(args.image, args.prompt, **{name: getattr(args, name) for name in settings})
     sections = list(COMMANDS[args.command](edit, args))
     about = " · ".join(filter(None, (f"“{args.prompt}”", args.image, args.model, args.lora, f"{args.steps} steps")))
-    print(write_page(args.out or Path("output/study", args.command), args.command, about, sections))
+    print(experiment.write_page(args.out or Path("output/study", args.command), args.command, about, sections))
 
 
 if __name__ == "__main__":

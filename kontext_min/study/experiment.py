@@ -1,17 +1,17 @@
-"""One edit that can be made again and again, from the same noise at the same times, and what is measured on it.
+"""One edit that can be made again and again, from the same noise at the same times: measured, and shown on a page."""
 
-Measures are tables, row -> column -> number: what ablations move, what a LoRA is, the path to the picture, drift.
-"""
-
+import base64
+import html
 import math
 from collections import defaultdict
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageStat
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat
 from torch import Tensor
 
 from kontext_min import flow, presets, sampler
@@ -19,18 +19,19 @@ from kontext_min.adapters.inject import muted, updates
 from kontext_min.adapters.layers import Adapted
 from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.load import find
-from kontext_min.data.align import psnr, shift_between
+from kontext_min.compare import card, page, psnr, shift_between
 from kontext_min.data.buckets import Size, fit, open_image
 from kontext_min.edit import open_editor, output_size
 from kontext_min.encoders import decode_image, encode_image, pixels_per_token
-from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.tokenizers import T5Tokenizer
 from kontext_min.models.vae import VAE
-from kontext_min.sampler import Field, Sampling
 from kontext_min.study.hooks import Call, average
 
-Table = dict[str, dict[str, float]]
+Table = dict[str, dict[str, float]]  # row -> column -> number
+HEAT = {"black": "#1b0c41", "mid": "#d44842", "white": "#f9f871"}  # of an overlay: from 0 to the largest
+PALE, DARK = (250, 247, 238), (226, 122, 63)  # of a table's cells
+STYLE = "body{margin:32px;font:16px/1.5 sans-serif;color:#222}p{color:#555;margin:4px 0 8px}h2{margin:40px 0 0}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Experiment:
     flux: Flux  # its modules are the sites
     vae: VAE
     image: Image.Image  # the reference as the model sees it
-    conditions: dict[str, Condition]  # of every instruction, the one that is studied first, and of "", none
+    conditions: dict[str, flow.Condition]  # of every instruction, the one that is studied first, and of "", none
     words: dict[str, slice]  # of the first instruction: their tokens
     noise: Tensor  # (1, 16, h, w)
     times: Tensor  # (steps + 1,), falling
@@ -58,14 +59,14 @@ class Experiment:
         multiple = pixels_per_token(editor.vae)
         picture = fit(picture, output_size([Size(*picture.size)], size, "auto", editor.preset, multiple))
         latents = encode_image(editor.vae, picture).to(device)
-        conditions = {text: Condition(*encoded, [latents]) for text, encoded in texts.items()}
+        conditions = {text: flow.Condition(*encoded, [latents]) for text, encoded in texts.items()}
         words = word_slices(T5Tokenizer(find(presets.locate(model)).folder / "tokenizer_2"), prompts[0])
         noise = flow.draw_noise(latents.shape, torch.Generator().manual_seed(seed)).to(device)
         times = flow.schedule(steps, flow.token_count(*noise.shape[-2:]), editor.shift)
         return cls(editor.flux, editor.vae, picture, conditions, words, noise, times, guidance)
 
     @property
-    def condition(self) -> Condition:
+    def condition(self) -> flow.Condition:
         """Of the first instruction."""
         return next(iter(self.conditions.values()))
 
@@ -81,11 +82,11 @@ class Experiment:
         target, reference = slice(text, text + tokens), slice(text + tokens, text + 2 * tokens)
         return {"text": slice(0, text), "target": target, "reference": reference}
 
-    def field(self, condition: Condition) -> Field:
+    def field(self, condition: flow.Condition) -> sampler.Field:
         """The velocity field of a condition."""
-        return sampler.guided(self.flux, condition, None, Sampling(guidance=self.guidance))
+        return sampler.guided(self.flux, condition, None, sampler.Sampling(guidance=self.guidance))
 
-    def run(self, condition: Condition | None = None) -> Tensor:
+    def run(self, condition: flow.Condition | None = None) -> Tensor:
         """The finished latents, (1, 16, h, w)."""
         *_, x = sampler.euler(self.field(condition or self.condition), self.noise, self.times)
         return x
@@ -104,9 +105,6 @@ def word_slices(tokenizer: T5Tokenizer, prompt: str) -> dict[str, slice]:
             slices[f"{word} ({i})" if word in slices else word] = slice(start, end)
         start = end
     return slices
-
-
-# ------------------------------------------------------------------------------------------------ measures
 
 
 def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]) -> tuple[Table, ...]:
@@ -186,7 +184,7 @@ def repeat(experiment: Experiment, rounds: int) -> tuple[list[Image.Image], Tabl
     """Apply the edit to the picture, to its result, and so on, each time from the same noise.
 
     -> the pictures, and beside the first one: PSNR in dB, the shift by phase correlation in pixels with its confidence
-    (`data.align`), and the change of the mean red, green and blue, of 255.
+    (`compare`), and the change of the mean red, green and blue, of 255.
     """
     if rounds < 1:
         raise ValueError(f"drift takes 1 round or more, got --rounds {rounds}")
@@ -200,3 +198,49 @@ def repeat(experiment: Experiment, rounds: int) -> tuple[list[Image.Image], Tabl
             table[name][f"round {i + 1}"] = float(number)
         pictures.append(image)
     return pictures, table
+
+
+def overlay(image: Image.Image, values: Tensor) -> Image.Image:
+    """Values of 0 or more, (rows, columns), as colours over a greyed picture; the brightest is the largest of them."""
+    scaled = (values.float() / values.max() * 255).round().byte().cpu().numpy()
+    heat = ImageOps.colorize(Image.fromarray(scaled).resize(image.size, Image.Resampling.BICUBIC), **HEAT)
+    return Image.blend(image.convert("L").convert("RGB"), heat, 0.6)
+
+
+def rows_of(pictures: dict[str, dict[str, Image.Image]]) -> Image.Image:
+    """Row -> label -> picture as a sheet; large ones are shown small."""
+    return page([card([row], list(cells.items()), side=200, shrink=True) for row, cells in pictures.items()])
+
+
+def heat_map(values: Table, form: str = "{:.2f}", by_row: bool = False) -> Image.Image:
+    """Row -> column -> value as a table, a cell the darker the larger its value among all (or in its row)."""
+    font, columns = ImageFont.load_default(13), list(dict.fromkeys(name for row in values.values() for name in row))
+    left, *widths = (int(max(map(font.getlength, names))) + 14 for names in (values, *((c, "00.00") for c in columns)))
+    places = dict(zip(columns, accumulate([left, *widths[:-1]]), strict=True))
+    made = Image.new("RGB", (left + sum(widths) + 8, 24 * len(values) + 32), "white")
+    pen = ImageDraw.Draw(made)
+    for name, width in zip(columns, widths, strict=True):
+        pen.text((places[name] + width / 2, 14), name, "gray", font, anchor="mm")
+    for i, (row, cells) in enumerate(values.items()):
+        pen.text((left - 8, 38 + 24 * i), row, "gray", font, anchor="rm")
+        among = [v for line in ([cells] if by_row else values.values()) for v in line.values()]
+        for name, value in cells.items():
+            x, y, width = places[name], 26 + 24 * i, widths[columns.index(name)]
+            share = (value - min(among)) / ((max(among) - min(among)) or 1)
+            colour = tuple(round(a + (b - a) * share) for a, b in zip(PALE, DARK, strict=True))
+            pen.rectangle((x, y, x + width - 2, y + 22), colour)
+            pen.text((x + width / 2, y + 12), form.format(value), "black", font, anchor="mm")
+    return made
+
+
+def write_page(folder: Path, title: str, about: str, sections: list[tuple[str, str, Image.Image]]) -> Path:
+    """Sections (name, caption, picture) -> NAME.png of each, and index.html with all of them in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"]
+    parts += [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"]
+    for name, caption, picture in sections:
+        picture.save(file := folder / f"{name}.png")
+        parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p>")
+        parts.append(f"<img src='data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}'>")
+    (folder / "index.html").write_text("\n".join(parts), encoding="utf-8")
+    return folder / "index.html"

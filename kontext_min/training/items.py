@@ -6,8 +6,7 @@ from pathlib import Path
 from kontext_min.config import Config, ValidationItem, checked, read_json5
 from kontext_min.data.buckets import Size, Transform, bucket_size, crop_box, nearest_aspect, parse_size
 from kontext_min.data.examples import Use, View
-from kontext_min.data.pairs import Picture
-from kontext_min.data.problems import Problems
+from kontext_min.data.pairs import Picture, Problems
 from kontext_min.presets import Preset
 
 TOKEN = 16  # pixels: sizes are multiples of it

@@ -1,7 +1,6 @@
 """The data list of a config -> planned examples. Whatever is wrong with any set is gathered and said at once."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from kontext_min.config import Config, Dataset, Generator, ValidationItem
@@ -10,8 +9,7 @@ from kontext_min.data.buckets import Geometry, Transform, extent, same_aspect
 from kontext_min.data.cache import Cache
 from kontext_min.data.degrade import check as check_generator
 from kontext_min.data.examples import Degradation, Example, Mix, View, draw
-from kontext_min.data.pairs import Captions, Picture, Pictures
-from kontext_min.data.problems import Problems, near_miss
+from kontext_min.data.pairs import Captions, Picture, Pictures, Problems, near_miss
 from kontext_min.training.items import asked
 
 
@@ -103,8 +101,9 @@ class Reader:
             if entry.id in named and entry.role == "image" and not entry.conditioning_data:
                 self.entries[i] = entry.model_copy(update={"conditioning_type": "reference_strict"})
         self.by_id = {entry.id: entry for entry in self.entries}
-        for name in repeated(entry.id for entry in self.entries):
-            self.wrong("ids that stand twice", name)
+        for name, count in Counter(entry.id for entry in self.entries).items():
+            if count > 1:
+                self.wrong("ids that stand twice", name)
         if not self.of("image"):
             self.wrong("missing sets", "no entry holds targets: give one instance_data_dir")
         if len(self.of("text_embeds")) > 1:
@@ -220,8 +219,9 @@ class Reader:
             self.wrong("captions", f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot")
         if not (entry.strategy or entry.pairs_file) and not (with_own and len(with_own) == len(references)):
             self.wrong("captions", f"{entry.id} has caption_strategy null, and so have its references")
-        for name in repeated(source.id for source in references):
-            self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
+        for name, count in Counter(source.id for source in references).items():
+            if count > 1:
+                self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
 
     def geometry(self, entry: Dataset) -> Geometry:
         """How a set's pictures are brought to size."""
@@ -275,19 +275,13 @@ def view(entry: Dataset, picture: Picture, geometry: Geometry, seed: tuple[str |
     def crop(epoch: int) -> Transform:
         return geometry.transform(size, tuple(draw("crop", *seed, epoch).random(2).tolist()))
 
-    return View(
-        picture, crop(0), crop=crop if entry.vae_cache_clear_each_epoch and geometry.style == "random" else None
-    )
+    anew = entry.vae_cache_clear_each_epoch and geometry.style == "random"
+    return View(picture, crop(0), crop=crop if anew else None)
 
 
 def generated_id(entry: Dataset, generator: Generator) -> str:
     """The id of a generator's set: ENTRY_conditioning_TYPE, as SimpleTuner calls it."""
     return f"{entry.id}_conditioning_{generator.name or generator.type}"
-
-
-def repeated(names: Iterable[str]) -> list[str]:
-    """Those that stand more than once."""
-    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def described(entry: Dataset, captions: Captions, others: list[Source]) -> list[str]:

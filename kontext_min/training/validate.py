@@ -10,15 +10,14 @@ from PIL import Image
 
 from kontext_min import parallel
 from kontext_min.adapters.inject import muted
+from kontext_min.compare import card, page, psnr
 from kontext_min.config import Config
-from kontext_min.data.align import psnr
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.edit import Editor, Text, edit
 from kontext_min.presets import Preset
 from kontext_min.run_folder import RunFolder, append
 from kontext_min.sampler import Sampling
-from kontext_min.sheet import card, page
 from kontext_min.training.items import Item, asked_items, pair_item
 from kontext_min.training.sets import Sets, mix_of
 

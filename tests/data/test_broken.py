@@ -19,7 +19,7 @@ from PIL import Image
 
 import train
 from kontext_min.data import pairs
-from kontext_min.data.problems import Problems
+from kontext_min.data.pairs import Problems
 
 ROOT = Path(__file__).parents[2]
 CASES = []

@@ -7,8 +7,7 @@ from PIL import Image
 
 from kontext_min.data import pairs
 from kontext_min.data.buckets import same_aspect
-from kontext_min.data.pairs import Picture, captions_of
-from kontext_min.data.problems import Problems
+from kontext_min.data.pairs import Picture, Problems, captions_of
 
 
 def save(path, size=(8, 8), colour="red"):

@@ -9,20 +9,18 @@ import pytest
 import torch
 
 from kontext_min.models.vae import VAE
-from kontext_min.nano.evaluate import success
-from kontext_min.nano.model import Nano, Tokenizers
-from kontext_min.nano.muon import orthogonalise
-from kontext_min.nano.pretrain_flux import (
+from kontext_min.nano.evaluate import judge
+from kontext_min.nano.model import AUTOENCODER, CLIP_TOKENS, LENGTH, Nano, tokenizers_of, write_clip, write_t5
+from kontext_min.nano.pretrain import (
     PARTS,
     PHASES,
     Bucket,
     cached_buckets,
     distil_loss,
+    orthogonalise,
     pretrain_flux,
     token_weights,
 )
-from kontext_min.nano.pretrain_vae import CONFIG
-from kontext_min.nano.vocabulary import CLIP_TOKENS, LENGTH, write_clip, write_t5
 
 PROMPTS = ["Make the red circle blue.", "add a crimson dinosaur at the top", "", "  Put a hat on  the cat, please!"]
 
@@ -39,7 +37,7 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano")
     write_t5(folder / "tokenizer_2")
     write_clip(folder / "tokenizer")
-    return folder, Tokenizers(folder)
+    return folder, tokenizers_of(folder)
 
 
 def test_tokenizers_give_the_ids_of_transformers(tokenizers):
@@ -56,7 +54,7 @@ def test_tokenizers_give_the_ids_of_transformers(tokenizers):
 
 def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    vae = VAE(CONFIG).requires_grad_(False)
+    vae = VAE(AUTOENCODER).requires_grad_(False)
     phase = replace(PHASES[0], examples=40, steps=3, batch=2)
     phases = (phase, replace(phase, name="later", steps=2))
 
@@ -65,7 +63,7 @@ def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tm
             if torch.load(tmp_path / name / "flux.pt", weights_only=True)["step"] == stop:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("kontext_min.nano.pretrain_flux.export", export)
+        monkeypatch.setattr("kontext_min.nano.pretrain.export", export)
         pretrain_flux(tmp_path / name, vae, tokenizers[0], phases, 2)
         nano = torch.load(tmp_path / name / "flux.pt", weights_only=True)["nano"]
         return torch.cat([tensor.flatten() for tensor in nano.values()])
@@ -81,13 +79,13 @@ def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tm
 
 def test_only_missing_latents_are_made(tokenizers, tmp_path, capsys, monkeypatch):
     torch.manual_seed(0)
-    vae, phase = VAE(CONFIG).requires_grad_(False), replace(PHASES[0], examples=40)
+    vae, phase = VAE(AUTOENCODER).requires_grad_(False), replace(PHASES[0], examples=40)
     first = cached_buckets(tmp_path, vae, tokenizers[0], phase)
     assert f"{PARTS} of {PARTS} parts" in capsys.readouterr().out
     (tmp_path / "latents-64px.1").unlink()
     again = cached_buckets(tmp_path, vae, tokenizers[0], phase)
     assert f"1 of {PARTS} parts" in capsys.readouterr().out
-    monkeypatch.setattr("kontext_min.nano.pretrain_flux.ProcessPoolExecutor", None)  # not needed any more
+    monkeypatch.setattr("kontext_min.nano.pretrain.ProcessPoolExecutor", None)  # not needed any more
     last = cached_buckets(tmp_path, vae, tokenizers[0], phase)
     assert capsys.readouterr().out == ""
     for buckets in (again, last):
@@ -134,7 +132,7 @@ def test_success_needs_the_change_done_and_the_rest_left():
     output[1] = 0  # nothing done
     output[2, :, 4:] = 0.5  # done, and the rest spoilt
     output[3] = 0.5  # something done where nothing should be
-    assert success(output, reference, target).tolist() == [True, False, False, False]
+    assert judge(output, reference, target)[0].tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.slow

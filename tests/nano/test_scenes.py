@@ -11,10 +11,18 @@ from PIL import Image
 
 from kontext_min.config import Config
 from kontext_min.data.buckets import Size
-from kontext_min.nano import held_out
-from kontext_min.nano.edits import HELD_OUT, MIX, PHOTOS, PICTURE_EDITS, TEMPLATES, example, from_image, photographs
-from kontext_min.nano.held_out import write_pairs
-from kontext_min.nano.pretrain_flux import PHASES
+from kontext_min.nano import edits
+from kontext_min.nano.edits import (
+    HELD_OUT,
+    MIX,
+    PHOTOS,
+    PICTURE_EDITS,
+    example,
+    from_image,
+    photographs,
+    write_pairs,
+)
+from kontext_min.nano.pretrain import PHASES
 from kontext_min.nano.scenes import EDITS
 
 SIZE, KINDS = Size(64, 48), ("", "validation_")
@@ -50,14 +58,14 @@ def test_every_edit_changes_its_picture_and_keep_does_not(edit):
 
 
 def test_shares_of_the_mix_sum_to_one_and_name_known_edits():
-    assert sum(MIX.values()) == pytest.approx(1)
-    assert set(MIX) == set(TEMPLATES) == {*EDITS, *PICTURE_EDITS, "border"}
+    assert sum(share for share, *_ in MIX.values()) == pytest.approx(1)
+    assert set(MIX) == {*EDITS, *PICTURE_EDITS, "border"}
 
 
 def test_no_held_out_edit_is_named_in_pretraining_prompts():
     words = re.compile("|".join(GIVEAWAYS), re.IGNORECASE)
     assert not set(HELD_OUT) & set(MIX)
-    named = [prompt for prompts in TEMPLATES.values() for prompt in prompts if words.search(prompt)]
+    named = [prompt for _, *prompts in MIX.values() for prompt in prompts if words.search(prompt)]
     for phase in PHASES:
         drawn = [example("train", phase.first_index + i, Size(16, 16)).prompt for i in range(600)]
         named += [prompt for prompt in drawn if words.search(prompt)]
@@ -65,7 +73,7 @@ def test_no_held_out_edit_is_named_in_pretraining_prompts():
 
 
 def test_no_pretraining_target_is_a_held_out_edit_of_its_reference():
-    makers = [make for _, make in held_out.TARGETS.values()]
+    makers = [make for _, make in edits.TARGETS.values()]
     for i in range(150):
         task = example("train", i, SIZE)
         if not task.references:
@@ -76,7 +84,7 @@ def test_no_pretraining_target_is_a_held_out_edit_of_its_reference():
             made = make(reference)
             if np.abs(made - reference).mean() > 0.02 and moved > 0.02:  # on flat gray both may do nothing
                 assert np.abs(made - task.target).mean() > 0.01, (task.prompt, make.__name__)
-        for _, degrade in held_out.DEGRADATIONS.values():  # restoring: the reference is a degraded target
+        for _, degrade in edits.DEGRADATIONS.values():  # restoring: the reference is a degraded target
             if np.abs(degrade(task.target) - task.target).mean() > 0.01:
                 assert np.abs(degrade(task.target) - reference).mean() > 1e-3, (task.prompt, degrade.__name__)
 
@@ -92,7 +100,7 @@ def test_validation_photographs_come_from_pictures_that_training_never_sees():
 
 
 def test_every_demo_pair_has_its_edited_target_and_caption():
-    prompt, edit = held_out.TARGETS["sepia"]
+    prompt, edit = edits.TARGETS["sepia"]
     for prefix in KINDS:
         for file in (PHOTOS / f"{prefix}reference").glob("*.jpg"):
             target = PHOTOS / f"{prefix}target" / file.name
@@ -102,15 +110,15 @@ def test_every_demo_pair_has_its_edited_target_and_caption():
 
 
 def test_hollow_shows_the_background_inside_and_nothing_else_changes():
-    prompt, reference, target = held_out.hollow(np.random.default_rng(3), Size(96, 96))
-    changed = np.abs(target - reference).max(-1) > 0.05
-    assert prompt.startswith("hollow out the ") and 0.01 < changed.mean() < 0.12
+    task = edits.hollow(np.random.default_rng(3), Size(96, 96))
+    changed = np.abs(task.target - task.references[0]).max(-1) > 0.05
+    assert task.prompt.startswith("hollow out the ") and 0.01 < changed.mean() < 0.12
     rows, columns = np.nonzero(changed)
     assert np.ptp(rows) < 40 and np.ptp(columns) < 40  # one object of 36 pixels
 
 
 def test_inset_is_the_second_picture_in_the_corner_of_the_first():
-    task = held_out.held_out_example("validation", 2, Size(96, 64), "inset")
+    task = example("validation", 2, Size(96, 64), "inset")
     first, second = task.references
     np.testing.assert_array_equal(task.target[:32], first[:32])
     np.testing.assert_array_equal(task.target[:, :48], first[:, :48])
@@ -120,11 +128,11 @@ def test_inset_is_the_second_picture_in_the_corner_of_the_first():
 
 @pytest.mark.parametrize("edit", HELD_OUT)
 def test_held_out_examples_are_reproducible_and_change_something(edit):
-    one, two = (held_out.held_out_example("train", 4, SIZE, edit) for _ in range(2))
+    one, two = (example("train", 4, SIZE, edit) for _ in range(2))
     np.testing.assert_array_equal(one.target, two.target)
     assert one.target.dtype == np.float32 and one.target.shape == (48, 64, 3)
     assert max(np.abs(t.target - t.references[0]).mean() for t in [one] + [
-        held_out.held_out_example("train", i, SIZE, edit) for i in range(6)]) > 0.005  # fmt: skip
+        example("train", i, SIZE, edit) for i in range(6)]) > 0.005  # fmt: skip
 
 
 def test_written_pairs_are_read_as_a_data_list_with_the_replayed_share(tmp_path):

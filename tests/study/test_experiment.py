@@ -13,7 +13,7 @@ from tiny import random
 from kontext_min import flow
 from kontext_min.adapters.inject import add_lora, detach_all, updates
 from kontext_min.adapters.write import write_adapter
-from kontext_min.data.align import psnr, shift_between
+from kontext_min.compare import psnr, shift_between
 from kontext_min.encoders import encode_image
 from kontext_min.flow import Condition
 from kontext_min.study import hooks

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kontext_min.study.pictures import DARK, PALE, heat_map, overlay, rows_of, write_page
+from kontext_min.study.experiment import DARK, PALE, heat_map, overlay, rows_of, write_page
 
 
 def test_an_overlay_is_brightest_at_the_largest_value():

@@ -12,7 +12,7 @@ from torch import Tensor
 from kontext_min.data.buckets import Size
 from kontext_min.nano.edits import instruction
 from kontext_min.nano.evaluate import SAMPLING, Editor
-from kontext_min.nano.pretrain_vae import to_tensor
+from kontext_min.nano.pretrain import to_tensor
 from kontext_min.nano.scenes import EDITS, cover, draw, random_scene
 from kontext_min.study.experiment import word_slices
 from kontext_min.study.hooks import Call, attention, average
@@ -24,7 +24,7 @@ REPORTED, CHOICE = 0, 1000  # first of the scenes that the table is of, and of t
 
 @pytest.fixture(scope="module")
 def editor() -> Editor:
-    return Editor.read(Path("weights/nano"))
+    return Editor(Path("weights/nano"))
 
 
 def scenes_of(edit: str, first: int) -> tuple[list[str], list[str], Tensor, Tensor]:

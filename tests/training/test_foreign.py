@@ -8,7 +8,7 @@ import pytest
 
 import train
 from kontext_min.config import Config, Dataset, read_config
-from kontext_min.foreign import CONFIG_IGNORED, CONFIG_REFUSED, RENAMED
+from kontext_min.foreign import TABLES
 
 ROOT = Path(__file__).parents[2]
 # fmt: off
@@ -111,7 +111,7 @@ def read(tmp_path, key, value) -> Config:
 def test_used_keys_are_taken_as_they_stand_in_a_file(tmp_path, key):
     config = read(tmp_path, key, USED[key])
     assert not config.ignored
-    value, text = getattr(config, RENAMED.get(key, key)), str(USED[key])
+    value, text = getattr(config, TABLES["RENAMED"].get(key, key)), str(USED[key])
     if isinstance(value, bool):
         assert value == (text == "true")
     elif isinstance(value, int | float):
@@ -133,7 +133,7 @@ def test_refused_keys_say_what_to_do_and_may_stand_when_they_are_off(tmp_path, k
 
 
 def test_keys_of_validation_and_tracking_are_known_too():
-    known = {*Config.model_fields, *CONFIG_IGNORED, *CONFIG_REFUSED, *RENAMED}
+    known = {*Config.model_fields, *TABLES["CONFIG_IGNORED"], *TABLES["CONFIG_REFUSED"], *TABLES["RENAMED"]}
     assert not set(LATER) - known
 
 

@@ -1,25 +1,38 @@
-"""Stages two and three: transformer and text encoders on cached latents, at 64 px, then 96 px; then its guidance."""
+"""nano's pretraining: the autoencoder; transformer and text encoders on its cached latents; then guidance, distilled.
+
+Everything resumes. Muon is for matrices and kernels, Adam for the rest (Jordan et al. 2024; Adam's step size).
+"""
 
 import copy
+import math
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from kontext_min import flow
 from kontext_min.data.buckets import Size
+from kontext_min.data.cache import whole_file
 from kontext_min.models.vae import VAE
-from kontext_min.nano.edits import example
-from kontext_min.nano.model import Nano, Tokenizers, export
-from kontext_min.nano.muon import Training, save_whole
-from kontext_min.nano.pretrain_vae import to_tensor
+from kontext_min.nano.edits import TARGETS, any_picture, example
+from kontext_min.nano.model import AUTOENCODER, Nano, export, tokenizers_of
+from kontext_min.nano.scenes import Picture, pick
 
+MOMENTUM = 0.95
+LOG_EVERY, SAVE_EVERY = 50, 250  # steps
+VAE_SIZE, VAE_BATCH = Size(64, 64), 8
+VAE_STEPS, VAE_RATE = 3600, 2e-3
+KL_WEIGHT = 2e-2  # so much that the decoder bears small errors of the latents
+VAE_FIRST_INDEX = 10**8  # the transformer's examples count from 0
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
-WARM_UP, DECAY = 100, 0.45  # steps; the last share of all steps, with the rate falling to zero
+WARM_UP, DECAY = 100, 0.45  # steps; the last share of all steps, in which the rates fall linearly to zero
 ADAM_NAMES = ("clip.", "t5.shared", "relative_attention_bias", "_in.", "_mod.", "modulation", "final_layer")
 CAPTION_DROPOUT = 0.07  # so that true CFG has something to subtract
 GUIDANCE = (1.0, 4.0)  # what the embedding learns to stand for
@@ -63,11 +76,131 @@ DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on
 
 
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: a quintic Newton-Schulz iteration on (rows, columns)."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.mT).mT
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised, to an RMS of 0.2 x lr. torch's own takes two axes only, and bfloat16, slow on CPUs."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (group,) = self.param_groups
+        for p in group["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - MOMENTUM)
+            update = orthogonalise(p.grad.lerp(momentum, MOMENTUM).flatten(1))
+            scale = 0.2 * max(update.shape) ** 0.5
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+
+
+class Training:
+    """A network and its optimizers: Muon for matrices, Adam for vectors and names in `adam`; it goes on from `file`."""
+
+    def __init__(self, file: Path, name: str, network: nn.Module, rates: tuple[float, float], adam: tuple = ()):
+        self.file, self.name, self.network, self.rates = file, name, network, rates
+        self.step, self.losses, matrices, others = 0, [], [], []
+        for place, p in network.named_parameters():
+            (others if p.ndim < 2 or any(part in place for part in adam) else matrices).append(p)
+        muon = Muon(matrices, {"lr": rates[0], "weight_decay": 0.01})
+        self.optims = [muon, torch.optim.Adam(others, rates[1], betas=(0.9, 0.98), fused=True)]
+        if file.exists():
+            state = torch.load(file, weights_only=True)
+            network.load_state_dict(state[name])
+            for optim, saved in zip(self.optims, state["optims"], strict=True):
+                optim.load_state_dict(saved)
+            self.step = state["step"]
+
+    def update(self, loss: Tensor, share: float) -> None:
+        """One step of both optimizers at `share` of their learning rates; at times a line, or a save."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optim, full in zip(self.optims, self.rates, strict=True):
+            optim.param_groups[0]["lr"] = full * share
+            optim.step()
+            optim.zero_grad()
+        self.step += 1
+        self.losses.append(loss.item())
+        if self.step % LOG_EVERY == 0:
+            recent, minutes = np.mean(self.losses[-LOG_EVERY:]), time.process_time() / 60
+            print(f"{self.name} step {self.step} loss {recent:.4f} cpu {minutes:.2f} min", flush=True)
+        if self.step % SAVE_EVERY == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Replace the file."""
+        optims = [optim.state_dict() for optim in self.optims]
+        with whole_file(self.file) as file:
+            torch.save({self.name: self.network.state_dict(), "optims": optims, "step": self.step}, file)
+
+
+def to_tensor(pictures: list[Picture]) -> Tensor:
+    """Pictures (H, W, 3) in 0..1 -> (B, 3, H, W) in -1..1, channels last in memory as convolutions like it."""
+    return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w") * 2 - 1
+
+
+def training_picture(index: int) -> Picture:
+    """Picture number `index`: any picture (60 %), or one side of an edit; a tenth of them in a held-out style."""
+    r = np.random.default_rng([3, index])
+    if r.random() < 0.6:
+        _, picture = any_picture(r, "train", VAE_SIZE)
+    else:
+        task = example("train", VAE_FIRST_INDEX + index, VAE_SIZE)
+        picture = pick(r, (task.target, *task.references))
+    return pick(r, TARGETS.values())[1](picture).astype(np.float32) if r.random() < 0.1 else picture
+
+
+def pictures_of(step: int) -> Tensor:
+    """Those of one step of the autoencoder. (VAE_BATCH, 3, 64, 64) in -1..1"""
+    return to_tensor([training_picture(step * VAE_BATCH + i) for i in range(VAE_BATCH)])
+
+
+def vae_loss(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Absolute and squared error, error of the gradients, and a little KL so that latents have a known scale."""
+    mean, logvar = vae.moments(x)
+    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+    error = vae.decoder(z) - x
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def normalised(vae: VAE) -> VAE:
+    """The same weights with the shift and scale that make latents of training pictures N(0, 1)."""
+    z = torch.cat([vae.moments(pictures_of(10**6 + i))[0] for i in range(512 // VAE_BATCH)])
+    config = replace(vae.config, shift_factor=round(z.mean().item(), 5), scaling_factor=round(1 / z.std().item(), 5))
+    result = VAE(config)
+    result.load_state_dict(vae.state_dict())
+    return result.eval().requires_grad_(False)
+
+
+def pretrain_vae(folder: Path, steps: int) -> VAE:
+    """Train, or go on from `folder`/vae.pt, or read the finished one. Returns it frozen, with normalised latents."""
+    torch.manual_seed(1)
+    vae = VAE(AUTOENCODER).to(memory_format=torch.channels_last)
+    training = Training(folder / "vae.pt", "vae", vae, (VAE_RATE, VAE_RATE))
+    while training.step < steps:
+        step = training.step  # warm-up over 50 steps, then half a cosine down to zero
+        share = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        training.update(vae_loss(vae, pictures_of(step), torch.Generator().manual_seed(step)), share)
+    training.save()
+    return normalised(vae)
+
+
 @torch.no_grad()
 def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> None:
     """Every PARTS-th batch of the phase's examples, drawn, encoded and sorted into buckets; the suffix is the first."""
     torch.set_num_threads(1)
-    tokenizers, chunks = Tokenizers(tokenizer_folder), {}
+    tokenizers, chunks = tokenizers_of(tokenizer_folder), {}
     for start in range(int(file.suffix[1:]) * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
         size = phase.sizes[start // ENCODE_BATCH % len(phase.sizes)]
         numbers = range(start, min(start + ENCODE_BATCH, phase.examples))
@@ -78,7 +211,8 @@ def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> No
             target, *references = (vae.encode(to_tensor(pictures)).half().contiguous() for pictures in columns)
             bucket = Bucket(target, references, *tokenizers([task.prompt for task in group]))
             chunks.setdefault((count, *size), []).append(bucket)
-    save_whole({key: vars(joined(buckets)) for key, buckets in chunks.items()}, file)
+    with whole_file(file) as unfinished:
+        torch.save({key: vars(joined(buckets)) for key, buckets in chunks.items()}, unfinished)
 
 
 def joined(chunks: list[Bucket]) -> Bucket:
@@ -125,7 +259,7 @@ def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     return t, noise, flow.mix(target, noise, t)
 
 
-def loss_of(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
+def flux_loss(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
     """Weighted squared error of the velocity at random times and guidance 1; some captions are empty."""
     dropped = torch.rand(len(data.target), 1, generator=generator) < CAPTION_DROPOUT
     ids = tuple(torch.where(dropped, nothing, own) for nothing, own in zip(empty, (data.t5, data.clip), strict=True))
@@ -150,23 +284,11 @@ def distil_loss(nano: Nano, teacher: Nano, data: Bucket, empty: tuple, generator
     return (given - wanted).square().mean()
 
 
-def rate(step: int, steps: int) -> float:
-    """Share of the full learning rate: warm-up, constant, linear decay."""
-    return min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
-
-
-class Run(Training):
-    """The training of `nano`, in `folder`/flux.pt."""
-
-    def __init__(self, folder: Path):
-        torch.manual_seed(2)
-        self.nano = Nano()
-        super().__init__(folder / "flux.pt", "nano", self.nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
-
-
 def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int) -> None:
     """Train through all phases and distil guidance, or go on from `work`/flux.pt; each is exported to `folder`."""
-    run, empty = Run(work), Tokenizers(folder)([""])
+    torch.manual_seed(2)
+    nano, empty = Nano(), tokenizers_of(folder)([""])
+    run = Training(work / "flux.pt", "nano", nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
     total, done = sum(phase.steps for phase in phases), 0
     for phase in phases:
         done += phase.steps
@@ -179,25 +301,27 @@ def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...],
             if data.references:  # captions of text-to-image are longer and stay
                 data = replace(data, t5=data.t5[:, :length], clip=data.clip[:, :length])
             nothing = tuple(ids[:, : data.t5.shape[1]] for ids in empty)
-            run.update(loss_of(run.nano, data, nothing, generator), rate(run.step, total))
+            share = min(1.0, (run.step + 1) / WARM_UP, (total - run.step) / (DECAY * total))
+            run.update(flux_loss(nano, data, nothing, generator), share)
         run.save()
-        export(folder, run.nano, vae)
+        export(folder, nano, vae)
     if run.step < total + distil:
         last = replace(phases[-1], steps=distil, batch=phases[-1].batch // 2)
         distil_guidance(run, work, cached_buckets(work, vae, folder, last), empty, total, last)
-    export(folder, run.nano, vae)
+    export(folder, nano, vae)
 
 
-def distil_guidance(run: Run, folder: Path, buckets: list[Bucket], empty: tuple, first: int, phase: Phase) -> None:
+def distil_guidance(run: Training, folder: Path, buckets: list[Bucket], empty: tuple, first: int, phase: Phase) -> None:
     """The phase's steps after `first`; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
     file, last = folder / "teacher.pt", first + phase.steps
     if run.step == first:
-        save_whole(run.nano.state_dict(), file)
-    teacher = copy.deepcopy(run.nano).requires_grad_(False)
+        with whole_file(file) as unfinished:
+            torch.save(run.network.state_dict(), unfinished)
+    teacher = copy.deepcopy(run.network).requires_grad_(False)
     teacher.load_state_dict(torch.load(file, weights_only=True))
     while run.step < last:
         generator = torch.Generator().manual_seed(run.step)
         data = choose(buckets, phase.batch, phase.sizes[0], generator)
-        loss = distil_loss(run.nano, teacher, data, empty, generator)
+        loss = distil_loss(run.network, teacher, data, empty, generator)
         run.update(loss, DISTIL_SHARE * (last - run.step) / phase.steps)
     run.save()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from kontext_min.data.align import shift_between
+from kontext_min.compare import shift_between
 from kontext_min.data.degrade import degrade
 
-PHOTOS = Path(__file__).parents[2] / "configs" / "photos" / "reference"
+PHOTOS = Path(__file__).parents[1] / "configs" / "photos" / "reference"
 NAMES = sorted(path.stem for path in PHOTOS.glob("*.jpg"))
 
 
