@@ -17,7 +17,7 @@ LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of 
     3: ["edit", "study.experiment", "presets", "data.pairs", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.read", "adapters.write", "adapters.merge", "quantize", "memory", "parallel", "study.hooks"],
-    1: ["models", "flow", "adapters.layers", "adapters.formats", "adapters.rows", "checkpoints.keys", "data.align",
+    1: ["models", "flow", "adapters.layers", "adapters.rows", "checkpoints.keys", "data.align",
         "data.buckets", "data.degrade", "data.problems", "sheet", "study.pictures", "training.optim", "training.ema",
         "run_folder"],
     0: ["config", "foreign"],

@@ -123,15 +123,6 @@ def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
     return table
 
 
-def flux_places(config: FluxConfig) -> dict[str, tuple[str, Part]]:
-    """Every name of a linear, diffusers' or ours, -> our linear and the rows it stands for."""
-    table = {}
-    for ours, parts in flux_linears(config).items():
-        table[ours] = ours, Part(ours, 0, sum(part.rows for part in parts))
-        table |= {part.name: (ours, part) for part in parts}
-    return table
-
-
 @dataclass(frozen=True)
 class Source:
     """One of our tensors as a file holds it: `names` stacked along dim 0, in `rows` each, then a change of form."""
@@ -168,21 +159,16 @@ def flux_diffusers(config: FluxConfig) -> dict[str, Source]:
     return table
 
 
-def vae_diffusers_name(name: str, levels: int) -> str:
-    """Our VAE tensor name -> diffusers'. Decoder levels are counted from the other end there."""
-    for i in range(levels):
-        name = name.replace(f"encoder.down.{i}.", f"encoder.down_blocks.{i}.")
-        name = name.replace(f"decoder.up.{i}.", f"decoder.up_blocks.{levels - 1 - i}.")
-    for ours, theirs in VAE_LEAVES.items():
-        name = name.replace(f".{ours}.", f".{theirs}.")
-    return name
-
-
 def vae_diffusers(config: VAEConfig, names: list[str]) -> dict[str, Source]:
-    """Our VAE tensors (`names`) in diffusers' layout, where the attention's 1x1 convolutions are linears."""
-    projections = tuple(f"mid.attn_1.{p}.weight" for p in ("q", "k", "v", "proj_out"))
-    levels = len(config.channels)
-    return {
-        name: Source((vae_diffusers_name(name, levels),), form="linear" if name.endswith(projections) else "same")
-        for name in names
-    }
+    """Our VAE tensors (`names`) in diffusers' layout: decoder levels from the other end, 1x1 projections as linears."""
+    table, levels = {}, len(config.channels)
+    renamed = {f"encoder.down.{i}.": f"encoder.down_blocks.{i}." for i in range(levels)}
+    renamed |= {f"decoder.up.{i}.": f"decoder.up_blocks.{levels - 1 - i}." for i in range(levels)}
+    renamed |= {f".{ours}.": f".{theirs}." for ours, theirs in VAE_LEAVES.items()}
+    projections = tuple(f"mid.attn_1.{part}.weight" for part in ("q", "k", "v", "proj_out"))
+    for name in names:
+        their_name = name
+        for ours, theirs in renamed.items():
+            their_name = their_name.replace(ours, theirs)
+        table[name] = Source((their_name,), form="linear" if name.endswith(projections) else "same")
+    return table

@@ -35,24 +35,17 @@ def position_buckets(length: int, num_buckets: int, max_distance: int, device: t
     """
     position = torch.arange(length, device=device)
     relative = position[None, :] - position[:, None]  # key - query
-    half = num_buckets // 2
-    exact = half // 2
-    distance = relative.abs()
+    half, exact, distance = num_buckets // 2, num_buckets // 4, relative.abs()
     log_ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (log_ratio * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (relative > 0).long()
 
 
-class T5LayerNorm(nn.Module):
+class T5LayerNorm(nn.RMSNorm):
     """x / rms(x) * weight: no mean, no bias; the variance is taken in fp32."""
 
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.eps = config.eps
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.weight.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(self.weight.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -90,9 +83,11 @@ class Block(nn.Module):
 
     def __init__(self, config: T5Config, has_bias_table: bool):
         super().__init__()
-        attention = {"SelfAttention": SelfAttention(config, has_bias_table), "layer_norm": T5LayerNorm(config)}
-        feed_forward = {"DenseReluDense": DenseReluDense(config), "layer_norm": T5LayerNorm(config)}
-        self.layer = nn.ModuleList([nn.ModuleDict(attention), nn.ModuleDict(feed_forward)])
+        parts = {"SelfAttention": SelfAttention(config, has_bias_table), "DenseReluDense": DenseReluDense(config)}
+        norms = (T5LayerNorm(config.d_model, config.eps) for _ in parts)
+        self.layer = nn.ModuleList(
+            nn.ModuleDict({name: part, "layer_norm": next(norms)}) for name, part in parts.items()
+        )
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         first, second = self.layer
@@ -108,7 +103,7 @@ class T5Encoder(nn.Module):
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         blocks = nn.ModuleList(Block(config, has_bias_table=i == 0) for i in range(config.num_layers))
-        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": T5LayerNorm(config)})
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": T5LayerNorm(config.d_model, config.eps)})
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.shared(ids)  # (B, L, d_model)
