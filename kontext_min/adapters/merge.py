@@ -32,11 +32,8 @@ def reduced(updates: Sequence[Update], rank: int) -> tuple[list[LoRA], float]:
 
 
 def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """delta-W = U diag(S) V without making it: all of S, falling, and the first of U (rows, rank) and V (rank, in).
-
-    A LoRA's comes by QR of its halves. A Kronecker product's singular values and vectors are products of its sides'.
-    """
-    if isinstance(update, LoRA):
+    """delta-W = U diag(S) V without making it: all of S, falling, and the first of U (rows, rank) and V (rank, in)."""
+    if isinstance(update, LoRA):  # by QR of its halves; a Kronecker product's values and vectors are products
         (qb, rb), (qa, ra) = torch.linalg.qr(update.B.float() * update.scale), torch.linalg.qr(update.A.float().T)
         u, s, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         return qb @ u[:, :rank], s, v[:rank] @ qa.T
@@ -48,11 +45,10 @@ def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dtype) -> float:
-    """Write the base's transformer with the updates in its weights; files, names and layout are the base's.
+    """Write the base's transformer with the updates in its weights, in its files, names and layout, tensor by tensor.
 
-    base and out: both a single file, or both a folder. Streamed: the memory of one tensor. -> the share of the change
-    (its norm) that rounding to dtype loses. ValueError where base and updates do not fit, or where the base is
-    quantised. Nothing appears before all is whole.
+    base and out: both a single file, or both a folder; nothing appears before all is whole. -> the share of the change
+    (its norm) that rounding to dtype loses. ValueError where the updates do not fit, or where the base is quantised.
     """
     if base.is_file():
         component, targets = Component((base,), {}), [out]

@@ -207,12 +207,9 @@ def checked(what: str, tensor: Tensor) -> Tensor:
 
 
 def scale_of(module: str, rank: int, tensors: dict[str, Tensor], settings: dict) -> float:
-    """A module's alpha / rank, 1 without an alpha: its tensor's only value, else LoraConfig's.
-
-    There alpha_pattern comes before lora_alpha: module names, or regular expressions of how they end.
-    """
+    """A module's alpha / rank; alpha is its tensor's only value, else LoraConfig's alpha_pattern's or lora_alpha."""
     alpha = settings.get("lora_alpha")
-    try:
+    try:  # patterns are module names, or regular expressions of how they end
         patterns = dict(settings.get("alpha_pattern") or {}).items()
         alpha = next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), alpha)
         alpha = tensors["alpha"].item() if "alpha" in tensors else alpha

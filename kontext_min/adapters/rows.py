@@ -107,10 +107,7 @@ def joined(part: Part, pieces: list[Update]) -> LoRA:
 
 
 def take_rows(update: Update, name: str, *ranges: slice) -> Update:
-    """The update, frozen, of these rows of an update's own, one after the other, by another name.
-
-    ValueError where a Kronecker product would have to be taken apart within its second side.
-    """
+    """These rows of an update, frozen, one range after the other, by another name. ValueError within a LoKr's w2."""
     unit = 1 if isinstance(update, LoRA) else len(update.w2[0])  # rows of the product for one of its first factor
     if any(edge % unit for rows in ranges for edge in (rows.start, rows.stop)):
         raise ValueError(

@@ -30,34 +30,24 @@ class CLIPConfig:
     eps: float = 1e-5
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.num_heads = config.num_heads
-        linears = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = linears
-
-    def forward(self, x: Tensor) -> Tensor:
-        projected = (linear(x) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (rearrange(y, "B L (H D) -> B H L D", H=self.num_heads) for y in projected)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(rearrange(x, "B H L D -> B L (H D)"))
-
-
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward, each around a shortcut."""
+    """Pre-norm causal self-attention and feed-forward, each around a shortcut."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.layer_norm1, self.self_attn = nn.LayerNorm(hidden, eps=config.eps), Attention(config)
-        self.layer_norm2, self.activation = nn.LayerNorm(hidden, eps=config.eps), ACTIVATIONS[config.activation]
+        hidden, inner, names = config.hidden_size, config.intermediate_size, ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.num_heads, self.activation = config.num_heads, ACTIVATIONS[config.activation]
+        self.layer_norm1 = nn.LayerNorm(hidden, eps=config.eps)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(hidden, hidden) for name in names})
+        self.layer_norm2 = nn.LayerNorm(hidden, eps=config.eps)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(hidden, inner), "fc2": nn.Linear(inner, hidden)})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+        *projections, out_proj = self.self_attn.values()
+        y = self.layer_norm1(x)
+        q, k, v = (rearrange(linear(y), "B L (H D) -> B H L D", H=self.num_heads) for linear in projections)
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + out_proj(rearrange(heads, "B H L D -> B L (H D)"))
         return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 

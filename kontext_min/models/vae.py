@@ -78,46 +78,28 @@ def middle(channels: int, groups: int) -> nn.Sequential:
     return named(block_1=block(), attn_1=AttnBlock(channels, groups), block_2=block())
 
 
-class Encoder(nn.Module):
+def encoder(config: VAEConfig) -> nn.Sequential:
     """Picture (B, 3, 8h, 8w) -> mean and log-variance of the latents (B, 2 * latent_channels, h, w)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        channels, groups = config.channels, config.groups
-        self.conv_in = conv(config.in_channels, channels[0])
-        self.down = nn.Sequential()
-        for before, out in pairwise((channels[0], *channels)):
-            self.down.append(level([before] + [out] * config.layers_per_block, groups))
-            if len(self.down) < len(channels):  # half the resolution, padded right and bottom only
-                self.down[-1].downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(out, out, 3, stride=2))
-        self.mid = middle(channels[-1], groups)
-        self.norm_out, self.conv_out = norm(groups, channels[-1]), conv(channels[-1], 2 * config.latent_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.mid(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+    channels, groups = config.channels, config.groups
+    parts = {"conv_in": conv(config.in_channels, channels[0]), "down": nn.Sequential()}
+    for before, out in pairwise((channels[0], *channels)):
+        parts["down"].append(stage := level([before] + [out] * config.layers_per_block, groups))
+        if len(parts["down"]) < len(channels):  # half the resolution, padded right and bottom only
+            stage.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(out, out, 3, stride=2))
+    parts["mid"] = middle(out, groups)
+    return named(**parts, norm_out=norm(groups, out), silu=nn.SiLU(), conv_out=conv(out, 2 * config.latent_channels))
 
 
-class Decoder(nn.Module):
-    """Latents (B, latent_channels, h, w) -> picture (B, 3, 8h, 8w). `up[i]` is level i: run backwards."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        channels, groups = config.channels, config.groups
-        self.conv_in = conv(config.latent_channels, channels[-1])
-        self.mid = middle(channels[-1], groups)
-        self.up = nn.ModuleList()
-        for before, out in pairwise((channels[-1], *reversed(channels))):
-            self.up.insert(0, level([before] + [out] * (config.layers_per_block + 1), groups))
-            if len(self.up) < len(channels):  # twice the resolution, nearest neighbour
-                self.up[0].upsample = named(nearest=nn.Upsample(scale_factor=2.0), conv=conv(out, out))
-        self.norm_out, self.conv_out = norm(groups, channels[0]), conv(channels[0], config.in_channels)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for up in reversed(self.up):
-            h = up(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def decoder(config: VAEConfig) -> nn.Sequential:
+    """Latents (B, latent_channels, h, w) -> picture (B, 3, 8h, 8w). `up.i` is level i, so they run from the last."""
+    channels, groups = config.channels, config.groups
+    parts = {"conv_in": conv(config.latent_channels, channels[-1]), "mid": middle(channels[-1], groups), "up": named()}
+    for i, out in reversed(list(enumerate(channels))):
+        before = channels[min(i + 1, len(channels) - 1)]
+        parts["up"].add_module(str(i), stage := level([before] + [out] * (config.layers_per_block + 1), groups))
+        if i:  # twice the resolution, nearest neighbour
+            stage.upsample = named(nearest=nn.Upsample(scale_factor=2.0), conv=conv(out, out))
+    return named(**parts, norm_out=norm(groups, out), silu=nn.SiLU(), conv_out=conv(out, config.in_channels))
 
 
 class VAE(nn.Module):
@@ -125,7 +107,7 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config, self.encoder, self.decoder = config, Encoder(config), Decoder(config)
+        self.config, self.encoder, self.decoder = config, encoder(config), decoder(config)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, 8h, 8w) in [-1, 1] -> raw mean and log-variance, each (B, 16, h, w)."""
