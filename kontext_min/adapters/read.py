@@ -74,10 +74,6 @@ REFUSED = {  # a regular expression of tensors' names -> what such tensors are, 
         "tensors replace or add whole weights, which cannot be applied here (extract a LoRA from them)",
     r"\.lora_[AB]\.bias$": "tensors are biases of a LoRA (lora_bias), which cannot be applied here",
 }  # fmt: skip
-USABLE = {  # in PEFT's settings; some initialisations change the frozen weights
-    "peft_type": lambda value: value in (None, "LORA"),
-    "init_lora_weights": lambda value: not str(value).startswith(("pissa", "olora", "corda", "loftq")),
-}
 
 
 @dataclass(frozen=True)
@@ -165,7 +161,10 @@ def lora_settings(header: dict[str, str], path: Path) -> dict:
     text = header.get(CONFIG_KEY, beside.read_text(encoding="utf-8") if raw else "{}")
     values = {key.removeprefix("transformer."): value for key, value in json_object(text, path).items()}
     odd = [key for key in ("lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
-    odd += [f"{key} {values[key]}" for key, usable in USABLE.items() if not usable(values.get(key))]
+    method, start = values.get("peft_type"), str(values.get("init_lora_weights"))
+    odd += [f"peft_type {method}"] if method not in (None, "LORA") else []
+    changed = start.startswith(("pissa", "olora", "corda", "loftq"))  # the frozen weights, too
+    odd += [f"init_lora_weights {start}"] if changed else []
     if odd:
         raise ValueError(f"{path} was made with {', '.join(odd)}, which cannot be applied here")
     return values

@@ -49,10 +49,10 @@ def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
 
 
 def arrange(updates: Sequence[Update], fused: bool) -> list[Update]:
-    """The same change as one update for each of our linears (fused) or for each of their parts.
+    """The same change, exactly, as one update for each of our linears (fused) or for each of their parts.
 
-    Where several meet in one, A are stacked and B lie block by block, and rows that nothing touches are zero; where one
-    is cut, A is shared. Both are exact. ValueError where a Kronecker product or DoRA does not allow it.
+    Where several meet, A are stacked and B lie block by block, zero elsewhere; where one is cut, A is shared.
+    ValueError where a Kronecker product or DoRA does not allow it.
     """
     arranged = []
     for whole, (parts, here) in by_linear(updates).items():

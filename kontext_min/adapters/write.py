@@ -40,7 +40,13 @@ def write_adapter(
     recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error, kept there too.
     The file appears whole and verified or not at all: ValueError says what the format cannot hold, or what differs.
     """
-    arranged, temporary = arranged_for(form, updates), path.with_suffix(".tmp")
+    arranged, temporary = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl"), path.with_suffix(".tmp")
+    if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
+        raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
+    if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
+        raise ValueError(f"{form} files cannot hold DoRA's magnitudes; {', '.join(MAGNITUDES)} do")
+    if not arranged:
+        raise ValueError("there is nothing to write: no update changes anything")
     tensors = {name: tensor for update in arranged for name, tensor in tensors_of(update, form, dtype).items()}
     metadata = header(arranged, recipe, form)
     try:
@@ -53,18 +59,6 @@ def write_adapter(
     finally:
         temporary.unlink(missing_ok=True)
     return error
-
-
-def arranged_for(form: str, updates: Sequence[Update]) -> list[Update]:
-    """The same change as one update for each of the format's modules. ValueError where the format cannot hold it."""
-    arranged = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl")
-    if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
-        raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
-    if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
-        raise ValueError(f"{form} files cannot hold DoRA's magnitudes; {', '.join(MAGNITUDES)} do")
-    if not arranged:
-        raise ValueError("there is nothing to write: no update changes anything")
-    return arranged
 
 
 def tensors_of(update: Update, form: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -30,7 +30,9 @@ class Tracker(AbstractContextManager):
         logs = config.output_dir / "logs"
         if config.logging_dir:
             logs = config.logging_dir / (config.tracker_run_name or config.output_dir.name)
-        self.reporters = [REPORTERS[name](config, logs, start) for name in asked(config)]
+        self.reporters = [
+            to(config, logs, start) for name, to in REPORTERS.items() if config.report_to in ("all", name)
+        ]
         self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
 
     def __exit__(self, *_):
@@ -103,12 +105,8 @@ def to_wandb(config: Config, folder: Path, start: int) -> Reporter:
 REPORTERS = {"tensorboard": to_tensorboard, "wandb": to_wandb}
 
 
-def asked(config: Config) -> list[str]:
-    """The reporters of report_to."""
-    return list(REPORTERS) if config.report_to == "all" else [name for name in REPORTERS if name == config.report_to]
-
-
 def missing(config: Config) -> list[str]:
     """One sentence for each library that report_to needs and that is not there."""
-    absent = [name for name in asked(config) if not getattr(find_spec(name), "origin", None)]  # a mere folder has none
+    asked = (name for name in REPORTERS if config.report_to in ("all", name))
+    absent = [name for name in asked if not getattr(find_spec(name), "origin", None)]  # a mere folder has none
     return [f"report_to {config.report_to} needs a library: pip install {name}" for name in absent]
