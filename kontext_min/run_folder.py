@@ -29,9 +29,7 @@ class RunFolder:
         self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
         self.lora, self.average = path / LORA, path / "ema" / LORA
         self.card, self.report, self.validation = path / "README.md", path / "report.html", path / "validation"
-        self.items, self.psnr, self.eval = (
-            self.validation / name for name in ("items.json", "psnr.jsonl", "eval.jsonl")
-        )
+        self.items, self.psnr, self.eval = (self.validation / n for n in ("items.json", "psnr.jsonl", "eval.jsonl"))
 
     def sheet(self, step: int) -> Path:
         """All items after a step on one picture."""
