@@ -50,13 +50,12 @@ def gather(folder: RunFolder) -> dict:
     done = f"step {metrics[-1]['step']} of {config.get('max_train_steps', '?')}" if metrics else "no step yet"
     kind = f"{'DoRA' if config.get('use_dora') else 'LoRA'} of rank {config.get('lora_rank', '?')}"
     kind = "LoKr" if config.get("lora_type") == "lycoris" else kind
-    place = (
-        f"{config.get('flux_lora_target', 'modules of a preset')} · {config.get('pretrained_model_name_or_path', '?')}"
-    )
+    what = f"{done} · {kind} on {config.get('flux_lora_target', 'modules of a preset')}"
     return {
-        "title": folder.path.resolve().name, "subtitle": f"{done} · {kind} on {place}", "items": items, "steps": steps,
-        "numbers": numbers(metrics, psnr), "findings": findings(metrics, held_out, files), "config": config,
-        "curves": curves(metrics, psnr, held_out), "missing": [name for name, value in absent.items() if not value],
+        "title": folder.path.resolve().name, "subtitle": f"{what} · {config.get('pretrained_model_name_or_path', '?')}",
+        "items": items, "steps": steps, "numbers": numbers(metrics, psnr),
+        "findings": findings(metrics, held_out, files), "config": config, "curves": curves(metrics, psnr, held_out),
+        "missing": [name for name, value in absent.items() if not value],
     }  # fmt: skip
 
 

@@ -29,10 +29,8 @@ class RunFolder:
         self.path = path
         self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
         self.lora, self.average, self.model = path / LORA, path / "ema" / LORA, path / "model"
-        self.card, self.report = path / "README.md", path / "report.html"
-        self.validation = path / "validation"
-        self.items = self.validation / "items.json"
-        self.psnr, self.eval = self.validation / "psnr.jsonl", self.validation / "eval.jsonl"
+        self.card, self.report, self.validation = path / "README.md", path / "report.html", path / "validation"
+        self.items, self.psnr, self.eval = (self.validation / n for n in ("items.json", "psnr.jsonl", "eval.jsonl"))
 
     def sheet(self, step: int) -> Path:
         """All items after a step on one picture."""

@@ -17,7 +17,7 @@ LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of 
     3: ["edit", "study.experiment", "presets", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.read", "adapters.write", "adapters.merge", "quantize", "memory", "parallel", "study.hooks"],
-    1: ["models", "flow", "adapters.layers", "adapters.formats", "adapters.rows", "checkpoints.keys", "compare",
+    1: ["models", "flow", "adapters.layers", "adapters.rows", "checkpoints.keys", "compare",
         "data.buckets", "data.degrade", "data.pairs", "training.optim", "training.ema", "run_folder"],
     0: ["config", "foreign"],
 }  # fmt: skip

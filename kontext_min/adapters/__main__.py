@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,8 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def write(args: argparse.Namespace):
     """One adapter in another format, or several in one, or in the base's weights."""
-    named = [split_lora(text) for text in args.loras]
-    sources = [(read_adapter(file), strength) for file, strength in named]
+    sources = [(read_adapter(file), strength) for file, strength in map(split_lora, args.loras)]
     for source, strength in sources:
         print(f"{source.path}: {source.title}, at strength {strength:g}")
     updates = [at_strength(update, strength) for source, strength in sources for update in source.updates]
@@ -68,18 +68,17 @@ def inspect(args: argparse.Namespace):
         print(f"  {block:18}{square**0.5:10.4f} {'#' * round(48 * square**0.5 / largest)}".rstrip())
     print("\nheader")
     for key, value in sorted(file.header.items()):
-        try:
-            inner = dict(json.loads(value))
-        except (ValueError, TypeError):
-            inner = {}
-        lines = [f"  {key}:", *(f"    {k}: {v}" for k, v in inner.items())] if inner else [f"  {key}: {value}"]
+        lines = [f"  {key}: {value}"]
+        with suppress(ValueError, TypeError):
+            inner = dict(json.loads(value)).items()
+            lines = [f"  {key}:", *(f"    {k}: {v}" for k, v in inner)] if inner else lines
         print("\n".join(line if len(line) <= 80 else line[:78] + " …" for line in lines))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    form = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m kontext_min.adapters", **form)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m kontext_min.adapters", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="inspect | convert | merge")
     shown, converted, merged = (commands.add_parser(name) for name in ("inspect", "convert", "merge"))
     shown.add_argument("file", type=Path)

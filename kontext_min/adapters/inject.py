@@ -12,9 +12,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from kontext_min.adapters.formats import SWAPPED_THEIRS
 from kontext_min.adapters.layers import Adapted, Kronecker, LoKr, LoRA, Update
-from kontext_min.adapters.rows import arrange, by_linear
+from kontext_min.adapters.rows import SWAPPED_THEIRS, arrange, by_linear
 from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.models.flux import Flux, FluxConfig
 

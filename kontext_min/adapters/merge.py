@@ -10,16 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kontext_min.adapters.formats import SWAPPED_THEIRS
 from kontext_min.adapters.layers import LoRA, Update
-from kontext_min.adapters.rows import by_linear, overlap
+from kontext_min.adapters.rows import SWAPPED_THEIRS, by_linear, overlap
 from kontext_min.checkpoints.keys import Part
 from kontext_min.checkpoints.load import Component, bare, find_component, flux_config, on_meta
 from kontext_min.checkpoints.save import DTYPES, stream
 from kontext_min.checkpoints.tensors import Tensors
 from kontext_min.models.flux import Flux
-
-# ------------------------------------------------------------------------------------------------ rank
 
 
 def reduced(updates: Sequence[Update], rank: int) -> tuple[list[LoRA], float]:
@@ -35,11 +32,8 @@ def reduced(updates: Sequence[Update], rank: int) -> tuple[list[LoRA], float]:
 
 
 def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """delta-W = U diag(S) V without making it: all of S, falling, and the first of U (rows, rank) and V (rank, in).
-
-    A LoRA's comes by QR of its halves. A Kronecker product's singular values and vectors are products of its sides'.
-    """
-    if isinstance(update, LoRA):
+    """delta-W = U diag(S) V without making it: all of S, falling, and the first of U (rows, rank) and V (rank, in)."""
+    if isinstance(update, LoRA):  # by QR of its halves; a Kronecker product's values and vectors are products
         (qb, rb), (qa, ra) = torch.linalg.qr(update.B.float() * update.scale), torch.linalg.qr(update.A.float().T)
         u, s, v = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         return qb @ u[:, :rank], s, v[:rank] @ qa.T
@@ -50,29 +44,26 @@ def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, torch.einsum("kc,kd->kcd", v1[i], v2[j]).flatten(1)
 
 
-# ------------------------------------------------------------------------------------------------ into the base
-
-
 def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dtype) -> float:
-    """Write the base's transformer with the updates in its weights; files, names and layout are the base's.
+    """Write the base's transformer with the updates in its weights, in its files, names and layout, tensor by tensor.
 
-    base and out: both a single file, or both a folder. Streamed: the memory of one tensor. -> the share of the change
-    (its norm) that rounding to dtype loses. ValueError where base and updates do not fit, or where the base is
-    quantised. Nothing appears before all is whole.
+    base and out: both a single file, or both a folder; nothing appears before all is whole. -> the share of the change
+    (its norm) that rounding to dtype loses. ValueError where the updates do not fit, or where the base is quantised.
     """
     if base.is_file():
         component, targets = Component((base,), {}), [out]
     else:
         component = find_component(*((base.parent, base.name) if base.name == "transformer" else (base, "transformer")))
         targets = [out / file.name for file in component.files]
-    tensors, weights = Tensors(component.files).rename(bare), weights_of(updates)
-    refuse_quantised(tensors, weights)
+    tensors, touched = Tensors(component.files).rename(bare), by_linear(updates).items()
+    changes = {f"{part.name}.weight": (part, here) for whole, (parts, here) in touched for part in (whole, *parts)}
+    refuse_quantised(tensors, changes)
     by_linear(updates, on_meta(Flux, flux_config, component, tensors))  # says what does not fit
     lost = torch.zeros(2, dtype=torch.float64)
 
     def merged(name: str) -> Tensor:
         weight = tensors.read(bare(name))
-        if change := weights.get(bare(name)):
+        if change := changes.get(bare(name)):
             before, weight = weight, with_updates(weight.float(), *change)
             lost.add_(loss(before, weight, weight.to(dtype)))
         return weight
@@ -87,12 +78,6 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     for file in () if base.is_file() else component.files[0].parent.glob("*.json"):
         shutil.copy(file, out)
     return share(lost)
-
-
-def weights_of(updates: Sequence[Update]) -> dict[str, tuple[Part, list[Update]]]:
-    """Names of weights that the updates may change, in either layout -> their rows of our linear, and its updates."""
-    touched = by_linear(updates).items()
-    return {f"{part.name}.weight": (part, here) for whole, (parts, here) in touched for part in (whole, *parts)}
 
 
 def with_updates(weight: Tensor, part: Part, here: list[Update]) -> Tensor:
@@ -121,21 +106,15 @@ def share(squares: Tensor) -> float:
     return (lost / (whole or 1.0)) ** 0.5
 
 
-# ------------------------------------------------------------------------------------------------ quantised
-
-
-def refuse_quantised(tensors: Tensors, weights: dict[str, tuple[Part, list[Update]]]):
+def refuse_quantised(tensors: Tensors, changes: dict[str, tuple[Part, list[Update]]]):
     """Raise ValueError if a weight to be changed is quantised, with the measured share of the change it would lose."""
-    lost, forms = torch.zeros(2, dtype=torch.float64), {}
-    for name in sorted(weights.keys() & tensors.names()):
-        handle, key = tensors.where[name]
-        forms[name] = handle.get_slice(key).get_dtype()
+    lost, places = torch.zeros(2, dtype=torch.float64), sorted(tensors.where.items())
+    forms = {name: handle.get_slice(key).get_dtype() for name, (handle, key) in places if name in changes}
     quantised = [name for name, form in forms.items() if form not in DTYPES.values()]
     for name in quantised[:8]:  # enough to measure on
-        part, here = weights[name]
         levels, scale, numbers = grid(tensors, name)
-        weight = (numbers.reshape(len(scale), -1) * scale).view(-1, here[0].shape[1])
-        merged = with_updates(weight, part, here)
+        weight = (numbers.reshape(len(scale), -1) * scale).view(-1, changes[name][1][0].shape[1])
+        merged = with_updates(weight, *changes[name])
         nearest = torch.bucketize(merged.view(len(scale), -1) / scale, (levels[1:] + levels[:-1]) / 2)
         lost += loss(weight, merged, (levels[nearest] * scale).view(merged.shape))
     if quantised:

@@ -1,6 +1,8 @@
-"""Adapter files -> updates of named modules, in every format of adapters/formats.py.
+"""Adapter files -> updates of named modules; the table of their formats, which adapters/write.py uses backwards.
 
-Everything a file holds is used or refused by name: an unknown key, a missing half, a NaN, no match at all is an error.
+A tensor's name is a prefix, a module's name and an ending. Where a format spells module names with underscores they
+are looked up in `modules`, never parsed: `img_mlp_0` could be several things. Everything a file holds is used or
+refused by name: an unknown key, a missing half, a NaN, no match at all is an error.
 """
 
 import json
@@ -9,15 +11,55 @@ import re
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kontext_min.adapters.formats import CONFIG_KEY, ENDINGS, FORMATS, RECIPE_KEY, SWAPPED_THEIRS, modules
 from kontext_min.adapters.layers import LoKr, LoRA, Update
 from kontext_min.adapters.rows import swapped
+from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.checkpoints.tensors import FP8, open_safetensors, refuse
+from kontext_min.models.flux import FluxConfig
 
+
+class Format(NamedTuple):
+    """How a format makes a tensor's name of a module's."""
+
+    prefix: str
+    separator: str  # of the words of a module's name
+    names: str  # whose: "bfl", with fused linears, or "diffusers", with their parts
+    a: str  # ending of a LoRA's A (rank, in)
+    b: str  # ending of its B (rows, rank)
+
+    def stem(self, module: str) -> str:
+        """A module's name -> what its tensors' names begin with."""
+        return self.prefix + module.replace(".", self.separator)
+
+
+# fmt: off
+PEFT, KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+FORMATS = {
+    "diffusers":       Format("transformer.",       ".", "diffusers", *PEFT),  # also ai-toolkit, its LoKr too
+    "kohya":           Format("lora_unet_",         "_", "bfl",       *KOHYA),  # also musubi, LyCORIS with kohya
+    "comfy":           Format("diffusion_model.",   ".", "bfl",       *KOHYA),  # lora_A there is nothing to diffusers
+    "bfl":             Format("",                   ".", "bfl",       *PEFT),
+    "lycoris":         Format("lycoris_",           "_", "diffusers", *KOHYA),  # SimpleTuner, LyCORIS by itself
+    "onetrainer":      Format("lora_transformer_",  "_", "diffusers", *KOHYA),
+    "fal":             Format("base_model.model.",  ".", "bfl",       *PEFT),
+    "peft":            Format("base_model.model.",  ".", "diffusers", *PEFT),
+    "diffsynth":       Format("",                   ".", "diffusers", "lora_A.default.weight", "lora_B.default.weight"),
+    "comfy-diffusers": Format("diffusion_model.",   ".", "diffusers", *PEFT),
+    "kohya-diffusers": Format("lora_unet_",         "_", "diffusers", *KOHYA),
+}
+# fmt: on
+W1, W2 = ([(f"lokr_{side}",), (f"lokr_{side}_a", f"lokr_{side}_b")] for side in ("w1", "w2"))
+SIDES = [[("lora_B", "lora_A")], *([w1, w2] for w1 in W1 for w2 in W2)]  # what a module may have: a LoRA's or a LoKr's
+ENDINGS = {end: half for form in FORMATS.values() for end, half in ((form.a, "lora_A"), (form.b, "lora_B"))}
+ENDINGS |= {name: name for names in (*W1, *W2, ("alpha", "dora_scale")) for name in names}  # it is (rows, 1)
+ENDINGS |= {"lora_magnitude_vector": "dora_scale"}  # PEFT's, (rows,)
+CONFIG_KEY = "lora_adapter_metadata"  # in the file's header: PEFT's LoraConfig as JSON, keys prefixed `transformer.`
+RECIPE_KEY = "kontext_min"  # in the file's header: what infer.py needs to show this LoRA
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *FP8)
 REFUSED = {  # a regular expression of tensors' names -> what such tensors are, and what to do
     r"^(lora_te|text_encoder|clip_l|t5xxl).*\.(lora|lokr|hada)_":
@@ -32,12 +74,6 @@ REFUSED = {  # a regular expression of tensors' names -> what such tensors are, 
         "tensors replace or add whole weights, which cannot be applied here (extract a LoRA from them)",
     r"\.lora_[AB]\.bias$": "tensors are biases of a LoRA (lora_bias), which cannot be applied here",
 }  # fmt: skip
-W1, W2 = ([(f"lokr_{side}",), (f"lokr_{side}_a", f"lokr_{side}_b")] for side in ("w1", "w2"))
-SIDES = [[("lora_B", "lora_A")], *([w1, w2] for w1 in W1 for w2 in W2)]  # what a module may have: a LoRA's or a LoKr's
-USABLE = {  # in PEFT's settings; some initialisations change the frozen weights
-    "peft_type": lambda value: value in (None, "LORA"),
-    "init_lora_weights": lambda value: not str(value).startswith(("pissa", "olora", "corda", "loftq")),
-}
 
 
 @dataclass(frozen=True)
@@ -90,8 +126,8 @@ def read_adapter(path: Path) -> AdapterFile:
 
 def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, str]]]:
     """The format by which most tensors are named, and module -> {what a tensor is of it: the tensor's name}."""
-    endings = ((name, ending) for name in names for ending in ENDINGS if name.endswith(f".{ending}"))
-    split = {name: (name.removesuffix(f".{ending}"), ENDINGS[ending]) for name, ending in endings}
+    ended = ((name, end) for name in names for end in ENDINGS if name.endswith(f".{end}"))
+    split = {name: (name.removesuffix(f".{end}"), ENDINGS[end]) for name, end in ended}
     if not split:
         held = ", ".join(names[:3]) or "no tensors"
         raise ValueError(f"{path} is no LoRA: it has {held} (a whole model is given as the model)")
@@ -125,7 +161,10 @@ def lora_settings(header: dict[str, str], path: Path) -> dict:
     text = header.get(CONFIG_KEY, beside.read_text(encoding="utf-8") if raw else "{}")
     values = {key.removeprefix("transformer."): value for key, value in json_object(text, path).items()}
     odd = [key for key in ("lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
-    odd += [f"{key} {values[key]}" for key, usable in USABLE.items() if not usable(values.get(key))]
+    method, start = values.get("peft_type"), str(values.get("init_lora_weights"))
+    odd += [f"peft_type {method}"] if method not in (None, "LORA") else []
+    changed = start.startswith(("pissa", "olora", "corda", "loftq"))  # the frozen weights, too
+    odd += [f"init_lora_weights {start}"] if changed else []
     if odd:
         raise ValueError(f"{path} was made with {', '.join(odd)}, which cannot be applied here")
     return values
@@ -144,10 +183,8 @@ def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update
         if any(factor.ndim != 2 for factor in side) or side[0].shape[1] != len(side[-1]) and len(side) == 2:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in values.items())
             raise ValueError(f"has {shapes}; these are no matrices, or do not share a rank")
-    scale, ranks = 1.0, [len(side[1]) for side in sides if len(side) == 2]
-    if ranks:  # else alpha is not used
-        alpha = alpha_of(module, tensors, settings)
-        scale = 1.0 if alpha is None else alpha / (math.sqrt(ranks[-1]) if settings.get("use_rslora") else ranks[-1])
+    ranks = [len(side[1]) for side in sides if len(side) == 2]
+    scale = scale_of(module, ranks[-1], tensors, settings) if ranks else 1.0  # without a rank alpha is not used
     update = LoKr(module, *sides, scale) if len(sides) == 2 else LoRA(module, *reversed(sides[0]), scale)
     if magnitude is not None:
         if magnitude.shape not in ((update.shape[0],), (update.shape[0], 1)):
@@ -156,7 +193,7 @@ def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update
         update.magnitude = nn.Parameter(magnitude.flatten())
     elif settings.get("use_dora"):
         raise ValueError("has no lora_magnitude_vector, though the file says use_dora")
-    return (swapped(update) if module == SWAPPED_THEIRS else update).requires_grad_(False)
+    return swapped(update).requires_grad_(False)
 
 
 def checked(what: str, tensor: Tensor) -> Tensor:
@@ -168,19 +205,23 @@ def checked(what: str, tensor: Tensor) -> Tensor:
     return tensor.float()
 
 
-def alpha_of(module: str, tensors: dict[str, Tensor], settings: dict) -> float | None:
-    """alpha of a module: its tensor's only value, else LoraConfig's; None where neither is there.
-
-    There alpha_pattern comes before lora_alpha: module names, or regular expressions of how they end.
-    """
+def scale_of(module: str, rank: int, tensors: dict[str, Tensor], settings: dict) -> float:
+    """A module's alpha / rank; alpha is its tensor's only value, else LoraConfig's alpha_pattern's or lora_alpha."""
     alpha = settings.get("lora_alpha")
-    try:
+    try:  # patterns are module names, or regular expressions of how they end
         patterns = dict(settings.get("alpha_pattern") or {}).items()
         alpha = next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), alpha)
         alpha = tensors["alpha"].item() if "alpha" in tensors else alpha
-        alpha = None if alpha is None else float(alpha)
+        scale = 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     except (TypeError, ValueError, RuntimeError, re.error) as error:
         raise ValueError(f"has an alpha that cannot be understood: {error}") from error
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"has an alpha of {alpha}")
-    return alpha
+    if not math.isfinite(scale):
+        raise ValueError(f"has an alpha of {float(alpha)}")
+    return scale
+
+
+def modules(form: Format) -> dict[str, str]:
+    """Stem of tensors' names -> module's name, for every linear of the largest model, in the model's order."""
+    table = flux_linears(FluxConfig())
+    names = table if form.names == "bfl" else [part.name for parts in table.values() for part in parts]
+    return {form.stem(name): name for name in names}

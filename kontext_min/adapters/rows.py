@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from kontext_min.adapters.layers import LoKr, LoRA, Update
-from kontext_min.checkpoints.keys import Part, flux_linears, flux_places
+from kontext_min.checkpoints.keys import Part, flux_linears
 from kontext_min.models.flux import Flux, FluxConfig
 
+SWAPPED_THEIRS = "norm_out.linear"  # diffusers' name of keys.SWAPPED
 Placed = dict[Part, tuple[list[Part], list[Update]]]  # our linear, whole -> its parts, and the updates on its rows
 
 
@@ -18,15 +19,18 @@ def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
 
     ValueError if they are for another model. No model need be at hand: in a FLUX all else follows from the width.
     """
-    config, found = flux.config if flux else guessed(updates), {}
-    places = flux_places(config)
-    if unknown := sorted({update.name for update in updates} - places.keys()):
+    linears, found = flux_linears(flux.config if flux else FluxConfig()), {}
+    homes = {name: ours for ours, parts in linears.items() for name in (ours, *(part.name for part in parts))}
+    if unknown := sorted({update.name for update in updates} - homes.keys()):
         raise ValueError(f"the LoRA has {len(unknown)} modules that this model does not: {', '.join(unknown[:5])}")
-    for ours, parts in flux_linears(config).items():
-        here = [update for update in updates if places[update.name][0] == ours]
+    if not flux:  # a fused linear takes the width
+        width = next((update.shape[1] for update in updates if len(linears[homes[update.name]]) > 1), 64)
+        linears = flux_linears(FluxConfig(hidden_size=width, num_heads=1, axes_dim=(width,)))
+    for ours, parts in linears.items():
+        here = [update for update in updates if homes[update.name] == ours]
         if not here:
             continue
-        inputs = flux.get_submodule(ours).in_features if flux else config.hidden_size
+        inputs = flux.get_submodule(ours).in_features if flux else width
         if not flux and len(parts) == 1:  # of any size
             rows, inputs = here[0].shape
             parts = [parts[0]._replace(rows=rows)]
@@ -44,18 +48,11 @@ def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
     return found
 
 
-def guessed(updates: Sequence[Update]) -> FluxConfig:
-    """A model for these updates: its width is what a fused linear takes."""
-    linears, places = flux_linears(FluxConfig()), flux_places(FluxConfig())
-    width = next((update.shape[1] for update in updates if len(linears[places[update.name][0]]) > 1), 64)
-    return FluxConfig(hidden_size=width, num_heads=1, axes_dim=(width,))
-
-
 def arrange(updates: Sequence[Update], fused: bool) -> list[Update]:
-    """The same change as one update for each of our linears (fused) or for each of their parts.
+    """The same change, exactly, as one update for each of our linears (fused) or for each of their parts.
 
-    Where several meet in one, A are stacked and B lie block by block, and rows that nothing touches are zero; where one
-    is cut, A is shared. Both are exact. ValueError where a Kronecker product or DoRA does not allow it.
+    Where several meet, A are stacked and B lie block by block, zero elsewhere; where one is cut, A is shared.
+    ValueError where a Kronecker product or DoRA does not allow it.
     """
     arranged = []
     for whole, (parts, here) in by_linear(updates).items():
@@ -78,18 +75,15 @@ def overlap(part: Part, update: Update) -> tuple[slice, slice]:
 def pieces_of(part: Part, here: list[Update]) -> list[Update]:
     """What a part of a linear gets of each update there, in the order of their rows; `start` is within the part."""
     pieces = []
-    for update in here:
-        place, rows = overlap(part, update)
-        if place.start == place.stop:
-            continue
-        piece = take_rows(update, part.name, rows)
-        if isinstance(piece, LoRA) and piece.shape[0] < update.shape[0] and piece.magnitude is None:
-            used = piece.B.any(dim=0)  # of a block-diagonal B, the other blocks are zero here
-            piece = LoRA(piece.name, piece.A[used], piece.B[:, used], piece.scale)
-        if piece.rank:
+    for update, (place, rows) in ((update, overlap(part, update)) for update in here):
+        if place.start < place.stop:
+            piece = take_rows(update, part.name, rows)
+            if isinstance(piece, LoRA) and piece.shape[0] < update.shape[0] and piece.magnitude is None:
+                used = piece.B.any(dim=0)  # of a block-diagonal B, the other blocks are zero here
+                piece = LoRA(piece.name, piece.A[used], piece.B[:, used], piece.scale)
             piece.start = place.start
             pieces.append(piece)
-    return sorted(pieces, key=lambda piece: piece.start)
+    return sorted((piece for piece in pieces if piece.rank), key=lambda piece: piece.start)
 
 
 def joined(part: Part, pieces: list[Update]) -> LoRA:
@@ -113,30 +107,26 @@ def joined(part: Part, pieces: list[Update]) -> LoRA:
 
 
 def take_rows(update: Update, name: str, *ranges: slice) -> Update:
-    """The update, frozen, of these rows of an update's own, one after the other, by another name.
-
-    ValueError where a Kronecker product would have to be taken apart within its second side.
-    """
+    """These rows of an update, frozen, one range after the other, by another name. ValueError within a LoKr's w2."""
     unit = 1 if isinstance(update, LoRA) else len(update.w2[0])  # rows of the product for one of its first factor
-
-    def taken(factor: Tensor, unit: int) -> Tensor:
-        return torch.cat([factor[rows.start // unit : rows.stop // unit] for rows in ranges])
-
     if any(edge % unit for rows in ranges for edge in (rows.start, rows.stop)):
         raise ValueError(
             f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}; make it a "
             f"LoRA first (python -m kontext_min.adapters convert --rank)"
         )
     if isinstance(update, LoRA):
-        made: Update = LoRA(name, update.A, taken(update.B, 1), update.scale)
+        made: Update = LoRA(name, update.A, torch.cat([update.B[rows] for rows in ranges]), update.scale)
     else:
-        made = LoKr(name, (taken(update.w1[0], unit), *update.w1[1:]), tuple(update.w2), update.scale)
+        first = torch.cat([update.w1[0][rows.start // unit : rows.stop // unit] for rows in ranges])
+        made = LoKr(name, (first, *update.w1[1:]), tuple(update.w2), update.scale)
     if update.magnitude is not None:
-        made.magnitude = nn.Parameter(taken(update.magnitude, 1))
+        made.magnitude = nn.Parameter(torch.cat([update.magnitude[rows] for rows in ranges]))
     return made.requires_grad_(False)
 
 
 def swapped(update: Update) -> Update:
-    """The update with the halves of its rows in each other's place, as diffusers has them in its last modulation."""
+    """The update as diffusers has it, or as we do: of its last modulation, the halves of the rows change places."""
     half = update.shape[0] // 2
+    if update.name != SWAPPED_THEIRS:
+        return update
     return take_rows(update, update.name, slice(half, 2 * half), slice(0, half))

@@ -4,7 +4,7 @@ Strength is baked in (alpha is the rank), so that a reader that is blind to alph
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kontext_min.adapters.formats import CONFIG_KEY, FORMATS, KOHYA, RECIPE_KEY, SWAPPED_THEIRS
 from kontext_min.adapters.layers import LoKr, LoRA, Update
-from kontext_min.adapters.read import read_adapter
+from kontext_min.adapters.read import CONFIG_KEY, FORMATS, KOHYA, RECIPE_KEY, W1, W2, read_adapter
 from kontext_min.adapters.rows import arrange, by_linear, swapped
 
 WRITTEN = {  # what can be written -> how its tensors are called, and what to know of it
@@ -41,7 +40,13 @@ def write_adapter(
     recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error, kept there too.
     The file appears whole and verified or not at all: ValueError says what the format cannot hold, or what differs.
     """
-    arranged, temporary = arranged_for(form, updates), path.with_suffix(".tmp")
+    arranged, temporary = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl"), path.with_suffix(".tmp")
+    if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
+        raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
+    if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
+        raise ValueError(f"{form} files cannot hold DoRA's magnitudes; {', '.join(MAGNITUDES)} do")
+    if not arranged:
+        raise ValueError("there is nothing to write: no update changes anything")
     tensors = {name: tensor for update in arranged for name, tensor in tensors_of(update, form, dtype).items()}
     metadata = header(arranged, recipe, form)
     try:
@@ -56,30 +61,14 @@ def write_adapter(
     return error
 
 
-def arranged_for(form: str, updates: Sequence[Update]) -> list[Update]:
-    """The same change as one update for each of the format's modules. ValueError where the format cannot hold it."""
-    arranged = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl")
-    if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
-        raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
-    if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
-        raise ValueError(f"{form} files cannot hold DoRA's magnitudes; {', '.join(MAGNITUDES)} do")
-    if not arranged:
-        raise ValueError("there is nothing to write: no update changes anything")
-    return arranged
-
-
-# ------------------------------------------------------------------------------------------------ the file
-
-
 def tensors_of(update: Update, form: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """An arranged update's tensors by their names in the file; its strength is in B or w1."""
-    table = FORMATS[WRITTEN[form][0]]
-    update = swapped(update) if update.name == SWAPPED_THEIRS else update
+    table, update = FORMATS[WRITTEN[form][0]], swapped(update)
     if isinstance(update, LoRA):
         found = {table.a: update.A, table.b: update.B.float() * update.scale}
     else:
-        first = {"lokr_w1": [update.w1[0].float() * update.scale, *update.w1[1:]], "lokr_w2": update.w2}
-        found = {n if len(side) == 1 else f"{n}_{'ab'[i]}": t for n, side in first.items() for i, t in enumerate(side)}
+        names = (*W1[len(update.w1) - 1], *W2[len(update.w2) - 1])
+        found = dict(zip(names, (update.w1[0].float() * update.scale, *update.w1[1:], *update.w2), strict=True))
     found = {ending: tensor.detach().to("cpu", dtype, copy=True).contiguous() for ending, tensor in found.items()}
     if update.magnitude is not None:  # of the size of the weight itself, not of its change, so never rounded
         magnitude = update.magnitude.detach().float().cpu()
@@ -130,26 +119,24 @@ def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> s
     return json.dumps({f"transformer.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
 
 
-# ------------------------------------------------------------------------------------------------ comparing
-
-
 def largest_error(given: Sequence[Update], read: Sequence[Update]) -> tuple[float, str]:
     """Both changes on our linears, one at a time: the largest relative error of delta-W or magnitude, and where."""
     device = next(given[0].parameters()).device
     ours, theirs, errors = by_linear(given), by_linear([update.to(device) for update in read]), []
     for whole in ours | theirs:
-        for value in (lambda update: update.delta(), lambda update: update.magnitude):
-            a, b = (dense(side.get(whole, ([], []))[1], whole.rows, value) for side in (ours, theirs))
+        sides = (dense(side.get(whole, ([], []))[1], whole.rows) for side in (ours, theirs))
+        for a, b in zip(*sides, strict=True):
             error = (a - b).norm() / (a.norm() or 1.0)
             errors.append((float(error.nan_to_num(nan=float("inf"))), whole.name))
     return max(errors)
 
 
-def dense(updates: list[Update], rows: int, value: Callable) -> Tensor:
-    """What the updates of a linear are together, `rows` first, in fp32; 0 for none."""
-    total = torch.zeros(())
+def dense(updates: list[Update], rows: int) -> tuple[Tensor, Tensor]:
+    """delta-W (rows, in) and magnitudes (rows, 1) of a linear's updates together, in fp32; 0 for none."""
+    delta = magnitude = torch.zeros(())
     for update in updates:
-        if (values := value(update)) is not None:
-            around = (update.start, rows - update.start - len(values))
-            total = total + F.pad(values.float(), (*[0, 0] * (values.ndim - 1), *around))
-    return total
+        around = (0, 0, update.start, rows - update.start - update.shape[0])
+        delta = delta + F.pad(update.delta(), around)
+        if update.magnitude is not None:
+            magnitude = magnitude + F.pad(update.magnitude[:, None].float(), around)
+    return delta, magnitude

@@ -4,7 +4,6 @@ Our names are those of the single files (`flux1-kontext-dev.safetensors`, `ae.sa
 Where diffusers splits a fused linear, each part is a range of its rows; adapters use the same table.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,41 +94,31 @@ class Part(NamedTuple):
     rows: int
 
 
-def flux_names(config: FluxConfig) -> Iterator[tuple[str, list[str]]]:
-    """Our name of every linear and norm, in the model's order -> diffusers' names."""
-    levels = [("", "", {ours: FLUX_TOP[ours] for ours in FLUX_TOP if config.guidance_embed or "guidance" not in ours})]
-    levels += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", FLUX_DOUBLE) for i in range(config.depth)]
-    singles = range(config.depth_single_blocks)
-    levels += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", FLUX_SINGLE) for i in singles]
-    for our_prefix, their_prefix, table in levels:
-        for ours, theirs in table.items():
-            yield our_prefix + ours, [their_prefix + name for name in ([theirs] if isinstance(theirs, str) else theirs)]
-
-
-def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
-    """Every linear of the transformer by our name -> the diffusers modules it is made of, in row order."""
+def flux_modules(config: FluxConfig) -> dict[str, list[Part]]:
+    """Every linear and norm by our name, in the model's order -> the diffusers modules it is made of, in row order."""
     hidden, mlp = config.hidden_size, config.mlp_hidden
     rows = {  # by the ending of our name, or of the part's; the others have `hidden`
         "final_layer.linear": config.out_channels, SWAPPED: 2 * hidden, "modulation.lin": 3 * hidden,
         "img_mod.lin": 6 * hidden, "txt_mod.lin": 6 * hidden, "img_mlp.0": mlp, "txt_mlp.0": mlp, "proj_mlp": mlp,
+        ".scale": hidden // config.num_heads,
     }  # fmt: skip
+    levels = [("", "", {ours: FLUX_TOP[ours] for ours in FLUX_TOP if config.guidance_embed or "guidance" not in ours})]
+    levels += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", FLUX_DOUBLE) for i in range(config.depth)]
+    singles = range(config.depth_single_blocks)
+    levels += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", FLUX_SINGLE) for i in singles]
     table: dict[str, list[Part]] = {}
-    for ours, names in flux_names(config):
-        if not ours.endswith(".scale"):
-            parts = table[ours] = []
-            for name in names:
+    for our_prefix, their_prefix, names in levels:
+        for ours, theirs in names.items():
+            parts = table[our_prefix + ours] = []
+            for name in [theirs] if isinstance(theirs, str) else theirs:
                 own = next((n for ending, n in rows.items() if ours.endswith(ending) or name.endswith(ending)), hidden)
-                parts.append(Part(name, sum(part.rows for part in parts), own))
+                parts.append(Part(their_prefix + name, sum(part.rows for part in parts), own))
     return table
 
 
-def flux_places(config: FluxConfig) -> dict[str, tuple[str, Part]]:
-    """Every name of a linear, diffusers' or ours, -> our linear and the rows it stands for."""
-    table = {}
-    for ours, parts in flux_linears(config).items():
-        table[ours] = ours, Part(ours, 0, sum(part.rows for part in parts))
-        table |= {part.name: (ours, part) for part in parts}
-    return table
+def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
+    """The same of every linear."""
+    return {ours: parts for ours, parts in flux_modules(config).items() if not ours.endswith(".scale")}
 
 
 @dataclass(frozen=True)
@@ -159,30 +148,24 @@ class Source:
 
 def flux_diffusers(config: FluxConfig) -> dict[str, Source]:
     """Our transformer tensors in diffusers' layout."""
-    table = {ours: Source(tuple(theirs)) for ours, theirs in flux_names(config) if ours.endswith(".scale")}
-    for ours, parts in flux_linears(config).items():
-        form = "swapped" if ours == SWAPPED else "same"
-        for kind in ("weight", "bias"):
-            names = tuple(f"{part.name}.{kind}" for part in parts)
-            table[f"{ours}.{kind}"] = Source(names, tuple(part.rows for part in parts), form)
+    table = {}
+    for ours, parts in flux_modules(config).items():
+        for kind in ("",) if ours.endswith(".scale") else (".weight", ".bias"):
+            names, rows = tuple(part.name + kind for part in parts), tuple(part.rows for part in parts)
+            table[ours + kind] = Source(names, rows, "swapped" if ours == SWAPPED else "same")
     return table
 
 
-def vae_diffusers_name(name: str, levels: int) -> str:
-    """Our VAE tensor name -> diffusers'. Decoder levels are counted from the other end there."""
-    for i in range(levels):
-        name = name.replace(f"encoder.down.{i}.", f"encoder.down_blocks.{i}.")
-        name = name.replace(f"decoder.up.{i}.", f"decoder.up_blocks.{levels - 1 - i}.")
-    for ours, theirs in VAE_LEAVES.items():
-        name = name.replace(f".{ours}.", f".{theirs}.")
-    return name
-
-
 def vae_diffusers(config: VAEConfig, names: list[str]) -> dict[str, Source]:
-    """Our VAE tensors (`names`) in diffusers' layout, where the attention's 1x1 convolutions are linears."""
-    projections = tuple(f"mid.attn_1.{p}.weight" for p in ("q", "k", "v", "proj_out"))
-    levels = len(config.channels)
-    return {
-        name: Source((vae_diffusers_name(name, levels),), form="linear" if name.endswith(projections) else "same")
-        for name in names
-    }
+    """Our VAE tensors (`names`) in diffusers' layout: decoder levels from the other end, 1x1 projections as linears."""
+    table, levels = {}, len(config.channels)
+    renamed = {f"encoder.down.{i}.": f"encoder.down_blocks.{i}." for i in range(levels)}
+    renamed |= {f"decoder.up.{i}.": f"decoder.up_blocks.{levels - 1 - i}." for i in range(levels)}
+    renamed |= {f".{ours}.": f".{theirs}." for ours, theirs in VAE_LEAVES.items()}
+    projections = tuple(f"mid.attn_1.{part}.weight" for part in ("q", "k", "v", "proj_out"))
+    for name in names:
+        their_name = name
+        for ours, theirs in renamed.items():
+            their_name = their_name.replace(ours, theirs)
+        table[name] = Source((their_name,), form="linear" if name.endswith(projections) else "same")
+    return table

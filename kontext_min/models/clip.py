@@ -12,8 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 LEGACY_EOS = 2  # what the published config.json says, wrongly: then the end of text is the largest id
-
-
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # OpenAI's approximation; exact
 
 
@@ -32,48 +30,25 @@ class CLIPConfig:
     eps: float = 1e-5
 
 
-class Attention(nn.Module):
-    """Causal multi-head self-attention."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.num_heads = config.num_heads
-        linears = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = linears
-
-    def forward(self, x: Tensor) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (rearrange(f(x), "B L (H D) -> B H L D", H=self.num_heads) for f in projections)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(rearrange(x, "B H L D -> B L (H D)"))
-
-
-class MLP(nn.Module):
-    """Linear, activation, Linear."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class Layer(nn.Module):
-    """Pre-norm attention and feed-forward, each around a shortcut."""
+    """Pre-norm causal self-attention and feed-forward, each around a shortcut."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.eps)
-        self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.eps)
-        self.mlp = MLP(config)
+        hidden, inner, names = config.hidden_size, config.intermediate_size, ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.num_heads, self.activation = config.num_heads, ACTIVATIONS[config.activation]
+        self.layer_norm1 = nn.LayerNorm(hidden, eps=config.eps)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(hidden, hidden) for name in names})
+        self.layer_norm2 = nn.LayerNorm(hidden, eps=config.eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(hidden, inner), "fc2": nn.Linear(inner, hidden)})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        *projections, out_proj = self.self_attn.values()
+        y = self.layer_norm1(x)
+        q, k, v = (rearrange(linear(y), "B L (H D) -> B H L D", H=self.num_heads) for linear in projections)
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + out_proj(rearrange(heads, "B H L D -> B L (H D)"))
+        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
 
 
 class CLIPText(nn.Module):

@@ -29,30 +29,20 @@ class T5Config:
 
 
 def position_buckets(length: int, num_buckets: int, max_distance: int, device: torch.device) -> Tensor:
-    """Bucket of every (query, key) pair, (L, L) int64: exact for near keys, logarithmic up to max_distance beyond.
-
-    Half of the buckets are for keys after the query (key - query > 0).
-    """
+    """Bucket of every (query, key) pair, (L, L) int64: exact for near keys, logarithmic up to max_distance beyond."""
     position = torch.arange(length, device=device)
-    relative = position[None, :] - position[:, None]  # key - query
-    half = num_buckets // 2
-    exact = half // 2
-    distance = relative.abs()
+    relative = position[None, :] - position[:, None]  # key - query; half of the buckets are for keys after the query
+    half, exact, distance = num_buckets // 2, num_buckets // 4, relative.abs()
     log_ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (log_ratio * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (relative > 0).long()
 
 
-class T5LayerNorm(nn.Module):
+class T5LayerNorm(nn.RMSNorm):
     """x / rms(x) * weight: no mean, no bias; the variance is taken in fp32."""
 
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-        self.eps = config.eps
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(self.weight.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(self.weight.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -73,31 +63,24 @@ class SelfAttention(nn.Module):
         return self.o(rearrange(x, "B H L D -> B L (H D)"))
 
 
-class DenseReluDense(nn.Module):
-    """The gated feed-forward wo(gelu(wi_0 x) * wi_1 x), GELU in its tanh form."""
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.wi_0, self.wi_1 = (nn.Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
-
-
 class Block(nn.Module):
-    """Attention, then feed-forward, each as x + f(norm(x)), under the names of the files: `layer.0` and `layer.1`."""
+    """Attention, then the gated feed-forward wo(gelu(wi_0 x) * wi_1 x), tanh's GELU: each as x + f(norm(x))."""
 
     def __init__(self, config: T5Config, has_bias_table: bool):
         super().__init__()
-        attention = {"SelfAttention": SelfAttention(config, has_bias_table), "layer_norm": T5LayerNorm(config)}
-        feed_forward = {"DenseReluDense": DenseReluDense(config), "layer_norm": T5LayerNorm(config)}
-        self.layer = nn.ModuleList([nn.ModuleDict(attention), nn.ModuleDict(feed_forward)])
+        width, inner = config.d_model, config.d_ff
+        attention = {"SelfAttention": SelfAttention(config, has_bias_table)}
+        sizes = {"wi_0": (width, inner), "wi_1": (width, inner), "wo": (inner, width)}
+        gated = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+        self.layer = nn.ModuleList(map(nn.ModuleDict, (attention, {"DenseReluDense": gated})))  # as the files have it
+        for layer in self.layer:
+            layer["layer_norm"] = T5LayerNorm(width, config.eps)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         first, second = self.layer
         x = x + first.SelfAttention(first.layer_norm(x), bias)
-        return x + second.DenseReluDense(second.layer_norm(x))
+        y, gated = second.layer_norm(x), second.DenseReluDense
+        return x + gated.wo(F.gelu(gated.wi_0(y), approximate="tanh") * gated.wi_1(y))
 
 
 class T5Encoder(nn.Module):
@@ -108,7 +91,7 @@ class T5Encoder(nn.Module):
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
         blocks = nn.ModuleList(Block(config, has_bias_table=i == 0) for i in range(config.num_layers))
-        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": T5LayerNorm(config)})
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": T5LayerNorm(config.d_model, config.eps)})
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.shared(ids)  # (B, L, d_model)

@@ -1,7 +1,7 @@
 """The two tokenizers, from their standard files: strings -> token ids (B, length), padded and cut as FLUX expects.
 
 T5 is SentencePiece's unigram (`tokenizer.json` or `spiece.model`), CLIP a lower-cased byte-pair encoding
-(`tokenizer.json` or `vocab.json` + `merges.txt`). Both libraries are imported where they are used.
+(`tokenizer.json` or `vocab.json` + `merges.txt`).
 """
 
 import json
@@ -37,20 +37,14 @@ def from_json(folder: Path):
     """tokenizer.json as an object of the tokenizers library, for texts of any length."""
     from tokenizers import Tokenizer
 
-    read_json(folder / "tokenizer.json", "model")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    content = read_json(folder / "tokenizer.json", "model") | {"padding": None, "truncation": None}
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def fill(rows: list[list[int]], length: int, end_id: int, pad_id: int) -> Tensor:
     """Cut rows so that their end fits behind them, and fill up -> (B, length) int64."""
-    ids = torch.full((len(rows), length), pad_id)
-    for i, row in enumerate(rows):
-        kept = [*row[: length - 1], end_id]
-        ids[i, : len(kept)] = torch.tensor(kept)
-    return ids
+    kept = [[*row[: length - 1], end_id] for row in rows]
+    return torch.tensor([row + [pad_id] * (length - len(row)) for row in kept])
 
 
 class T5Tokenizer:
@@ -102,8 +96,7 @@ def clip_bpe(folder: Path):
     vocab = read_json(folder / "vocab.json", END)
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    words = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END, continuing_subword_prefix="")
-    bpe = Tokenizer(words)
+    bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END, continuing_subword_prefix=""))
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     word = Regex(r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")

@@ -5,11 +5,14 @@ Names and layout are those of Black Forest Labs' `ae.safetensors` (83,819,683 pa
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+norm, conv = partial(nn.GroupNorm, eps=1e-6), partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,15 @@ class VAEConfig:
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, around a shortcut (1x1 where the channels change)."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
+    def __init__(self, before: int, out: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.norm1, self.conv1 = norm(groups, before), conv(before, out)
+        self.norm2, self.conv2 = norm(groups, out), conv(out, out)
+        self.nin_shortcut = nn.Identity() if before == out else nn.Conv2d(before, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class AttnBlock(nn.Module):
@@ -53,7 +52,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = norm(groups, channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,16 +67,6 @@ def named(**parts: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(parts))
 
 
-def downsample(channels: int) -> nn.Sequential:
-    """Halve the resolution: pad right and bottom by one (not symmetric), 3x3 convolution with stride 2."""
-    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2))
-
-
-def upsample(channels: int) -> nn.Sequential:
-    """Double the resolution: nearest neighbour, 3x3 convolution."""
-    return named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
-
-
 def level(channels: list[int], groups: int) -> nn.Sequential:
     """Residual blocks at one resolution, from channels[0] to [1] and so on; a change of resolution may follow."""
     return named(block=nn.Sequential(*(ResnetBlock(a, b, groups) for a, b in pairwise(channels))))
@@ -85,55 +74,32 @@ def level(channels: list[int], groups: int) -> nn.Sequential:
 
 def middle(channels: int, groups: int) -> nn.Sequential:
     """Residual block, attention, residual block at the lowest resolution."""
-    return named(
-        block_1=ResnetBlock(channels, channels, groups),
-        attn_1=AttnBlock(channels, groups),
-        block_2=ResnetBlock(channels, channels, groups),
-    )
+    block = partial(ResnetBlock, channels, channels, groups)
+    return named(block_1=block(), attn_1=AttnBlock(channels, groups), block_2=block())
 
 
-class Encoder(nn.Module):
+def encoder(config: VAEConfig) -> nn.Sequential:
     """Picture (B, 3, 8h, 8w) -> mean and log-variance of the latents (B, 2 * latent_channels, h, w)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        channels, groups = config.channels, config.groups
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down = nn.Sequential()
-        for before, out in pairwise((channels[0], *channels)):
-            self.down.append(level([before] + [out] * config.layers_per_block, groups))
-            if len(self.down) < len(channels):
-                self.down[-1].downsample = downsample(out)
-        self.mid = middle(channels[-1], groups)
-        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.mid(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+    channels, groups = config.channels, config.groups
+    parts = {"conv_in": conv(config.in_channels, channels[0]), "down": nn.Sequential()}
+    for before, out in pairwise((channels[0], *channels)):
+        parts["down"].append(stage := level([before] + [out] * config.layers_per_block, groups))
+        if len(parts["down"]) < len(channels):  # half the resolution, padded right and bottom only
+            stage.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(out, out, 3, stride=2))
+    parts["mid"] = middle(out, groups)
+    return named(**parts, norm_out=norm(groups, out), silu=nn.SiLU(), conv_out=conv(out, 2 * config.latent_channels))
 
 
-class Decoder(nn.Module):
-    """Latents (B, latent_channels, h, w) -> picture (B, 3, 8h, 8w). `up[i]` is level i: run backwards."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        channels, groups = config.channels, config.groups
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
-        self.mid = middle(channels[-1], groups)
-        self.up = nn.ModuleList()
-        for before, out in pairwise((channels[-1], *reversed(channels))):
-            self.up.insert(0, level([before] + [out] * (config.layers_per_block + 1), groups))
-            if len(self.up) < len(channels):
-                self.up[0].upsample = upsample(out)
-        self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[0], config.in_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for up in reversed(self.up):
-            h = up(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def decoder(config: VAEConfig) -> nn.Sequential:
+    """Latents (B, latent_channels, h, w) -> picture (B, 3, 8h, 8w). `up.i` is level i, so they run from the last."""
+    channels, groups = config.channels, config.groups
+    parts = {"conv_in": conv(config.latent_channels, channels[-1]), "mid": middle(channels[-1], groups), "up": named()}
+    for i, out in reversed(list(enumerate(channels))):
+        before = channels[min(i + 1, len(channels) - 1)]
+        parts["up"].add_module(str(i), stage := level([before] + [out] * (config.layers_per_block + 1), groups))
+        if i:  # twice the resolution, nearest neighbour
+            stage.upsample = named(nearest=nn.Upsample(scale_factor=2.0), conv=conv(out, out))
+    return named(**parts, norm_out=norm(groups, out), silu=nn.SiLU(), conv_out=conv(out, config.in_channels))
 
 
 class VAE(nn.Module):
@@ -141,9 +107,7 @@ class VAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.config, self.encoder, self.decoder = config, encoder(config), decoder(config)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, 8h, 8w) in [-1, 1] -> raw mean and log-variance, each (B, 16, h, w)."""

@@ -1,6 +1,7 @@
 """What a run tells while it goes: metrics.jsonl, a bar, and, through their own libraries, TensorBoard and W&B."""
 
 import secrets
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from kontext_min.config import Config
 from kontext_min.memory import in_use
 from kontext_min.run_folder import RunFolder, append, read_lines
 
+Reporter = tuple[Callable, Callable]  # of (step, numbers by name, pictures by name); and what ends it
 SMOOTHING = 0.98  # of the loss in the bar: a mean over about 50 steps
 
 
@@ -26,21 +28,25 @@ class Tracker(AbstractContextManager):
         self.loss = self.weight = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
-        self.reporters = [REPORTERS[name](config, start) for name in asked(config) if parallel.rank() == 0]
+        logs = config.output_dir / "logs"
+        if config.logging_dir:
+            logs = config.logging_dir / (config.tracker_run_name or config.output_dir.name)
+        told = [to for name, to in REPORTERS.items() if config.report_to in ("all", name) and parallel.rank() == 0]
+        self.reporters = [to(config, logs, start) for to in told]
         self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
 
     def __exit__(self, *_):
         self.bar.close()
-        for reporter in self.reporters:
-            reporter.close()
+        for _, close in self.reporters:
+            close()
 
     @parallel.by_first
     def log(self, step: int, values: dict[str, float | None]):
         """One optimizer step; a skipped one has no loss."""
         values = {**values, **in_use(self.device)}
         append(self.folder.metrics, {"step": step, **values})
-        for reporter in self.reporters:
-            reporter.log(step, {f"train/{name}": value for name, value in values.items() if value is not None}, {})
+        for report, _ in self.reporters:
+            report(step, {f"train/{name}": value for name, value in values.items() if value is not None}, {})
         if values["loss"] is not None:
             self.loss, self.weight = SMOOTHING * self.loss + values["loss"], SMOOTHING * self.weight + 1
         shown = {"loss": f"{self.loss / (self.weight or 1):.4f}", "lr": f"{values['lr']:.1e}"}
@@ -61,62 +67,48 @@ class Tracker(AbstractContextManager):
         files = {"validation/sheet": self.folder.sheet(step)}
         files |= {f"validation/{file.stem}": file for file in self.folder.validation.glob(f"{step:06d}/*.png")}
         pictures = {name: Image.open(file).convert("RGB") for name, file in files.items() if file.exists()}
-        for reporter in self.reporters:
-            reporter.log(step, found, pictures)
+        for report, _ in self.reporters:
+            report(step, found, pictures)
 
 
-class TensorBoard:
+def to_tensorboard(config: Config, folder: Path, start: int) -> Reporter:
     """An event file in a folder; it makes void what an interrupted run wrote for steps after `start`."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, config: Config, start: int):
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder), purge_step=start + 1)
 
-        self.writer = SummaryWriter(str(log_folder(config)), purge_step=start + 1)
-        self.close = self.writer.close
-
-    def log(self, step: int, values: dict[str, float], images: dict[str, Image.Image]):
+    def log(step: int, values: dict[str, float], images: dict[str, Image.Image]):
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
         for name, image in images.items():
-            self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    return log, writer.close
 
 
-class WandB:
+def to_wandb(config: Config, folder: Path, start: int) -> Reporter:
     """A run at W&B; a resumed one goes on under the same id. W&B drops steps that it has, and they are the same."""
+    import wandb
 
-    def __init__(self, config: Config, start: int):
-        import wandb
+    file, name = config.output_dir / "wandb-id", config.tracker_run_name or config.output_dir.name
+    if not start or not file.exists():
+        file.write_text(secrets.token_hex(4), encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"project": config.tracker_project_name, "name": name, "id": file.read_text(encoding="utf-8")}
+    run = wandb.init(resume="allow", dir=str(folder), config=config.model_dump(mode="json"), **names)
 
-        file, folder = config.output_dir / "wandb-id", log_folder(config)
-        if not start or not file.exists():
-            file.write_text(secrets.token_hex(4), encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {"project": config.tracker_project_name, "name": config.tracker_run_name or config.output_dir.name}
-        names["id"] = file.read_text(encoding="utf-8")
-        self.run = wandb.init(resume="allow", dir=str(folder), config=config.model_dump(mode="json"), **names)
-        self.image = wandb.Image
-        self.close = self.run.finish
-
-    def log(self, step: int, values: dict[str, float], images: dict[str, Image.Image]):
+    def log(step: int, values: dict[str, float], images: dict[str, Image.Image]):
         if values or images:
-            self.run.log(values | {name: self.image(image) for name, image in images.items()}, step=step)
+            run.log(values | {name: wandb.Image(image) for name, image in images.items()}, step=step)
+
+    return log, run.finish
 
 
-REPORTERS = {"tensorboard": TensorBoard, "wandb": WandB}
-
-
-def asked(config: Config) -> list[str]:
-    """The reporters of report_to."""
-    return list(REPORTERS) if config.report_to == "all" else [name for name in REPORTERS if name == config.report_to]
+REPORTERS = {"tensorboard": to_tensorboard, "wandb": to_wandb}
 
 
 def missing(config: Config) -> list[str]:
     """One sentence for each library that report_to needs and that is not there."""
-    absent = [name for name in asked(config) if not getattr(find_spec(name), "origin", None)]  # a mere folder has none
+    asked = (name for name in REPORTERS if config.report_to in ("all", name))
+    absent = [name for name in asked if not getattr(find_spec(name), "origin", None)]  # a mere folder has none
     return [f"report_to {config.report_to} needs a library: pip install {name}" for name in absent]
-
-
-def log_folder(config: Config) -> Path:
-    """Where trackers write: a folder of the run's name in logging_dir; without one, logs beside the rest of the run."""
-    named = config.logging_dir and config.logging_dir / (config.tracker_run_name or config.output_dir.name)
-    return named or config.output_dir / "logs"

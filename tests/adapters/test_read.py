@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CPU, FP32, error
 
 import infer
+from kontext_min.adapters import read
 from kontext_min.adapters.inject import add_lora, apply_updates, detach_all, start_from, updates
 from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.rows import by_linear
@@ -472,9 +473,7 @@ def test_broken_file_is_refused_in_one_sentence_before_anything_is_loaded(case, 
 
 
 def test_names_with_underscores_are_unambiguous():
-    from kontext_min.adapters import formats
-
-    for form in formats.FORMATS.values():
-        stems = formats.modules(form)
+    for form in read.FORMATS.values():
+        stems = read.modules(form)
         assert len(stems) == len(set(stems.values())) > 300
         assert all(form.stem(name) == stem for stem, name in stems.items())
