@@ -54,6 +54,8 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
     if config.init_lora:
         tried(read_adapter, config.init_lora)
     sets = tried(read_sets, config, presets.named(name).bucket_step)
+    if sets and config.sharded and any(e.regularise for e in sets.training):
+        problems.append("is_regularisation_data would leave ranks waiting: take out fsdp_enable, or model_type full")
     checkpoint = tried(load.find, presets.locate(name), download=not problems) if model else None
     if problems:
         raise ValueError("\n".join(problems))

@@ -6,8 +6,9 @@ import torch
 from tiny import CPU, FP32
 from torch import nn
 
+from kontext_min.adapters.inject import add_lora
 from kontext_min.checkpoints.load import load_flux, load_vae
-from kontext_min.memory import GB, in_use, predicted, size_of
+from kontext_min.memory import GB, held, in_use, inputs, predicted, size_of
 
 
 def test_memory_in_use_grows_by_what_is_held():
@@ -37,12 +38,14 @@ def test_the_prediction_counts_weights_adapter_and_the_inputs_of_checkpointed_bl
     files = [
         sum(t.numel() * 4 for t in tiny.read_part(kontext / name).values()) / GB for name in ("transformer", "vae")
     ]
-    adapter = 12e6
     tokens = 1_000_000  # of 64 channels, in 4 blocks
-    lines = predicted(flux, vae, tokens, True, adapter)
-    *parts, total = gigabytes(lines)
-    assert parts == pytest.approx([*files, adapter / GB, 4 * 64 * 4 * tokens / GB], abs=0.0006)
-    assert total == pytest.approx(sum(parts), abs=0.003)
+    parameters = sum(p.numel() for p in add_lora(flux, ["transformer_blocks.0.attn.to_q"], 16, 16))
+    kept = inputs(flux, tokens, FP32)
+    lines = predicted(held(flux, 1000, FP32) | kept, vae, True)
+    transformer, adapter, activations, autoencoder, total = gigabytes(lines)
+    assert [transformer, autoencoder] == pytest.approx(files, abs=0.0006)
+    assert [adapter, activations] == pytest.approx([parameters * 1000 / GB, 4 * 64 * 4 * tokens / GB], abs=0.0006)
+    assert total == pytest.approx(sum([*files, adapter, activations]), abs=0.003)
     assert "what one block computes: measured" in lines[-1]
-    plain = predicted(flux, vae, tokens, False, 0)
+    plain = predicted(held(flux, 0, FP32), vae, False)
     assert len(plain) == 4 and "all activations (gradient_checkpointing is off)" in plain[-1]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,11 @@ def single(config):
     return alone(config)
 
 
+@pytest.fixture(scope="module")
+def two(full):
+    return on_ranks(2, full)[0]
+
+
 @pytest.mark.parametrize("count,overrides", [(2, ()), (4, ()), (2, ("fsdp_enable=true", "fsdp_cpu_offload=true"))])
 def test_ranks_train_the_lora_that_one_process_trains(config, single, count, overrides):
     out, said = on_ranks(count, config, *overrides)
@@ -117,8 +123,8 @@ def test_ranks_make_the_caches_together_and_nothing_twice(config, single):
     assert set(map(int, bars)) == {-(-captions // 2), -(-pictures // 2)}  # what rank 0 made: the larger half
 
 
-def test_all_parameters_in_shards_train_as_in_one_process(full):
-    one, (two, _) = alone(full), on_ranks(2, full)
+def test_all_parameters_in_shards_train_as_in_one_process(full, two):
+    one = alone(full)
     equal(one, two)
     ours, theirs = (tiny.read_part(out / "model" / "transformer") for out in (two, one))
     assert max(tiny.error(ours[name], theirs[name]) for name in theirs) < 1e-6
@@ -130,9 +136,8 @@ def test_all_parameters_in_shards_train_as_in_one_process(full):
     assert picture.is_file()
 
 
-def test_a_checkpoint_of_two_ranks_is_the_same_on_one_and_on_four_and_takes_what_was_predicted(full):
-    out, _ = on_ranks(2, full)
-    found = {}
+def test_a_checkpoint_of_two_ranks_is_the_same_on_one_and_on_four_and_takes_what_was_predicted(full, two):
+    out, found = two, {}
     for count in (1, 2, 4):
         file = out / f"states-{count}.pt"
         process = launch(count, "tests/rank_states.py", full, out / "checkpoint-2", file)
@@ -229,6 +234,14 @@ def test_what_shards_cannot_do_is_refused(config, overrides, said):
         train.main([str(config), *overrides])
 
 
+def test_regularisation_data_and_shards_exclude_each_other(config):
+    values = json.loads(config.read_text())
+    values["data_backend_config"][0]["is_regularisation_data"] = True
+    (config.parent / "regularised.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="is_regularisation_data would leave ranks waiting"):
+        train.main([str(config.parent / "regularised.json"), "fsdp_enable=true"])
+
+
 def test_work_is_shared_out_in_order(monkeypatch):
     done = {}
     for rank in range(4):
@@ -240,8 +253,8 @@ def test_work_is_shared_out_in_order(monkeypatch):
     assert [done[i % 4][i // 4] for i in range(6)] == ["0", "1", "2", "3", "4", "5"]
 
 
-def test_a_damaged_file_of_a_sharded_checkpoint_is_found(full):
-    out, _ = on_ranks(2, full)
+def test_a_damaged_file_of_a_sharded_checkpoint_is_found(two, tmp_path):
+    out = Path(shutil.copytree(two, tmp_path / "copy", symlinks=True))
     file = out / "checkpoint-4" / "__1_0.distcp"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
