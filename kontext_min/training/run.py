@@ -76,7 +76,7 @@ class Run:
         left = (self.trained, self.folder.average, self.folder.sheet(self.done))
         return "\n".join(str(file) for file in left if file.exists())
 
-    def parts(self, optimizer: torch.optim.Optimizer) -> state.Kept:
+    def parts(self, optimizer: torch.optim.Optimizer) -> state.Parts | parallel.Shards:
         """What a checkpoint holds."""
         if self.config.model_type == "full":
             return parallel.Shards(self.flux, optimizer)

@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from kontext_min import parallel
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples
+from kontext_min.parallel import Shards
 
 STATE = "state.json"
 FREE = (  # keys that begin so may change between a checkpoint and the run that goes on from it
@@ -40,14 +40,6 @@ def identity(config: Config, examples: Examples) -> dict:
         values["max_train_steps"] = config.max_train_steps
     values["gradient_accumulation_steps"] *= parallel.world()  # what counts is how many batches a step has
     return {**values, "data": examples.fingerprint(), "weights": examples.weights_of("transformer")}
-
-
-class Kept(Protocol):
-    """The states of a run, which are written to a folder and read from it by all ranks together."""
-
-    def save(self, folder: Path): ...
-
-    def load(self, folder: Path): ...
 
 
 class Parts(dict):
@@ -74,7 +66,7 @@ def checksum(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def save(folder: Path, step: int, kept: Kept, identity: dict, limit: int):
+def save(folder: Path, step: int, kept: Parts | Shards, identity: dict, limit: int):
     """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so."""
     final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     try:
@@ -138,7 +130,7 @@ def chosen(config: Config) -> Path | None:
     return Path(wanted)
 
 
-def restore(path: Path, kept: Kept, identity: dict, allow_changes: bool) -> int:
+def restore(path: Path, kept: Parts | Shards, identity: dict, allow_changes: bool) -> int:
     """Bring a run to the state of a checkpoint. -> its step.
 
     Raises ValueError listing what changed since, or naming the checkpoint before a damaged one.

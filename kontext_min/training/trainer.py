@@ -36,20 +36,13 @@ def train(
     skip_nonfinite_steps such steps, `skipped` of them before the start, are left out instead: their loss is None.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    device, share = parallel.place(flux), config.gradient_accumulation_steps * parallel.world()
+    share = config.gradient_accumulation_steps * parallel.world()
     curve = (config.lr_end / config.learning_rate, config.lr_power, config.lr_num_cycles)
     numbered = islice(enumerate(batches(examples, config)), start * share, None)
     for step in range(start + 1, config.max_train_steps + 1):
-        began, loss, seen = time.perf_counter(), 0.0, []
-        for number, uses in parallel.own(list(islice(numbered, share))):
-            batch = examples.batch(uses, device)
-            drawn = draw(batch, uses, number, config, shift)
-            torch.manual_seed(seeded("dropout", config.seed, number).initial_seed())
-            part = flow_loss(flux, batch, drawn, config.loss_type, config.huber_c) / share
-            part.backward()
-            loss += part.item()
-            seen += [f"{use.example.name} at t = {t:.4f}" for use, t in zip(uses, drawn.t.tolist(), strict=True)]
-        loss = parallel.total(loss)
+        began, mine = time.perf_counter(), parallel.own([*islice(numbered, share)])
+        losses, seen = zip(*(learn(config, flux, examples, shift, *one, share) for one in mine), strict=True)
+        loss = parallel.total(sum(losses))
         parallel.summed([parameter.grad for parameter in parameters])
         norm = float(parallel.whole(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
         factor = rate_factor(config.lr_scheduler, step - 1, config.max_train_steps, config.lr_warmup_steps, *curve)
@@ -58,7 +51,7 @@ def train(
             set_rate(optimizer, values["lr"])
             optimizer.step()
         else:
-            shown = ", ".join(chain.from_iterable(parallel.gathered(seen)))
+            shown = ", ".join(name for names in parallel.gathered(seen) for name in names)
             what = f"step {step}: the loss is {loss} and the gradient's norm {norm}, of {shown}"
             if skipped >= config.skip_nonfinite_steps:
                 raise ValueError(f"{what}; lower learning_rate, or let a few such steps go by: skip_nonfinite_steps=3")
@@ -67,6 +60,19 @@ def train(
             values |= {"loss": None, "grad_norm": None, "skipped": True}
         optimizer.zero_grad()
         yield step, {**values, "seconds": time.perf_counter() - began}
+
+
+def learn(
+    config: Config, flux: Flux, examples: Examples, shift: flow.Shift, number: int, uses: list[Use], share: int
+) -> tuple[float, str]:
+    """Add the gradient of batch `number`, one of `share`, to what there is. -> its part of the loss, and what it is."""
+    batch = examples.batch(uses, parallel.place(flux))
+    drawn = draw(batch, uses, number, config, shift)
+    torch.manual_seed(seeded("dropout", config.seed, number).initial_seed())
+    loss = flow_loss(flux, batch, drawn, config.loss_type, config.huber_c) / share
+    loss.backward()
+    seen = [f"{use.example.name} at t = {t:.4f}" for use, t in zip(uses, drawn.t.tolist(), strict=True)]
+    return loss.item(), ", ".join(seen)
 
 
 def batches(examples: Examples, config: Config) -> Iterator[list[Use]]:
