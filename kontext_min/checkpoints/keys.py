@@ -5,6 +5,7 @@ Where diffusers splits a fused linear, each part is a range of its rows; adapter
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -116,6 +117,7 @@ def flux_modules(config: FluxConfig) -> dict[str, list[Part]]:
     return table
 
 
+@cache
 def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
     """The same of every linear."""
     return {ours: parts for ours, parts in flux_modules(config).items() if not ours.endswith(".scale")}

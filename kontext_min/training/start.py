@@ -82,7 +82,8 @@ def on_meta(config: Config, dtype: torch.dtype, full: bool, quantised: bool) -> 
     for name in [name for name, _ in flux.named_parameters()]:
         if quantised and "int8" in config.base_model_precision:
             quantize_int8(flux, name)
-    add_adapter(config, flux)
+    with torch.device("meta"):
+        add_adapter(config, flux)
     return flux
 
 
