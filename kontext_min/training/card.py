@@ -19,58 +19,9 @@ license: other
 license_name: flux-1-dev-non-commercial-license
 license_link: https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md""",
 }
-DIFFUSERS = """\
-With diffusers, which takes one reference:
-
-```python
-import torch
-from diffusers import FluxKontextPipeline
-from diffusers.utils import load_image
-
-pipe = FluxKontextPipeline.from_pretrained({base}, torch_dtype=torch.{dtype})
-pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-pipe.load_lora_weights(".", weight_name="{lora}")
-image = pipe(
-    image={picture}, prompt={instruction},
-    width={width}, height={height}, max_area={width} * {height}, _auto_resize=False,
-    guidance_scale={guidance}, num_inference_steps={steps},
-    max_sequence_length={tokens}, generator=torch.Generator().manual_seed({seed}),
-).images[0]
-image.save("edited.png")
-```"""
 NO_DIFFUSERS = "For diffusers: `python -m kontext_min.adapters convert {lora} OUT --to diffusers --rank 64`"
-CARD = """\
----
-{licence}
-library_name: diffusers
-pipeline_tag: image-to-image
-tags: [flux, flux-kontext, lora, image-to-image, kontext_min]
----
-
-# {title}
-
-A {kind} for `{model}`, trained for {trained_steps} steps with kontext_min on {pairs} pairs and {alone} pictures without
-a reference. Its instruction: {instruction}
-{sheet}
-## Use
-
-With kontext_min, in this folder: its sample, then a picture of one's own.
-
-    python infer.py --lora {lora}
-    python infer.py --lora {lora} --image mine.jpg --prompt {argument}
-
-{diffusers}
-
-In ComfyUI, with FLUX.1 Kontext: a `LoraLoaderModelOnly` node of strength 1 after the one that loads the model.
-
-## Settings
-
-```json
-{settings}
-```
-
-All others have their defaults; `config.json` lists them.
-"""
+TEMPLATES = Path(__file__).parent
+CARD, DIFFUSERS = (TEMPLATES.joinpath(name).read_text(encoding="utf-8") for name in ("card.md", "card_diffusers.md"))
 quoted = partial(json.dumps, ensure_ascii=False)  # as a Python string
 
 
