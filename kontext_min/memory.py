@@ -6,17 +6,40 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kontext_min.models.flux import Flux
 
 GB = 1e9  # bytes
 
 
-def apply_checkpointing(flux: Flux, every: int = 1):
-    """Keep only the input of every n-th block for backward and compute the rest again. Gradients stay the same."""
-    for block in (*flux.double_blocks[::every], *flux.single_blocks[::every]):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+ATEN = torch.ops.aten
+ATTENTION = {  # the products that attention is, on CUDA and on the CPU
+    ATEN._scaled_dot_product_cudnn_attention.default,
+    ATEN._scaled_dot_product_efficient_attention.default,
+    ATEN._scaled_dot_product_flash_attention.default,
+    ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
+    """Compute what every n-th block did again in backward, but for what is kept of it. Gradients stay the same.
+
+    policy: keeps of a block its input (`block`), what attention gives too (`keep_attn`), or what the linears give too,
+    so that only what is cheap is computed again (`keep_gemm`). The last block, whose turn comes first, keeps all.
+    """
+    width = flux.config.hidden_size
+
+    def decide(_, op, *args, **kwargs) -> CheckpointPolicy:
+        keep = op in ATTENTION
+        if policy == "keep_gemm" and op in (ATEN.mm.default, ATEN.addmm.default):
+            inputs, outputs = args[-1].shape
+            keep = width <= inputs <= outputs  # not an adapter's, nor the last of a block: that is never needed again
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    selective = {} if policy == "block" else {"context_fn": partial(create_selective_checkpoint_contexts, decide)}
+    for block in [*flux.double_blocks, *flux.single_blocks][:-1:every]:
+        block.branch = partial(checkpoint, block.branch, use_reentrant=False, **selective)
 
 
 def in_use(device: torch.device) -> dict[str, float]:

@@ -54,7 +54,7 @@ class LoRA(Update):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * B A x, (..., rows)."""
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        return F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
 
 
 class Kronecker(NamedTuple):
@@ -136,16 +136,27 @@ class Adapted(nn.Module):
         self.updates = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = base = self.base(x)
+        """x (..., in) -> (..., out). The linear comes last: a checkpoint need not compute it again for backward."""
+        base = self.base(x) if any(update.magnitude is not None for update in self.updates) else None
+        runs, end = [], None  # [first row, changes of successive rows]
         for update in self.updates:
-            given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
-            delta = update(given)
-            if update.magnitude is not None:
-                delta = self.decomposed(update, delta, given, None if given is not x else base)
-            if delta.shape[-1] < y.shape[-1]:
-                delta = F.pad(delta, (update.start, y.shape[-1] - update.start - delta.shape[-1]))
-            y = y + delta
-        return y
+            if update.start != end:
+                runs.append((update.start, []))
+            runs[-1][1].append(self.change(update, x, base))
+            end = update.start + update.shape[0]
+        changes = [self.widened(torch.cat(run, dim=-1) if len(run) > 1 else run[0], start) for start, run in runs]
+        y = self.base(x) if base is None else base
+        return sum(changes[1:], changes[0]) + y if changes else y
+
+    def widened(self, change: Tensor, start: int) -> Tensor:
+        """A change of the rows from `start` on as one of all rows."""
+        return F.pad(change, (start, self.base.out_features - start - change.shape[-1])) if change.shape[-1] < self.base.out_features else change
+
+    def change(self, update: Update, x: Tensor, y: Tensor | None) -> Tensor:
+        """What an update adds to its own rows, (..., rows). y: the linear's output, which a DoRA needs."""
+        given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
+        delta = update(given)
+        return delta if update.magnitude is None else self.decomposed(update, delta, given, y if given is x else None)
 
     def weight_of(self, update: Update) -> Tensor:
         """The rows of the frozen weight that an update stands beside, (rows, in), as the forward pass uses them."""
