@@ -190,6 +190,9 @@ class Config(Strict):
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
+    recompute: Literal["block", "keep_attn", "keep_gemm"] = knob(
+        "block", "of it: all, all but attention, or what is cheap; faster and more memory"
+    )
 
     # data
     data_backend_config: DataList = knob(..., "the data list or its file; default multidatabackend.json beside this")

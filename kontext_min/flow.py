@@ -88,7 +88,7 @@ def velocity(flux: Flux, x_t: Tensor, t: Tensor, condition: Condition, guidance:
         guidance=guidance,
         wanted=tokens[0].shape[1],
     )
-    return unpack(prediction, *x_t.shape[-2:])
+    return unpack(prediction[:, : tokens[0].shape[1]], *x_t.shape[-2:])
 
 
 # ------------------------------------------------------------------------------------------------ time

@@ -1,11 +1,13 @@
-"""Memory: activation checkpointing of the transformer's blocks, what a run will take, and what it takes."""
+"""Memory: what is computed again instead of kept, attention's kernels, what a run will take, and what it takes."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kontext_min.models.flux import Flux
@@ -39,7 +41,17 @@ def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
 
     selective = {} if policy == "block" else {"context_fn": partial(create_selective_checkpoint_contexts, decide)}
     for block in [*flux.double_blocks, *flux.single_blocks][:-1:every]:
-        block.branch = partial(checkpoint, block.branch, use_reentrant=False, **selective)
+        gated = any(p.requires_grad for name, p in block.named_parameters() if "mod" in name)
+        part = "forward" if gated else "branch"  # a trained gate needs what it multiplies, which is not kept
+        setattr(block, part, partial(checkpoint, getattr(block, part), use_reentrant=False, **selective))
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager:
+    """Within the context cuDNN's attention is the first choice on sm_90, where it is fastest; else torch's order stays."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return nullcontext()
+    first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(first, set_priority=True)
 
 
 def in_use(device: torch.device) -> dict[str, float]:

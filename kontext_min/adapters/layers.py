@@ -138,25 +138,29 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). The linear comes last: a checkpoint need not compute it again for backward."""
         base = self.base(x) if any(update.magnitude is not None for update in self.updates) else None
-        runs, end = [], None  # [first row, changes of successive rows]
+        change = self.change(x, base) if self.updates else None
+        y = self.base(x) if base is None else base
+        return y if change is None else change + y
+
+    def change(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """What all updates add, (..., out). y: what the linear gives, if there is a DoRA."""
+        runs, end = [], None  # [(first row, changes of rows that follow each other)]
         for update in self.updates:
             if update.start != end:
                 runs.append((update.start, []))
-            runs[-1][1].append(self.change(update, x, base))
+            given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
+            delta = update(given)
+            if update.magnitude is not None:
+                delta = self.decomposed(update, delta, given, y if given is x else None)
+            runs[-1][1].append(delta)
             end = update.start + update.shape[0]
-        changes = [self.widened(torch.cat(run, dim=-1) if len(run) > 1 else run[0], start) for start, run in runs]
-        y = self.base(x) if base is None else base
-        return sum(changes[1:], changes[0]) + y if changes else y
+        return reduce(torch.add, (self.widened(start, run) for start, run in runs))
 
-    def widened(self, change: Tensor, start: int) -> Tensor:
-        """A change of the rows from `start` on as one of all rows."""
-        return F.pad(change, (start, self.base.out_features - start - change.shape[-1])) if change.shape[-1] < self.base.out_features else change
-
-    def change(self, update: Update, x: Tensor, y: Tensor | None) -> Tensor:
-        """What an update adds to its own rows, (..., rows). y: the linear's output, which a DoRA needs."""
-        given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
-        delta = update(given)
-        return delta if update.magnitude is None else self.decomposed(update, delta, given, y if given is x else None)
+    def widened(self, start: int, run: list[Tensor]) -> Tensor:
+        """Changes of the rows from `start` on, side by side, with zeros for all other rows."""
+        change = run[0] if len(run) == 1 else torch.cat(run, dim=-1)
+        after = self.base.out_features - start - change.shape[-1]
+        return F.pad(change, (start, after)) if start or after else change
 
     def weight_of(self, update: Update) -> Tensor:
         """The rows of the frozen weight that an update stands beside, (rows, in), as the forward pass uses them."""

@@ -86,14 +86,14 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last dimension, in fp32, eps 1e-6."""
+    """x / rms(x) * scale over the last dimension, eps 1e-6; torch computes it in fp32 and rounds once."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), eps=1e-6).type_as(x)
+        return F.rms_norm(x, x.shape[-1:], self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -278,8 +278,8 @@ class Flux(nn.Module):
         img (B, L_img, in_channels) packed target tokens followed by reference tokens, img_ids (L_img, 3)
         txt (B, L_txt, context_in_dim), txt_ids (L_txt, 3); y (B, vec_in_dim) pooled text
         timesteps (B,) in [0, 1] with 1 = noise; guidance (B,), the distilled scale (ignored without guidance_embed)
-        wanted: how many of the image tokens, from the first one, the caller wants, the target's; all of them if None
-        -> (B, wanted, out_channels)
+        wanted: how many of the image tokens the caller keeps, the target's; the last block leaves out all others
+        -> (B, wanted or L_img, out_channels)
         """
         vec = self.embed(timesteps, y, guidance)  # (B, hidden)
         img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, hidden) each
@@ -290,5 +290,7 @@ class Flux(nn.Module):
         *blocks, last = self.single_blocks
         for block in blocks:
             x = block(x, vec, pe)
-        start, length = txt.shape[1], img.shape[1] if wanted is None else wanted
-        return self.final_layer(last(x, vec, pe, rows=slice(start, start + length)), vec)
+        first = txt.shape[1]
+        if wanted is None:
+            return self.final_layer(last(x, vec, pe)[:, first:], vec)
+        return self.final_layer(last(x, vec, pe, rows=slice(first, first + wanted)), vec)

@@ -56,15 +56,14 @@ def names(config: FluxConfig) -> list[str]:
     return [name for name in matching_modules(config, TARGETS["all+ffs"]) if "blocks" in name]
 
 
-def ours(config: FluxConfig, lora: bool = True) -> Flux:
-    """Our transformer with a LoRA, in the default dtype, the LoRA in fp32. `policy` is that of `apply_checkpointing`."""
+def ours(config: FluxConfig) -> Flux:
+    """Our transformer in the default dtype, with a LoRA."""
     flux = Flux(config).requires_grad_(False)
-    if lora:
-        add_lora(flux, names(config), RANK, RANK)
+    add_lora(flux, names(config), RANK, RANK)
     return flux
 
 
-def peer(config: FluxConfig, lora: bool = True) -> nn.Module:
+def peer(config: FluxConfig) -> nn.Module:
     """diffusers' transformer with peft's LoRA, both in the default dtype."""
     import diffusers
     import peft
@@ -73,8 +72,7 @@ def peer(config: FluxConfig, lora: bool = True) -> nn.Module:
         num_layers=config.depth, num_single_layers=config.depth_single_blocks, num_attention_heads=config.num_heads,
         joint_attention_dim=config.context_in_dim, guidance_embeds=True,
     ).requires_grad_(False)  # fmt: skip
-    if lora:
-        model.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names(config)))
+    model.add_adapter(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names(config)))
     return model.train()
 
 
@@ -99,7 +97,7 @@ def gemm_flops(model: nn.Module, given: dict[str, Tensor]) -> int:
     with FlopCounterMode(display=False) as counter:
         loss(model, given).backward()
     aten = torch.ops.aten
-    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (aten.mm, aten.addmm, aten.bmm))
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (aten.mm, aten.addmm))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -138,11 +136,8 @@ def step_bytes(model: nn.Module, given: dict[str, Tensor]) -> int:
     return counted.peak
 
 
-ARMS = {"diffusers + peft": None, "none": "none", "block": "block", "keep_attn": "keep_attn", "keep_gemm": "keep_gemm"}
-
-
 def arm(name: str, config: FluxConfig) -> nn.Module:
-    """A model that trains: the peer's with its gradient checkpointing, or ours with a recompute policy."""
+    """What trains: `peer`, with its gradient checkpointing, or ours by a policy of `apply_checkpointing`, or `none`."""
     if name == "peer":
         model = peer(config)
         model.enable_gradient_checkpointing()
