@@ -47,7 +47,7 @@ def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager:
-    """Within the context cuDNN's attention is the first choice on sm_90, where it is fastest; else torch's order stays."""
+    """Within the context cuDNN's attention comes first on sm_90, where it is fastest; elsewhere torch's order stays."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return nullcontext()
     first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

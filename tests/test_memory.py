@@ -55,7 +55,7 @@ def test_the_prediction_counts_weights_adapter_and_the_inputs_of_checkpointed_bl
     assert len(plain) == 4 and "all activations (gradient_checkpointing is off)" in plain[-1]
 
 
-# ------------------------------------------------------------------------------------------------ what is computed again
+# ------------------------------------------------------------------------------------------------ recompute
 
 
 def gradients(flux, wanted: int | None) -> list[torch.Tensor]:

@@ -272,7 +272,9 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(y.dtype))
         return vec + self.vector_in(y)
 
-    def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, *, timesteps, y, guidance, wanted=None) -> Tensor:
+    def forward(
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, *, timesteps, y, guidance, wanted=None
+    ) -> Tensor:
         """One evaluation for a whole batch of sequences; text comes first in the joint sequence.
 
         img (B, L_img, in_channels) packed target tokens followed by reference tokens, img_ids (L_img, 3)

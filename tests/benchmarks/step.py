@@ -79,24 +79,22 @@ def grown(name: str, dtype: torch.dtype, steps: int = 4) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--policies", nargs="+", default=POLICIES)
-    parser.add_argument("--grown", metavar="ARM", help="only the memory of one arm, in MB")
+    parser.add_argument("--grown", metavar="ARM", help="only by how many MB a process of this arm grows")
     given = parser.parse_args()
     torch.set_num_threads(1)
     dtype = DTYPES[given.dtype]
     if given.grown:
         return print(grown(given.grown, dtype))
-    memory = {}
-    for name in ("peer", *given.policies):
+    for name in ("peer", *given.policies):  # each in a process of its own
         asked = [sys.executable, __file__, "--dtype", given.dtype, "--grown", name]
-        memory[name] = float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[-1])
-    for kind in ("", " lora"):
-        found = ratios([f"peer{kind}", *(f"{name}{kind}" for name in (given.policies if not kind else ["none"]))], dtype, given.pairs)
-        for name, values in found.items():
+        answer = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[-1]
+        print(f"{name:10} grows by {float(answer):.0f} MB in training", flush=True)
+    for names in (["peer", *given.policies], ["peer lora", "none lora"]):
+        for name, values in ratios(names, dtype, given.pairs).items():
             low, middle, high = min(values), statistics.median(values), max(values)
-            share = memory[name] / memory["peer"] if not kind else float("nan")
-            print(f"{name:12} {middle:.3f} times as fast ({low:.3f} to {high:.3f}), {share:.2f} of the memory")
+            print(f"{name:10} {middle:.3f} times as fast as the peer ({low:.3f} to {high:.3f})", flush=True)
 
 
 if __name__ == "__main__":
