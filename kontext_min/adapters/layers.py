@@ -140,7 +140,9 @@ class Adapted(nn.Module):
         base = self.base(x) if any(update.magnitude is not None for update in self.updates) else None
         change = self.change(x, base) if self.updates else None
         y = self.base(x) if base is None else base
-        return y if change is None else change + y
+        if change is None:
+            return y
+        return change.add_(y) if len(self.updates) > 1 else change + y  # one update's own output is left as it is
 
     def change(self, x: Tensor, y: Tensor | None) -> Tensor:
         """What all updates add, (..., out). y: what the linear gives, if there is a DoRA."""
