@@ -20,6 +20,7 @@ from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import Editor, edit, open_editor, output_size, prepare_reference
 from kontext_min.encoders import pixels_per_token
+from kontext_min.memory import attention_kernels
 from kontext_min.sampler import Sampling
 
 CHUNK = "kontext_min"  # the PNG text chunk that holds a picture's settings as JSON
@@ -216,7 +217,8 @@ def main(argv: list[str] | None = None):
     for prompt in settings["prompt"]:
         for seed in range(settings["seed"], settings["seed"] + settings["num_images"]):
             sampling = Sampling(settings["steps"], settings["guidance"], settings["cfg_scale"], span, seed)
-            with tqdm(total=sampling.steps, desc=prompt[:40], unit="step", leave=False) as bar:
+            bar = tqdm(total=sampling.steps, desc=prompt[:40], unit="step", leave=False)
+            with bar, attention_kernels(device):
                 image = edit(editor, encoded[prompt], references, size, sampling, negative, lambda _: bar.update())  # noqa: B023
             save(image, next(paths), {**settings, "prompt": [prompt], "seed": seed})
 

@@ -20,7 +20,7 @@ from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
-from kontext_min.memory import apply_checkpointing
+from kontext_min.memory import apply_checkpointing, attention_kernels
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.quantize import quantize_int8
 from kontext_min.run_folder import RunFolder
@@ -159,7 +159,7 @@ def run(config: Config, prune: bool = False):
         start_from(flux, trained.updates)
         print(f"init_lora {trained.path}: {trained.title}")
     if config.gradient_checkpointing:
-        apply_checkpointing(flux, config.gradient_checkpointing_interval or 1)
+        apply_checkpointing(flux, config.recompute, config.gradient_checkpointing_interval or 1)
 
     # loop
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
@@ -168,7 +168,8 @@ def run(config: Config, prune: bool = False):
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, **config.optimizer_options())
     validator = Validator(editor, validation, items, sampling_of(config), folder)
     evaluator = Evaluator(config, flux, validation, sets.unseen)
-    print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
+    with attention_kernels(device):
+        print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
     print(parallel.by_first(report.write)(config.output_dir))
 
 

@@ -189,6 +189,9 @@ class Config(Strict):
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
+    recompute: Literal["block", "keep_attn", "keep_gemm"] = knob(
+        "block", "of it: all, all but attention, or what is cheap; faster and more memory"
+    )
     fsdp_enable: bool = knob(False, "each of torchrun's ranks keeps a part of the frozen base; with full always so")
     fsdp_cpu_offload: bool = knob(False, "these parts, their gradients and moments lie in the host's memory")
     distributed_timeout: float = knob(10.0, "minutes in which a rank must answer another", gt=0)

@@ -86,6 +86,7 @@ def velocity(flux: Flux, x_t: Tensor, t: Tensor, condition: Condition, guidance:
         timesteps=t,
         y=condition.vec,
         guidance=guidance,
+        wanted=tokens[0].shape[1],
     )
     return unpack(prediction[:, : tokens[0].shape[1]], *x_t.shape[-2:])
 

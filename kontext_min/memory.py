@@ -1,23 +1,58 @@
-"""Memory: activation checkpointing of the transformer's blocks, what a run will take, and what it takes."""
+"""Memory: what is computed again instead of kept, attention's kernels, what a run will take, and what it takes."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kontext_min.models.flux import Flux
 
 GB = 1e9  # bytes
 
 
-def apply_checkpointing(flux: Flux, every: int = 1):
-    """Keep only the input of every n-th block for backward and compute the rest again. Gradients stay the same."""
-    for block in (*flux.double_blocks[::every], *flux.single_blocks[::every]):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+ATEN = torch.ops.aten
+ATTENTION = {  # the products that attention is, on CUDA and on the CPU
+    ATEN._scaled_dot_product_cudnn_attention.default,
+    ATEN._scaled_dot_product_efficient_attention.default,
+    ATEN._scaled_dot_product_flash_attention.default,
+    ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
+    """Compute what every n-th block did again in backward, but for what is kept of it. Gradients stay the same.
+
+    policy: keeps of a block its input (`block`), what attention gives too (`keep_attn`), or what the linears give too,
+    so that only what is cheap is computed again (`keep_gemm`). The last block, whose turn comes first, keeps all.
+    """
+    width = flux.config.hidden_size
+
+    def decide(_, op, *args, **kwargs) -> CheckpointPolicy:
+        keep = op in ATTENTION
+        if policy == "keep_gemm" and op in (ATEN.mm.default, ATEN.addmm.default):
+            inputs, outputs = args[-1].shape
+            keep = width <= inputs <= outputs  # not an adapter's, nor the last of a block: that is never needed again
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    selective = {} if policy == "block" else {"context_fn": partial(create_selective_checkpoint_contexts, decide)}
+    for block in [*flux.double_blocks, *flux.single_blocks][:-1:every]:
+        gated = any(p.requires_grad for name, p in block.named_parameters() if "mod" in name)
+        part = "forward" if gated else "branch"  # a trained gate needs what it multiplies, which is not kept
+        setattr(block, part, partial(checkpoint, getattr(block, part), use_reentrant=False, **selective))
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager:
+    """Within the context cuDNN's attention comes first on sm_90, where it is fastest; elsewhere torch's order stays."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return nullcontext()
+    first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(first, set_priority=True)
 
 
 def in_use(device: torch.device) -> dict[str, float]:

@@ -54,7 +54,7 @@ class LoRA(Update):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> scale * B A x, (..., rows)."""
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        return F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
 
 
 class Kronecker(NamedTuple):
@@ -136,16 +136,33 @@ class Adapted(nn.Module):
         self.updates = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = base = self.base(x)
+        """x (..., in) -> (..., out). The linear comes last: a checkpoint need not compute it again for backward."""
+        base = self.base(x) if any(update.magnitude is not None for update in self.updates) else None
+        change = self.change(x, base) if self.updates else None
+        y = self.base(x) if base is None else base
+        if change is None:
+            return y
+        return change.add_(y) if len(self.updates) > 1 else change + y  # one update's own output is left as it is
+
+    def change(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """What all updates add, (..., out). y: what the linear gives, if there is a DoRA."""
+        runs, end = [], None  # [(first row, changes of rows that follow each other)]
         for update in self.updates:
+            if update.start != end:
+                runs.append((update.start, []))
             given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
             delta = update(given)
             if update.magnitude is not None:
-                delta = self.decomposed(update, delta, given, None if given is not x else base)
-            if delta.shape[-1] < y.shape[-1]:
-                delta = F.pad(delta, (update.start, y.shape[-1] - update.start - delta.shape[-1]))
-            y = y + delta
-        return y
+                delta = self.decomposed(update, delta, given, y if given is x else None)
+            runs[-1][1].append(delta)
+            end = update.start + update.shape[0]
+        return reduce(torch.add, (self.widened(start, run) for start, run in runs))
+
+    def widened(self, start: int, run: list[Tensor]) -> Tensor:
+        """Changes of the rows from `start` on, side by side, with zeros for all other rows."""
+        change = run[0] if len(run) == 1 else torch.cat(run, dim=-1)
+        after = self.base.out_features - start - change.shape[-1]
+        return F.pad(change, (start, after)) if start or after else change
 
     def weight_of(self, update: Update) -> Tensor:
         """The rows of the frozen weight that an update stands beside, (rows, in), as the forward pass uses them."""

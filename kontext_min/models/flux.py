@@ -86,14 +86,14 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last dimension, in fp32, eps 1e-6."""
+    """x / rms(x) * scale over the last dimension, eps 1e-6; torch computes it in fp32 and rounds once."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.scale.float(), eps=1e-6).type_as(x)
+        return F.rms_norm(x, x.shape[-1:], self.scale, eps=1e-6)
 
 
 class QKNorm(nn.Module):
@@ -109,10 +109,13 @@ class QKNorm(nn.Module):
 
 
 class Attend(nn.Module):
-    """Rotate q and k, then softmax(q k^T / sqrt(D)) v without any mask. q, k, v (B, H, L, D) -> (B, L, H*D)."""
+    """Rotate q and k, then softmax(q k^T / sqrt(D)) v without any mask. q, k, v (B, H, L, D) -> (B, L, H*D).
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
-        x = F.scaled_dot_product_attention(apply_rope(q, pe), apply_rope(k, pe), v)
+    rows: the tokens that look; all are looked at.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor], rows: slice = slice(None)) -> Tensor:
+        x = F.scaled_dot_product_attention(apply_rope(q, pe)[:, :, rows], apply_rope(k, pe), v)
         return rearrange(x, "B H L D -> B L (H D)")
 
 
@@ -181,9 +184,14 @@ class DoubleStreamBlock(nn.Module):
         self.attend = Attend()
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)  # (B, 1, hidden) each
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+        img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)  # six (B, 1, hidden) each, the last one the last gate
+        img, img_change, txt, txt_change = self.branch(img, txt, img_mod[:-1], txt_mod[:-1], pe)
+        return img + img_mod[-1] * img_change, txt + txt_mod[-1] * txt_change
 
+    def branch(self, img: Tensor, txt: Tensor, img_mod: tuple, txt_mod: tuple, pe: tuple) -> tuple[Tensor, ...]:
+        """All but the last gates and sums: img and txt after attention, and what their feed-forwards add to each."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2 = img_mod
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2 = txt_mod
         img_q, img_k, img_v = self.img_attn.qkv_heads(modulate(self.img_norm1(img), img_shift1, img_scale1))
         txt_q, txt_k, txt_v = self.txt_attn.qkv_heads(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
         q = torch.cat([txt_q, img_q], dim=2)  # (B, H, L_txt + L_img, D)
@@ -192,11 +200,11 @@ class DoubleStreamBlock(nn.Module):
         x = self.attend(q, k, v, pe)  # (B, L_txt + L_img, hidden)
         txt_x, img_x = x.split([txt.shape[1], img.shape[1]], dim=1)
 
-        img = img + img_gate1 * self.img_attn.proj(img_x)
-        img = img + img_gate2 * self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2))
         txt = txt + txt_gate1 * self.txt_attn.proj(txt_x)
-        txt = txt + txt_gate2 * self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
-        return img, txt
+        img = img + img_gate1 * self.img_attn.proj(img_x)
+        txt_change = self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
+        img_change = self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2))
+        return img, img_change, txt, txt_change
 
 
 class SingleStreamBlock(nn.Module):
@@ -213,13 +221,18 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(hidden, double=False)
         self.attend = Attend()
 
-    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], rows: slice = slice(None)) -> Tensor:
+        """rows: the tokens that go on, all of them but after the last block."""
         shift, scale, gate = self.modulation(vec)  # (B, 1, hidden) each
+        return x[:, rows] + gate * self.branch(x, shift, scale, pe, rows)
+
+    def branch(self, x: Tensor, shift: Tensor, scale: Tensor, pe: tuple[Tensor, Tensor], rows: slice) -> Tensor:
+        """What the block adds to these tokens, before its gate."""
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
         q, k = self.norm(q, k)
-        attention = self.attend(q, k, v, pe)  # (B, L, hidden)
-        return x + gate * self.linear2(torch.cat([attention, F.gelu(mlp, approximate="tanh")], dim=-1))
+        attention = self.attend(q, k, v, pe, rows=rows)  # (B, L, hidden)
+        return self.linear2(torch.cat([attention, F.gelu(mlp[:, rows], approximate="tanh")], dim=-1))
 
 
 class LastLayer(nn.Module):
@@ -259,13 +272,16 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance).to(y.dtype))
         return vec + self.vector_in(y)
 
-    def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, *, timesteps, y, guidance) -> Tensor:
+    def forward(
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, *, timesteps, y, guidance, wanted=None
+    ) -> Tensor:
         """One evaluation for a whole batch of sequences; text comes first in the joint sequence.
 
         img (B, L_img, in_channels) packed target tokens followed by reference tokens, img_ids (L_img, 3)
         txt (B, L_txt, context_in_dim), txt_ids (L_txt, 3); y (B, vec_in_dim) pooled text
         timesteps (B,) in [0, 1] with 1 = noise; guidance (B,), the distilled scale (ignored without guidance_embed)
-        -> (B, L_img, out_channels), of which the caller keeps the target's tokens.
+        wanted: how many of the image tokens the caller keeps, the target's; the last block leaves out all others
+        -> (B, wanted or L_img, out_channels)
         """
         vec = self.embed(timesteps, y, guidance)  # (B, hidden)
         img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, hidden) each
@@ -273,6 +289,10 @@ class Flux(nn.Module):
         for block in self.double_blocks:
             img, txt = block(img, txt, vec, pe)
         x = torch.cat([txt, img], dim=1)  # (B, L_txt + L_img, hidden)
-        for block in self.single_blocks:
+        *blocks, last = self.single_blocks
+        for block in blocks:
             x = block(x, vec, pe)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        first = txt.shape[1]
+        if wanted is None:
+            return self.final_layer(last(x, vec, pe)[:, first:], vec)
+        return self.final_layer(last(x, vec, pe, rows=slice(first, first + wanted)), vec)

@@ -47,15 +47,16 @@ def replace(flux: Flux, pattern: str, fn: Callable[[Call], Any], steps: Steps = 
     """Within the context fn(call) is the output of every module that fits; None leaves an output as it is."""
     step = -1
 
-    def advance(*_):
+    def advance(_, args: tuple, inputs: dict) -> tuple[tuple, dict]:
         nonlocal step
         step += 1
+        return args, inputs | {"wanted": None}  # the last block's tokens too are all of them
 
     def called(site: str, _, inputs: tuple, output: Any) -> Any:
         return fn(Call(site, step, inputs, output)) if steps is None or step in steps else None
 
     with ExitStack() as stack:
-        stack.enter_context(flux.register_forward_pre_hook(advance))
+        stack.enter_context(flux.register_forward_pre_hook(advance, with_kwargs=True))
         for site in sites(flux, pattern):
             stack.enter_context(flux.get_submodule(site).register_forward_hook(partial(called, site)))
         yield
