@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import json5
 import numpy as np
 from PIL import Image, ImageFilter
 
@@ -15,32 +16,7 @@ from kontext_min.nano import scenes
 from kontext_min.nano.scenes import COLOURS, Picture, cover, draw, exchange, heap_of_leaves, pick, random_scene
 
 PHOTOS = Path(__file__).parents[2] / "configs" / "photos"
-
-# fmt: off
-MIX = {  # edit: its share in pretraining, and its templates
-    "recolour": (0.13, "make the {thing} {colour}", "change the color of the {thing} to {colour}",
-        "turn the {thing} {colour}", "paint the {thing} {colour}", "recolor the {thing} to {colour}"),
-    "remove": (0.10, "remove the {thing}", "delete the {thing}", "erase the {thing}", "take away the {thing}"),
-    "add": (0.15, "add a {thing} in the {place}", "put a {thing} in the {place}", "draw a {thing} in the {place}"),
-    "move": (0.15, "move the {thing} to the {place}", "shift the {thing} to the {place}"),
-    "background": (0.08, "make the background {colour}", "change the background to {colour}",
-        "replace the background with plain {colour}"),
-    "resize": (0.02, "make the {thing} {how}", "draw the {thing} {how}"),
-    "reshape": (0.02, "turn the {thing} into a {shape}", "replace the {thing} with a {shape}"),
-    "swap": (0.01, "swap the {thing} and the {other}", "exchange the {thing} and the {other}"),
-    "insert": (0.03, "put the object of the second picture in the {place}",
-        "add the object from the second picture in the {place}"),
-    "grayscale": (0.06, "make it black and white", "convert the image to grayscale", "turn the picture gray",
-        "remove the colors"),
-    "darker": (0.03, "make the image darker", "darken the picture", "make it darker"),
-    "brighter": (0.03, "make the image brighter", "brighten the picture", "make it brighter"),
-    "flip": (0.06, "flip the image horizontally", "mirror the picture", "flip it left to right"),
-    "border": (0.03, "add a {colour} border", "put a {colour} frame around the picture"),
-    "blur": (0.04, "blur the image", "make the picture blurry"),
-    "keep": (0.03, "keep the image unchanged", "do nothing", "keep it the same"),
-    "text to image": (0.03, "{things} on a {colour} background"),
-}
-# fmt: on
+MIX = json5.loads(Path(__file__).with_suffix(".json5").read_text(encoding="utf-8"))  # edit: share, its templates
 PHOTO_SHARE, LEAVES_SHARE = 0.45, 0.15  # of the global edits and of keep; the rest are scenes; leaves only train
 SPLITS = {"train": 1, "validation": 2}
 PAIR_SIZE = Size(96, 96)
