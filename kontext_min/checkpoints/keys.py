@@ -6,85 +6,18 @@ Where diffusers splits a fused linear, each part is a range of its rows; adapter
 
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
+import json5
 import torch
 from torch import Tensor
 
 from kontext_min.models.flux import FluxConfig
 from kontext_min.models.vae import VAEConfig
 
-# fmt: off
-FLUX_TOP = {  # linears, in blocks also the norms of queries and keys
-    "img_in":                         "x_embedder",
-    "txt_in":                         "context_embedder",
-    "time_in.in_layer":               "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer":              "time_text_embed.timestep_embedder.linear_2",
-    "guidance_in.in_layer":           "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer":          "time_text_embed.guidance_embedder.linear_2",
-    "vector_in.in_layer":             "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer":            "time_text_embed.text_embedder.linear_2",
-    "final_layer.linear":             "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-FLUX_DOUBLE = {
-    "img_mod.lin":   "norm1.linear",
-    "txt_mod.lin":   "norm1_context.linear",
-    "img_attn.qkv":  ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv":  ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
-    "img_mlp.0":     "ff.net.0.proj",
-    "img_mlp.2":     "ff.net.2",
-    "txt_mlp.0":     "ff_context.net.0.proj",
-    "txt_mlp.2":     "ff_context.net.2",
-    "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-    "img_attn.norm.key_norm.scale":   "attn.norm_k.weight",
-    "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-    "txt_attn.norm.key_norm.scale":   "attn.norm_added_k.weight",
-}
-FLUX_SINGLE = {
-    "modulation.lin": "norm.linear",
-    "linear1":        ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2":        "proj_out",
-    "norm.query_norm.scale": "attn.norm_q.weight",
-    "norm.key_norm.scale":   "attn.norm_k.weight",
-}
+FLUX, VAE, SETTINGS = json5.loads(Path(__file__).with_suffix(".json5").read_text(encoding="utf-8")).values()
 SWAPPED = "final_layer.adaLN_modulation.1"  # (shift, scale) here, (scale, shift) in diffusers: its halves change places
-
-FLUX_SETTINGS = {  # transformer/config.json
-    "in_channels": "in_channels", "out_channels": "out_channels", "num_layers": "depth",
-    "num_single_layers": "depth_single_blocks", "num_attention_heads": "num_heads",
-    "joint_attention_dim": "context_in_dim", "pooled_projection_dim": "vec_in_dim",
-    "guidance_embeds": "guidance_embed", "axes_dims_rope": "axes_dim",
-}
-VAE_SETTINGS = {  # vae/config.json
-    "in_channels": "in_channels", "block_out_channels": "channels", "layers_per_block": "layers_per_block",
-    "latent_channels": "latent_channels", "norm_num_groups": "groups", "scaling_factor": "scaling_factor",
-    "shift_factor": "shift_factor",
-}
-T5_SETTINGS = {  # text_encoder_2/config.json
-    "vocab_size": "vocab_size", "d_model": "d_model", "d_kv": "d_kv", "d_ff": "d_ff", "num_layers": "num_layers",
-    "num_heads": "num_heads", "relative_attention_num_buckets": "num_buckets",
-    "relative_attention_max_distance": "max_distance", "layer_norm_epsilon": "eps",
-}
-CLIP_SETTINGS = {  # text_encoder/config.json
-    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "max_position_embeddings": "max_positions",
-    "eos_token_id": "eos_token_id", "hidden_act": "activation", "layer_norm_eps": "eps",
-}
-SHIFT_SETTINGS = {  # scheduler/scheduler_config.json
-    "base_shift": "base_shift", "max_shift": "max_shift", "base_image_seq_len": "base_tokens",
-    "max_image_seq_len": "max_tokens",
-}
-VAE_LEAVES = {  # inside a residual or attention block, and at the ends of encoder and decoder
-    "block": "resnets", "downsample": "downsamplers.0", "upsample": "upsamplers.0", "nin_shortcut": "conv_shortcut",
-    "norm_out": "conv_norm_out", "mid.block_1": "mid_block.resnets.0", "mid.block_2": "mid_block.resnets.1",
-    "mid.attn_1.norm": "mid_block.attentions.0.group_norm", "mid.attn_1.q": "mid_block.attentions.0.to_q",
-    "mid.attn_1.k": "mid_block.attentions.0.to_k", "mid.attn_1.v": "mid_block.attentions.0.to_v",
-    "mid.attn_1.proj_out": "mid_block.attentions.0.to_out.0",
-}
-# fmt: on
 
 
 class Part(NamedTuple):
@@ -103,10 +36,11 @@ def flux_modules(config: FluxConfig) -> dict[str, list[Part]]:
         "img_mod.lin": 6 * hidden, "txt_mod.lin": 6 * hidden, "img_mlp.0": mlp, "txt_mlp.0": mlp, "proj_mlp": mlp,
         ".scale": hidden // config.num_heads,
     }  # fmt: skip
-    levels = [("", "", {ours: FLUX_TOP[ours] for ours in FLUX_TOP if config.guidance_embed or "guidance" not in ours})]
-    levels += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", FLUX_DOUBLE) for i in range(config.depth)]
+    top = {ours: name for ours, name in FLUX["top"].items() if config.guidance_embed or "guidance" not in ours}
+    levels = [("", "", top)]
+    levels += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", FLUX["double"]) for i in range(config.depth)]
     singles = range(config.depth_single_blocks)
-    levels += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", FLUX_SINGLE) for i in singles]
+    levels += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", FLUX["single"]) for i in singles]
     table: dict[str, list[Part]] = {}
     for our_prefix, their_prefix, names in levels:
         for ours, theirs in names.items():
@@ -163,7 +97,7 @@ def vae_diffusers(config: VAEConfig, names: list[str]) -> dict[str, Source]:
     table, levels = {}, len(config.channels)
     renamed = {f"encoder.down.{i}.": f"encoder.down_blocks.{i}." for i in range(levels)}
     renamed |= {f"decoder.up.{i}.": f"decoder.up_blocks.{levels - 1 - i}." for i in range(levels)}
-    renamed |= {f".{ours}.": f".{theirs}." for ours, theirs in VAE_LEAVES.items()}
+    renamed |= {f".{ours}.": f".{theirs}." for ours, theirs in VAE.items()}
     projections = tuple(f"mid.attn_1.{part}.weight" for part in ("q", "k", "v", "proj_out"))
     for name in names:
         their_name = name

@@ -119,7 +119,7 @@ def read_shift(path: Path) -> flow.Shift:
         raise ValueError(f"{path}: {', '.join(odd) or 'time_shift_type'} is not how FLUX is sampled; remove it")
     if not config.get("use_dynamic_shifting"):
         return flow.Shift(static=float(config.get("shift", 1.0)))
-    return flow.Shift(**settings(keys.SHIFT_SETTINGS, config))
+    return flow.Shift(**settings(keys.SETTINGS["scheduler"], config))
 
 
 def settings(table: dict[str, str], config: dict) -> dict:
@@ -133,7 +133,7 @@ def flux_config(config: dict, shapes: Shapes) -> FluxConfig:
     if config:
         if config.get("patch_size", 1) != 1:
             raise ValueError(f"transformer/config.json: patch_size {config['patch_size']}; FLUX has 1")
-        values = {"out_channels": config["in_channels"], **settings(keys.FLUX_SETTINGS, config)}
+        values = {"out_channels": config["in_channels"], **settings(keys.SETTINGS["transformer"], config)}
         return FluxConfig(**values, hidden_size=config["num_attention_heads"] * config["attention_head_dim"])
     hidden, head_dim = shapes["img_in.weight"][0], shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     if head_dim % 32:  # the axes are 1/8, 7/16 and 7/16 of it, all even
@@ -157,7 +157,7 @@ def vae_config(config: dict, shapes: Shapes) -> VAEConfig:
     if config:
         if config.get("use_quant_conv", True) or config.get("use_post_quant_conv", True):
             raise ValueError("vae/config.json: use_quant_conv and use_post_quant_conv must be false, as in FLUX")
-        return VAEConfig(**{"layers_per_block": 1, **settings(keys.VAE_SETTINGS, config)})
+        return VAEConfig(**{"layers_per_block": 1, **settings(keys.SETTINGS["vae"], config)})
     channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(count(shapes, "encoder.down")))
     return VAEConfig(
         channels=channels, layers_per_block=count(shapes, "encoder.down.0.block"), groups=math.gcd(32, *channels),
@@ -170,7 +170,7 @@ def t5_config(config: dict, shapes: Shapes) -> T5Config:
     if config:
         if config.get("feed_forward_proj") != "gated-gelu":
             raise ValueError("text_encoder_2/config.json: feed_forward_proj must be 'gated-gelu', as in FLUX")
-        return T5Config(**settings(keys.T5_SETTINGS, config))
+        return T5Config(**settings(keys.SETTINGS["text_encoder_2"], config))
     first, (vocab, width) = "encoder.block.0.layer", shapes["shared.weight"]
     buckets, heads = shapes[f"{first}.0.SelfAttention.relative_attention_bias.weight"]
     return T5Config(
@@ -186,7 +186,7 @@ def clip_config(config: dict, shapes: Shapes) -> CLIPConfig:
     if config:
         if config.get("hidden_act", "quick_gelu") not in ACTIVATIONS:
             raise ValueError(f"text_encoder/config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}")
-        return CLIPConfig(**settings(keys.CLIP_SETTINGS, config))
+        return CLIPConfig(**settings(keys.SETTINGS["text_encoder"], config))
     vocab, hidden = shapes["text_model.embeddings.token_embedding.weight"]
     return CLIPConfig(
         vocab_size=vocab, hidden_size=hidden, num_layers=count(shapes, "text_model.encoder.layers"),

@@ -52,16 +52,20 @@ def save_model(
 ):
     """Write everything but the two tokenizer folders, which are files already. No scheduler setting but FLUX.1's."""
     write_json(folder / "model_index.json", MODEL_INDEX)
-    shift = {**SETTINGS["scheduler"], **in_file(flow.Shift(), keys.SHIFT_SETTINGS)}
+    shift = {**SETTINGS["scheduler"], **in_file(flow.Shift(), keys.SETTINGS["scheduler"])}
     write_json(folder / "scheduler" / "scheduler_config.json", shift)
-    sizes, levels = in_file(flux.config, keys.FLUX_SETTINGS), len(vae.config.channels)
+    sizes, levels = in_file(flux.config, keys.SETTINGS["transformer"]), len(vae.config.channels)
     sizes["attention_head_dim"] = flux.config.hidden_size // flux.config.num_heads
     save_component(folder / "transformer", flux, keys.flux_diffusers(flux.config), sizes, dtype)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    sizes = {**in_file(vae.config, keys.VAE_SETTINGS), "out_channels": vae.config.in_channels, **blocks}
+    sizes = {**in_file(vae.config, keys.SETTINGS["vae"]), "out_channels": vae.config.in_channels, **blocks}
     save_component(folder / "vae", vae, keys.vae_diffusers(vae.config, list(vae.state_dict())), sizes, dtype)
-    save_component(folder / "text_encoder", clip, same_names(clip), in_file(clip.config, keys.CLIP_SETTINGS), dtype)
-    save_component(folder / "text_encoder_2", t5, same_names(t5), in_file(t5.config, keys.T5_SETTINGS), dtype)
+    save_component(
+        folder / "text_encoder", clip, same_names(clip), in_file(clip.config, keys.SETTINGS["text_encoder"]), dtype
+    )
+    save_component(
+        folder / "text_encoder_2", t5, same_names(t5), in_file(t5.config, keys.SETTINGS["text_encoder_2"]), dtype
+    )
 
 
 def save_component(folder: Path, module: nn.Module, table: dict[str, Source], sizes: dict, dtype: torch.dtype):
