@@ -22,7 +22,7 @@ from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import FluxConfig
-from kontext_min.quantize import quantize_int8
+from kontext_min.quantize import open_flux
 from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
 from kontext_min.training.adapter import add_adapter, sizes
@@ -115,12 +115,8 @@ def main(argv: list[str]):
         print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
-    quantise = quantize_int8 if "int8" in config.base_model_precision else None
-    if quantise:
-        print(
-            f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)"
-        )
-    flux = load.load_flux(checkpoint, device, dtype, quantise).requires_grad_(False)
+    precision = config.base_model_precision
+    flux = open_flux(checkpoint, device, dtype, precision, config.cache_dir / "base").requires_grad_(False)
     torch.manual_seed(config.seed)
     parameters = add_adapter(config, flux)
     if trained:
