@@ -130,13 +130,11 @@ def gather(given: argparse.Namespace) -> dict:
     return settings
 
 
-def other_base(lora: AdapterFile, precision: str) -> list[str]:
+def other_base(lora: AdapterFile, precision: str) -> str:
     """A warning, if a LoRA's file says that it was trained on a base of another precision."""
-    trained, used = form_of(str(lora.recipe.get("base_model_precision", precision))), form_of(precision)
-    said = (
-        f"warning: {lora.path.name} was trained on a base in {trained or 'full precision'}, not in {used or precision}"
-    )
-    return [] if trained == used else [f"\n{said}: --precision {trained or 'auto'} is what it knows"]
+    trained = form_of(str(lora.recipe.get("base_model_precision", precision)))
+    said = f"\nwarning: it was trained on a base as --precision {trained or 'auto'} gives it, not {precision}"
+    return "" if trained == form_of(precision) else said
 
 
 def parse_range(text: str) -> tuple[float, float]:
@@ -221,10 +219,10 @@ def main(argv: list[str] | None = None):
     paths = iter(paths_for(out, len(settings["prompt"]) * settings["num_images"]))
     texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
     for lora, strength in settings["adapters"]:
-        print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}", *other_base(lora, settings["precision"]))
+        print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}{other_base(lora, settings['precision'])}")
     dtype = DTYPES.get(settings["precision"], DTYPES[plain])
     base = (settings["precision"], cache / "base")
-    editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, *base)
+    editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, base)
     references, size = prepare(settings, editor)
     negative = encoded.get(settings["negative_prompt"]) if settings["cfg_scale"] != 1 else None
     for prompt in settings["prompt"]:

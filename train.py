@@ -115,8 +115,7 @@ def main(argv: list[str]):
         print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     # model: load and quantise, tensor by tensor -> freeze -> adapt -> checkpoint
-    precision = config.base_model_precision
-    flux = open_flux(checkpoint, device, dtype, precision, config.cache_dir / "base").requires_grad_(False)
+    flux = open_flux(checkpoint, device, dtype, config.base_model_precision, config.cache_dir / "base")
     torch.manual_seed(config.seed)
     parameters = add_adapter(config, flux)
     if trained:

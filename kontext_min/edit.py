@@ -22,6 +22,9 @@ from kontext_min.presets import Preset
 from kontext_min.quantize import open_flux
 from kontext_min.sampler import Sampling
 
+Loras = list[tuple[AdapterFile, float]]
+PLAIN = ("no_change", Path("cache"))
+
 
 @dataclass(frozen=True)
 class Editor:
@@ -39,18 +42,12 @@ class Editor:
 
 
 def open_editor(
-    model: str,
-    loras: list[tuple[AdapterFile, float]],
-    texts: list[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: str = "no_change",
-    cache: Path = Path("cache"),
+    model: str, loras: Loras, texts: list[str], device: torch.device, dtype: torch.dtype, base: tuple[str, Path] = PLAIN
 ) -> tuple[Editor, dict[str, Text]]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec).
 
     loras: each with its strength; ValueError names the one that does not fit, before anything is loaded.
-    precision, cache: as in `open_flux`.
+    base: the transformer's precision, and the folder in which a quantised one is kept, as in `open_flux`.
     """
     checkpoint = load.find(presets.locate(model))
     empty, *_ = load.empty_flux(checkpoint)
@@ -61,7 +58,7 @@ def open_editor(
             raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
     encoded = encode_texts(checkpoint, texts, device, dtype)
     vae = load.load_vae(checkpoint, device, torch.float32)
-    flux = open_flux(checkpoint, device, dtype, precision, cache)
+    flux = open_flux(checkpoint, device, dtype, *base)
     for lora, strength in loras:
         apply_updates(flux, lora.updates, strength, dtype)
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
