@@ -38,9 +38,15 @@ def form_of(precision: str) -> str | None:
 
 def parts_of(weight: Tensor, form: str) -> dict[str, Tensor]:
     """A weight (rows, in) -> what is kept of it, by name; made of some million numbers at a time."""
-    kind, dtype = KINDS[form.partition("-")[0]], weight.dtype
-    pieces = [rounded(rows.float(), dtype, kind) for rows in weight.split(max(1, 2**23 // weight.shape[1]))]
-    parts = dict(zip(("weight", "scale"), map(torch.cat, zip(*pieces, strict=True)), strict=True))
+    kind, dtype, step, wholes = KINDS[form.partition("-")[0]], weight.dtype, max(1, 2**21 // weight.shape[1]), []
+    for start in range(0, len(weight), step):
+        pieces = rounded(weight[start : start + step].float(), dtype, kind)
+        wholes = wholes or [
+            piece.new_empty(len(weight), piece.shape[1]) for piece in pieces
+        ]  # kept pieces would scatter
+        for whole, piece in zip(wholes, pieces, strict=True):
+            whole[start : start + step] = piece
+    parts = dict(zip(("weight", "scale"), wholes, strict=True))
     levels = torch.tensor(NF4, dtype=dtype, device=weight.device)
     return parts | ({"pairs": torch.cartesian_prod(levels, levels)} if form == "nf4" else {})  # (256, 2): of every byte
 
