@@ -125,24 +125,22 @@ def is_quantised(name: str) -> bool:
     return name.startswith(("double_blocks.", "single_blocks.")) and name.endswith(".weight")
 
 
-def open_flux(
-    checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype, precision: str, cache: Path
-) -> Flux:
+def open_flux(model: load.Checkpoint, device: torch.device, dtype: torch.dtype, precision: str, cache: Path) -> Flux:
     """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
     where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own."""
     form = form_of(precision)
     if not form:
-        return load.load_flux(checkpoint, device, dtype)
-    weights = weights_id(checkpoint.components["transformer"], cache / "weights.json")
+        return load.load_flux(model, device, dtype)
+    weights = weights_id(model.components["transformer"], cache / "weights.json")
     file = cache / f"{digest(weights, form.partition('-')[0], str(dtype))}.safetensors"  # -dynamic has the same weights
     print(f"the blocks' weights in {form}, from {file}{'' if file.is_file() else ', which is made first'}")
     if file.is_file():
         try:
-            return read_kept(load.empty_flux(checkpoint)[0], form, file, device)
+            return read_kept(load.empty_flux(model)[0], form, file, device)
         except (ValueError, SafetensorError) as error:
             print(f"{file} is damaged ({error}); it is made anew")
-    keep(checkpoint, device, dtype, form, file)
-    return read_kept(load.empty_flux(checkpoint)[0], form, file, device)
+    keep(model, device, dtype, form, file)
+    return read_kept(load.empty_flux(model)[0], form, file, device)
 
 
 def keep(checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype, form: str, file: Path):

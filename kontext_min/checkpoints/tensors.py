@@ -138,7 +138,6 @@ def fill(
             release(part)
         owner, _, leaf = ours.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-        del tensor  # else it lives, changed or not, while the next one is read
         if then:
             then(module, ours)
     return module.eval()
