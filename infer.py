@@ -21,8 +21,10 @@ from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import Editor, edit, open_editor, output_size, prepare_reference
 from kontext_min.encoders import pixels_per_token
 from kontext_min.memory import attention_kernels
+from kontext_min.quantize import form_of
 from kontext_min.sampler import Sampling
 
+PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4", "fp8", "int8-dynamic", "fp8-dynamic")
 CHUNK = "kontext_min"  # the PNG text chunk that holds a picture's settings as JSON
 OPTIONS = {  # setting -> default, help, and what else argparse should know
     "model": ("nano", "model folder, hub id, or 'nano', the tiny model in this repository", {}),
@@ -38,7 +40,7 @@ OPTIONS = {  # setting -> default, help, and what else argparse should know
     "num_images": (1, "pictures per prompt", {}),
     "size": ("auto", "of the output, WxH; auto: as the first reference", {"metavar": "SIZE"}),
     "reference_size": ("auto", "auto: nearest preferred size; keep: its own; match: --size; WxH", {"metavar": "SIZE"}),
-    "precision": ("auto", "auto: bf16 on a GPU, else fp32", {"choices": ["auto", "fp32", "bf16"]}),
+    "precision": ("auto", "auto: bf16 on a GPU, else fp32; others: of the base's weights", {"choices": PRECISIONS}),
     "device": ("auto", "auto: the best there is", {"choices": ["auto", "cpu", "cuda", "mps"]}),
 }
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
@@ -55,6 +57,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         said = "" if default in ([], "") else f" (default {default})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=text + said, **kind, **more)
     parser.add_argument("--out", metavar="FILE|DIR", help="a .png, or a folder (default output/infer)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where a quantised base is kept (default cache)")
     parser.add_argument("--again", metavar="PNG", help="make a picture of this program again, with its settings")
     return parser.parse_args(argv)
 
@@ -128,6 +131,13 @@ def gather(given: argparse.Namespace) -> dict:
     return settings
 
 
+def other_base(lora: AdapterFile, precision: str) -> str:
+    """A warning, if a LoRA's file says that it was trained on a base of another precision."""
+    trained = form_of(str(lora.recipe.get("base_model_precision", precision)))
+    said = f"\nwarning: it was trained on a base as --precision {trained or 'auto'} gives it, not {precision}"
+    return "" if trained == form_of(precision) else said
+
+
 def parse_range(text: str) -> tuple[float, float]:
     """'0-0.5' -> (0.0, 0.5)."""
     try:
@@ -198,20 +208,22 @@ def save(image: Image.Image, path: Path, settings: dict):
 
 def main(argv: list[str] | None = None):
     given = parse_arguments(argv)
-    out = Path(vars(given).pop("out", "output/infer"))
+    out, cache = (Path(vars(given).pop(key, usual)) for key, usual in (("out", "output/infer"), ("cache_dir", "cache")))
     settings = gather(given)
     for path in settings["image"]:
         open_image(Path(path))  # unreadable pictures are said before anything is loaded
     device = choose_device(settings["device"])
+    plain = "fp32" if device.type == "cpu" else "bf16"
     if settings["precision"] == "auto":  # kept as it is chosen here, for another machine
-        settings["precision"] = "fp32" if device.type == "cpu" else "bf16"
+        settings["precision"] = plain
     span = parse_range(settings["cfg_range"])
     paths = iter(paths_for(out, len(settings["prompt"]) * settings["num_images"]))
     texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
     for lora, strength in settings["adapters"]:
-        print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}")
-    dtype = DTYPES[settings["precision"]]
-    editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype)
+        print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}{other_base(lora, settings['precision'])}")
+    dtype = DTYPES.get(settings["precision"], DTYPES[plain])
+    base = (settings["precision"], cache / "base")
+    editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, base)
     references, size = prepare(settings, editor)
     negative = encoded.get(settings["negative_prompt"]) if settings["cfg_scale"] != 1 else None
     for prompt in settings["prompt"]:

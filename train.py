@@ -22,7 +22,7 @@ from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing, attention_kernels
 from kontext_min.models.flux import Flux, FluxConfig
-from kontext_min.quantize import quantize_int8
+from kontext_min.quantize import open_flux
 from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
 from kontext_min.training.adapter import add_adapter, sizes
@@ -100,12 +100,8 @@ def load_model(config: Config, checkpoint: load.Checkpoint, device: torch.device
         flux = load.load_flux(checkpoint, home, kept, then).requires_grad_(full)
         parallel.shard(flux, dtype, offloaded)
         return flux
-    quantise = quantize_int8 if "int8" in config.base_model_precision else None
-    if quantise:
-        print(
-            f"base_model_precision {config.base_model_precision}: the blocks' weights in int8 (int8-torchao, per row)"
-        )
-    return load.load_flux(checkpoint, device, dtype, quantise).requires_grad_(False)
+    with parallel.first_alone():
+        return open_flux(checkpoint, device, dtype, config.base_model_precision, config.cache_dir / "base")
 
 
 def main(argv: list[str]):

@@ -46,7 +46,7 @@ Captions = Literal["textfile", "filename", "instanceprompt"]
 ModuleClass = Literal["Attention", "FeedForward"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"]
 Several = Literal["random", "combined"]
-Precision = Literal["no_change", "bf16", "int8-quanto", "int8-torchao"]
+Base = Literal["no_change", "bf16", "int8-quanto", "int8-torchao", "int8-dynamic", "nf4", "fp8-torchao", "fp8-dynamic"]
 Kind = Literal["reference_strict", "reference_loose", "mask"]
 
 
@@ -185,7 +185,7 @@ class Config(Strict):
     model_flavour: Literal["kontext"] = "kontext"
     model_type: Literal["lora", "full"] = knob("lora", "full: all parameters, spread over the ranks of torchrun")
     pretrained_model_name_or_path: str = knob("nano", "model folder, hub id, or nano, the embedded model")
-    base_model_precision: Precision = knob("no_change", "of the frozen base; the two int8 are one, half of bf16's size")
+    base_model_precision: Base = knob("no_change", "of the frozen base; -dynamic: of its inputs, too")
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)

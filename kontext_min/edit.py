@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -18,7 +19,11 @@ from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
 from kontext_min.presets import Preset
+from kontext_min.quantize import open_flux
 from kontext_min.sampler import Sampling
+
+Loras = list[tuple[AdapterFile, float]]
+PLAIN = ("no_change", Path("cache"))
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,12 @@ class Editor:
 
 
 def open_editor(
-    model: str, loras: list[tuple[AdapterFile, float]], texts: list[str], device: torch.device, dtype: torch.dtype
+    model: str, loras: Loras, texts: list[str], device: torch.device, dtype: torch.dtype, base: tuple[str, Path] = PLAIN
 ) -> tuple[Editor, dict[str, Text]]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec).
 
     loras: each with its strength; ValueError names the one that does not fit, before anything is loaded.
+    base: the transformer's precision, and the folder in which a quantised one is kept, as in `open_flux`.
     """
     checkpoint = load.find(presets.locate(model))
     empty, *_ = load.empty_flux(checkpoint)
@@ -51,7 +57,8 @@ def open_editor(
         except ValueError as error:
             raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
     encoded = encode_texts(checkpoint, texts, device, dtype)
-    vae, flux = load.load_vae(checkpoint, device, torch.float32), load.load_flux(checkpoint, device, dtype)
+    vae = load.load_vae(checkpoint, device, torch.float32)
+    flux = open_flux(checkpoint, device, dtype, *base)
     for lora, strength in loras:
         apply_updates(flux, lora.updates, strength, dtype)
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded

@@ -1,58 +1,187 @@
-"""The frozen transformer in 8 bits: half the memory of bf16, computed in the same dtype as before.
+"""The frozen transformer in 8 or 4 bits: a half or a quarter of bf16's memory, computed in the same dtype as before.
 
-Every linear inside the blocks becomes int8, one scale per output row; that is 99 % of the weights. The rest stays as it
-is: embeddings of image, text, time and guidance and the final layer are small, and their errors reach every token;
-norms and biases are not worth it.
+Every linear inside the blocks is kept as int8 or fp8 (e4m3), a byte a number, or NF4, 0.531 bytes: 99 % of the weights.
+The rest is small, and the errors of what embeds and of the final layer would reach every token: it stays as it is.
 """
+
+import json
+import math
+import zlib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from kontext_min.checkpoints import load
+from kontext_min.checkpoints.save import DTYPES
+from kontext_min.checkpoints.tensors import open_safetensors, release
+from kontext_min.data.cache import digest, weights_id, whole_file
 from kontext_min.models.flux import Flux
 
-BLOCKS = ("double_blocks.", "single_blocks.")
+KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "nf4": torch.uint8}
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448, torch.uint8: 1}
+NF4 = (  # 16 quantiles of the normal distribution (Dettmers et al. 2023, QLoRA, appendix E)
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0, 0.0795803, 0.1609302,
+    0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+IN_FILE = DTYPES | {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
+HEADER = 2**20  # bytes kept free for a file's header, which is known last; Kontext's takes 0.3 MB
 
 
-class Int8Linear(nn.Module):
-    """A frozen linear whose weight W (out, in) is kept as int8 times a scale per row: W' = weight * scale."""
+def form_of(precision: str) -> str | None:
+    """A `base_model_precision`, or infer.py's, -> int8, fp8 or nf4, maybe with -dynamic; None is not quantised."""
+    kind, _, how = precision.partition("-")
+    return None if kind in ("no_change", "bf16", "fp32") else f"{kind}-dynamic" if how == "dynamic" else kind
 
-    def __init__(self, linear: nn.Linear):
+
+def parts_of(weight: Tensor, form: str) -> dict[str, Tensor]:
+    """A weight (rows, in) -> what is kept of it, by name; made of some million numbers at a time."""
+    kind, dtype, step, wholes = KINDS[form.partition("-")[0]], weight.dtype, max(1, 2**21 // weight.shape[1]), []
+    for start in range(0, len(weight), step):
+        pieces = rounded(weight[start : start + step].float(), dtype, kind)
+        wholes = wholes or [
+            piece.new_empty(len(weight), piece.shape[1]) for piece in pieces
+        ]  # kept pieces would scatter
+        for whole, piece in zip(wholes, pieces, strict=True):
+            whole[start : start + step] = piece
+    parts = dict(zip(("weight", "scale"), wholes, strict=True))
+    levels = torch.tensor(NF4, dtype=dtype, device=weight.device)
+    return parts | ({"pairs": torch.cartesian_prod(levels, levels)} if form == "nf4" else {})  # (256, 2): of every byte
+
+
+def rounded(w: Tensor, dtype: torch.dtype, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """w (rows, n) in fp32 -> low-bit numbers, of NF4 two a byte, and scales of rows, (rows, 1), or blocks of 64."""
+    blocks = w.unflatten(1, (-1, math.gcd(64, w.shape[1]) if kind == torch.uint8 else w.shape[1]))
+    scale = (blocks.abs().amax(dim=2) / LARGEST[kind]).clamp(min=1e-30).to(dtype)  # rounded, then used
+    steps = (blocks / scale.float()[..., None]).flatten(1).clamp(-LARGEST[kind], LARGEST[kind])
+    if kind == torch.uint8:
+        levels = torch.tensor(NF4, device=w.device)
+        near = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()
+        return near[:, ::2] << 4 | near[:, 1::2], scale
+    return (steps.round() if kind == torch.int8 else steps).to(kind), scale
+
+
+def rounded_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (…, k) in fp32, rounded token by token to the dtype of weight (k, n), -> x weight * scale (1, n), (…, n)."""
+    tokens, step = rounded(x.flatten(0, -2), torch.float32, weight.dtype)
+    if weight.dtype == torch.int8:
+        y = torch._int_mm(tokens, weight).float().mul_(step).mul_(scale)
+    else:  # of row-wise products in fp8 CUDA has no other
+        y = torch._scaled_mm(tokens, weight, scale_a=step, scale_b=scale, out_dtype=torch.bfloat16)
+    return y.view(*x.shape[:-1], -1)
+
+
+class QuantisedLinear(nn.Module):
+    """A frozen linear with a low-bit form of its weight in buffers, (out, in); W' is what that form stands for, with
+    which products are exact, in the model's dtype. A dynamic one rounds tokens to 8 bits, too."""
+
+    def __init__(self, linear: nn.Linear, parts: dict[str, Tensor], dynamic: bool = False):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        w = linear.weight.detach()
-        scale = (w.float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30).to(w.dtype)  # rounded, then used
-        self.register_buffer("scale", scale)  # (out, 1) in the model's dtype
-        self.register_buffer("weight", (w.float() / scale.float()).round().clamp(-127, 127).to(torch.int8))
+        self.dynamic = dynamic
+        for name in ("weight", "scale", "pairs"):
+            self.register_buffer(name, parts.get(name))
 
     def forward(self, x: Tensor) -> Tensor:
-        return Int8Product.apply(x, self.weight, self.scale, self.bias)
+        return Product.apply(x, self)
 
-    def dequantised(self, rows: slice) -> Tensor:
-        """These rows of W'."""
-        return dequantise(self.weight[rows], self.scale[rows])
+    def dequantised(self, rows: slice = slice(None)) -> Tensor:
+        """These rows of W', in the scale's dtype, rounded once; both levels of a byte are looked up as one number."""
+        weight, scale, pairs = self.weight[rows], self.scale[rows], self.pairs
+        if pairs is not None:
+            whole = pairs.view(torch.int32 if pairs.itemsize == 2 else torch.int64).flatten()
+            weight = whole.index_select(0, weight.flatten().int()).view(pairs.dtype).view(len(scale), -1)
+        return weight.to(scale.dtype).unflatten(1, (scale.shape[1], -1)).mul_(scale[..., None]).flatten(1)
+
+    def rounds(self, x: Tensor) -> bool:
+        """Whether tokens are rounded: a few, which torch's product would refuse on CUDA, would gain nothing."""
+        return self.dynamic and x.numel() // x.shape[-1] > 16
 
 
-def dequantise(weight: Tensor, scale: Tensor) -> Tensor:
-    """int8 (out, in) and scale (out, 1) -> their product in the scale's dtype, rounded once."""
-    return weight.to(scale.dtype).mul_(scale)
-
-
-class Int8Product(torch.autograd.Function):
-    """x W'^T + bias. Backward makes W' again from its int8 form: dX = dY W', exactly, and no bf16 copy is kept."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, dequantise(weight, scale), bias)
+class Product(torch.autograd.Function):
+    """x (…, in) -> x W'^T + bias. Backward makes W' anew: no tensor is saved, for which a checkpoint would do it."""
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        return dy @ dequantise(*ctx.saved_tensors), None, None, None
+    def forward(ctx, x: Tensor, linear: QuantisedLinear) -> Tensor:
+        ctx.linear, bias = linear, linear.bias
+        if not linear.rounds(x):
+            return F.linear(x, linear.dequantised(), bias)
+        y = rounded_product(x.float(), linear.weight.t(), linear.scale.t().float()).to(x.dtype)
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
+        weight, scale = ctx.linear.weight, ctx.linear.scale.t().float()  # (1, out): of the axis that is summed over
+        if not ctx.linear.rounds(dy):
+            return dy @ ctx.linear.dequantised(), None
+        weight = weight if weight.dtype == torch.int8 else weight.t().contiguous().t()  # fp8: column by column
+        return rounded_product(dy.float() * scale, weight, scale.new_ones(1, weight.shape[1])).to(dy.dtype), None
 
 
-def quantize_int8(flux: Flux, name: str):
-    """Make the linear that owns weight `name` int8, if it is one of the blocks'; for `load_flux(then=...)`."""
-    if name.startswith(BLOCKS) and name.endswith(".weight"):
-        linear = name.removesuffix(".weight")
-        flux.set_submodule(linear, Int8Linear(flux.get_submodule(linear)))
+def is_quantised(name: str) -> bool:
+    """Whether a tensor of the transformer, by our name, is a weight of a block's linears."""
+    return name.startswith(("double_blocks.", "single_blocks.")) and name.endswith(".weight")
+
+
+def open_flux(model: load.Checkpoint, device: torch.device, dtype: torch.dtype, precision: str, cache: Path) -> Flux:
+    """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
+    where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own."""
+    form = form_of(precision)
+    if not form:
+        return load.load_flux(model, device, dtype)
+    weights = weights_id(model.components["transformer"], cache / "weights.json")
+    file = cache / f"{digest(weights, form.partition('-')[0], str(dtype))}.safetensors"  # -dynamic has the same weights
+    print(f"the blocks' weights in {form}, from {file}{'' if file.is_file() else ', which is made first'}")
+    if file.is_file():
+        try:
+            return read_kept(load.empty_flux(model)[0], form, file, device)
+        except (ValueError, SafetensorError) as error:
+            print(f"{file} is damaged ({error}); it is made anew")
+    keep(model, device, dtype, form, file)
+    return read_kept(load.empty_flux(model)[0], form, file, device)
+
+
+def keep(checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype, form: str, file: Path):
+    """Quantise a transformer tensor by tensor into a safetensors file, which appears whole or not at all."""
+    header, sums = {}, {}
+    with whole_file(file) as temporary, open(temporary, "wb") as out:
+
+        def write(flux: Flux, name: str):
+            stem, _, leaf = name.rpartition(".")
+            tensor = flux.get_parameter(name).detach()
+            for part, kept in (parts_of(tensor, form) if is_quantised(name) else {leaf: tensor}).items():
+                key, kept, start = f"{stem}.{part}", kept.cpu(), out.tell() - 8 - HEADER
+                header[key] = {"dtype": IN_FILE[kept.dtype], "shape": kept.shape}
+                header[key]["data_offsets"] = [start, start + out.write(kept.flatten().view(torch.uint8).numpy())]
+                sums[key] = checksum(kept)
+            setattr(flux.get_submodule(stem), leaf, nn.Parameter(tensor.to("meta"), requires_grad=False))
+
+        out.seek(8 + HEADER)
+        load.load_flux(checkpoint, device, dtype, then=write)
+        text = json.dumps({"__metadata__": {"checksums": json.dumps(sums)}, **header}).encode().ljust(HEADER)
+        assert len(text) == HEADER
+        out.seek(0)
+        out.write(len(text).to_bytes(8, "little") + text)
+
+
+def read_kept(flux: Flux, form: str, file: Path, device: torch.device) -> Flux:
+    """Fill a transformer on `meta` from what was kept. Raises ValueError or SafetensorError on damage."""
+    handle = open_safetensors(file)
+    for name, wanted in json.loads((handle.metadata() or {}).get("checksums", "")).items():
+        (stem, _, leaf), tensor = name.rpartition("."), handle.get_tensor(name)
+        if checksum(tensor) != wanted:
+            raise ValueError(f"{name} is not as it was written")
+        if is_quantised(name):
+            flux.set_submodule(stem, QuantisedLinear(flux.get_submodule(stem), {}, form.endswith("-dynamic")))
+        owner, copy = flux.get_submodule(stem), tensor.to(device, copy=True)
+        release(tensor)
+        buffer = isinstance(owner, QuantisedLinear) and leaf != "bias"
+        setattr(owner, leaf, copy if buffer else nn.Parameter(copy, requires_grad=False))
+    return flux.eval()
+
+
+def checksum(tensor: Tensor) -> int:
+    """Of form and bytes."""
+    return zlib.crc32(tensor.view(torch.uint8).numpy(), zlib.crc32(f"{tensor.shape} {tensor.dtype}".encode()))

@@ -371,6 +371,31 @@ def test_a_lora_file_alone_says_everything_else(small, tmp_path):
         run("--lora", file, "--out", tmp_path / "x.png")
 
 
+def test_the_base_may_be_quantised_the_lora_stays_beside_it_and_another_precision_than_its_own_is_said(
+    small, tmp_path, capsys
+):
+    image, file = picture(tmp_path / "photo.png", 64, 48), tmp_path / "lora.safetensors"
+    flux = load_flux(tiny.part(small, "transformer"), tiny.CPU, tiny.FP32)
+    for parameter in add_lora(flux, ["transformer_blocks.0.attn.to_q", "proj_out"], 4, 4):
+        parameter.data = 0.2 * tiny.random(*parameter.shape)
+    write_adapter(file, list(updates(flux)), {"base_model_precision": "int8-quanto"}, torch.float32)
+    base = ["--model", small, "--prompt", PROMPT, "--image", image, "--steps", 2, "--device", "cpu"]
+    base += ["--cache-dir", tmp_path / "cache", "--out", tmp_path / "out.png", "--precision"]
+    (exact,) = (pixels(path) for path in run(*base, "fp32", "--lora", file))
+    assert capsys.readouterr().out.count("trained on a base as --precision int8 gives it, not fp32") == 1
+    far = {}
+    for precision in ("int8", "fp8", "nf4", "int8-dynamic", "fp8-dynamic"):
+        (without,) = (pixels(path) for path in run(*base, precision))
+        (made,) = run(*base, precision, "--lora", file)
+        far[precision] = abs(pixels(made) - exact).mean()
+        assert abs(pixels(made) - without).mean() > 2 * far[precision] > 0
+        assert ("trained on a base as" in capsys.readouterr().out) == (precision != "int8")
+        (again,) = run("--again", made, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "again.png")
+        assert (pixels(again) == pixels(made)).all() and capsys.readouterr()
+    assert far["int8"] < far["fp8"] < far["nf4"]
+    assert len(list((tmp_path / "cache" / "base").glob("*.safetensors"))) == 3
+
+
 def test_out_is_a_png_or_a_folder_whose_pictures_are_kept(quick, tmp_path):
     flags = ["--prompt", PROMPT, "--size", "16x16", *quick]
     assert [path.name for path in run(*flags)] == ["0001.png"]

@@ -12,7 +12,7 @@ from kontext_min.adapters.inject import TARGETS, add_lokr, add_lora, matching_mo
 from kontext_min.adapters.layers import Kronecker
 from kontext_min.checkpoints.load import load_flux, load_vae
 from kontext_min.memory import GB, apply_checkpointing, attention_kernels, held, in_use, inputs, predicted, size_of
-from kontext_min.quantize import quantize_int8
+from kontext_min.quantize import open_flux
 
 POLICIES = ("block", "keep_attn", "keep_gemm")
 
@@ -79,13 +79,13 @@ ADAPTERS = {  # module patterns and kind
 }
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("base", ["no_change", "int8-torchao", "nf4", "int8-dynamic"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_every_policy_gives_the_same_gradients_to_the_last_bit(kontext, adapter, int8):
+def test_every_policy_gives_the_same_gradients_to_the_last_bit(kontext, adapter, base, tmp_path):
     patterns, kind = ADAPTERS[adapter]
     found = []
     for policy in (None, *POLICIES):
-        flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32, then=quantize_int8 if int8 else None)
+        flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, base, tmp_path)
         flux.requires_grad_(False)
         torch.manual_seed(0)
         names = matching_modules(flux.config, patterns)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kontext_min import flow
 from kontext_min.checkpoints.load import Checkpoint, find_component
 from kontext_min.models.flux import FluxConfig
+from kontext_min.quantize import QuantisedLinear, is_quantised, parts_of
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 WORDS = "make the sky red blue a photo of cat turn it into night remove hat please".split()
@@ -55,6 +56,22 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     ours, theirs = ours.detach().double(), theirs.detach().double()
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def quantised(linear: nn.Linear, form: str) -> QuantisedLinear:
+    """The same in a low-bit form."""
+    return QuantisedLinear(linear, parts_of(linear.weight.detach(), form), form.endswith("-dynamic"))
+
+
+def quantise(form: str) -> Callable[[nn.Module, str], None]:
+    """For `load_flux(then=...)`: the blocks in a low-bit form, without a file."""
+
+    def then(flux, name):
+        if is_quantised(name):
+            stem = name.removesuffix(".weight")
+            flux.set_submodule(stem, quantised(flux.get_submodule(stem), form))
+
+    return then
 
 
 # ------------------------------------------------------------------------------------------------ oracles

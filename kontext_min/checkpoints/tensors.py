@@ -1,6 +1,8 @@
 """Tensors by name over memory-mapped safetensors files, and a module on `meta` filled from them, strictly."""
 
+import ctypes
 import json
+import mmap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -91,6 +93,14 @@ class Tensors:
         return tensor.float() if tensor.dtype in FP8 else tensor
 
 
+def release(tensor: Tensor):
+    """Give the whole pages of a tensor that is used no more back to the system, those of a mapped file too."""
+    first, last = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+    if last > first and hasattr(mmap, "MADV_DONTNEED"):
+        place = (ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE))
+        ctypes.CDLL(None).madvise(*place, mmap.MADV_DONTNEED)
+
+
 def refuse(title: str, problem: str, names: Iterable[str]):
     """Raise with the number of names and the first five."""
     names = sorted(names)
@@ -122,8 +132,10 @@ def fill(
     wrong = [f"{n} is {list(found[n])}, expected {list(expected[n])}" for n in expected if found[n] != expected[n]]
     refuse(tensors.title, "tensors of the wrong shape", wrong)
     for ours, source in table.items():
-        tensor = source.assemble([tensors.read(name) for name in source.names])
-        tensor = tensor.to(device=device, dtype=dtype, copy=True).contiguous()  # a copy: never a view of the file
+        parts = [tensors.read(name) for name in source.names]
+        tensor = source.assemble(parts).to(device=device, dtype=dtype, copy=True).contiguous()  # no view of the file
+        for part in parts:
+            release(part)
         owner, _, leaf = ours.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         if then:

@@ -51,8 +51,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that then appears whole or not at all; several runs may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    yield temporary
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def checksum(value: Mapping[str, Tensor]) -> str:

@@ -15,7 +15,7 @@ from kontext_min.data.examples import Example, Examples
 from kontext_min.edit import Editor
 from kontext_min.encoders import pixels_per_token
 from kontext_min.models.flux import Flux, FluxConfig
-from kontext_min.quantize import quantize_int8
+from kontext_min.quantize import QuantisedLinear, form_of, is_quantised, parts_of
 from kontext_min.training.adapter import add_adapter
 from kontext_min.training.items import TOKEN
 from kontext_min.training.optim import make_optimizer
@@ -79,9 +79,10 @@ def on_meta(config: Config, dtype: torch.dtype, full: bool, quantised: bool) -> 
     if full:
         return flux
     flux.to(dtype).requires_grad_(False)
-    for name in [name for name, _ in flux.named_parameters()]:
-        if quantised and "int8" in config.base_model_precision:
-            quantize_int8(flux, name)
+    form = form_of(config.base_model_precision) if quantised else None
+    for stem in [name.removesuffix(".weight") for name, _ in flux.named_parameters() if form and is_quantised(name)]:
+        linear = flux.get_submodule(stem)
+        flux.set_submodule(stem, QuantisedLinear(linear, parts_of(linear.weight, form)))
     with torch.device("meta"):
         add_adapter(config, flux)
     return flux

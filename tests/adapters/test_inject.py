@@ -21,7 +21,7 @@ from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.load import load_flux
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import FluxConfig
-from kontext_min.quantize import Int8Linear, quantize_int8
+from kontext_min.quantize import QuantisedLinear
 
 COUNTS = {
     "all": 266, "context": 76, "context+ffs": 114, "all+ffs": 419, "all+ffs+embedder": 420, "ai-toolkit": 495,
@@ -76,7 +76,7 @@ def test_targets_are_those_that_peft_finds_on_diffusers_model():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"then": quantize_int8}], ids=["plain", "int8"])
+@pytest.mark.parametrize("options", [{}, {"then": tiny.quantise("int8")}], ids=["plain", "int8"])
 def test_a_fresh_update_changes_nothing(kontext, kind, options):
     flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32, **options)
     given = tiny.flux_inputs(flux.config)
@@ -98,11 +98,11 @@ def test_gradients_are_the_same_through_checkpointing_and_over_int8(flux, kontex
 
     apply_checkpointing(flux)
     same(flux)
-    int8 = load_flux(tiny.part(kontext, "transformer"), CPU, FP32, then=quantize_int8)
+    int8 = load_flux(tiny.part(kontext, "transformer"), CPU, FP32, then=tiny.quantise("int8"))
     twin = load_flux(tiny.part(kontext, "transformer"), CPU, FP32)
     for name, module in int8.named_modules():
-        if isinstance(module, Int8Linear):
-            twin.get_submodule(name).weight.data = module.dequantised(slice(None))
+        if isinstance(module, QuantisedLinear):
+            twin.get_submodule(name).weight.data = module.dequantised()
     expected = gradient(spoilt(twin, kind=kind))
     same(spoilt(int8, kind=kind))
 

@@ -8,7 +8,6 @@ import torch
 from torch.nn import Linear, Sequential
 
 from kontext_min.adapters.layers import Adapted, Kronecker, LoKr, LoRA, factors
-from kontext_min.quantize import Int8Linear, dequantise
 
 KINDS = {  # Kronecker sizes for a weight of (48, 40), with what LyCORIS calls them
     "full": (Kronecker(4, full_matrix=True), {"factor": 4, "full_matrix": True, "lora_dim": 3, "alpha": 1}),
@@ -175,14 +174,15 @@ def test_output_gradients_and_dropout_are_pefts(dora, bias, dropout):
         torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
-def test_dora_on_some_rows_of_an_int8_linear_is_pefts_on_those_rows_dequantised():
-    int8 = Int8Linear(base_of(60, 40))
+@pytest.mark.parametrize("form", ["int8", "fp8", "nf4", "int8-dynamic", "fp8-dynamic"])
+def test_dora_on_some_rows_of_a_quantised_linear_is_pefts_on_those_rows_dequantised(form):
+    low_bit = tiny.quantised(base_of(60, 40), form)
     rows = slice(20, 44)
     twin = Linear(40, 24).requires_grad_(False)
-    twin.load_state_dict({"weight": dequantise(int8.weight, int8.scale)[rows], "bias": int8.bias[rows]})
+    twin.load_state_dict({"weight": low_bit.dequantised(rows), "bias": low_bit.bias[rows]})
     theirs, values = peft_layer(twin, use_dora=True)
-    ours, x = adapted(int8, values, start=20), tiny.random(3, 40, seed=2).requires_grad_()
-    y, plain, expected = ours(x), int8(x), theirs(x)
+    ours, x = adapted(low_bit, values, start=20), tiny.random(3, 40, seed=2).requires_grad_()
+    y, plain, expected = ours(x), low_bit(x), theirs(x)
     torch.testing.assert_close(y[:, rows], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(y[:, :20], plain[:, :20]) and torch.equal(y[:, 44:], plain[:, 44:])
     mine = gradients(y[:, rows], x, *ours.updates.parameters())
@@ -221,7 +221,11 @@ def test_lengths_in_bf16_are_within_its_rounding():
     "make", [lambda: LoRA.fresh("x", (24, 40), 4, 6), lambda: LoKr.fresh("x", (24, 40), Kronecker(4, dim=3))]
 )
 def test_compiled_forward_and_backward_are_the_same_without_a_break(make, dora):
-    layer, update, x = Adapted(Int8Linear(base_of(48, 40))), spoilt(make()), tiny.random(5, 40).requires_grad_()
+    layer, update, x = (
+        Adapted(tiny.quantised(base_of(48, 40), "int8")),
+        spoilt(make()),
+        tiny.random(5, 40).requires_grad_(),
+    )
     update.start, update.magnitude = 12, torch.nn.Parameter(tiny.random(24).abs()) if dora else None
     layer.updates.append(update)
     outputs = [layer(x), torch.compile(layer, backend="aot_eager", fullgraph=True)(x)]

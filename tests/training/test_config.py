@@ -30,7 +30,7 @@ def test_all_problems_come_at_once_with_the_nearest_key(tmp_path):
         "unknown key lora_rnk, did you mean lora_rank?",
         "learning_rate = 'fast'",
         "did you mean instance_data_dir?",
-        "base_model_precision = 'nf4-bnb': input should be 'no_change', 'bf16', 'int8-quanto' or 'int8-torchao'",
+        "base_model_precision = 'nf4-bnb': input should be 'no_change', 'bf16', 'int8-quanto', 'int8-torchao',",
     ):
         assert part in str(raised.value), str(raised.value)
 
