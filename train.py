@@ -117,7 +117,7 @@ def main(argv: list[str]):
     if "--check" in options:
         return report_data(config)
     parallel.join(config.distributed_timeout, anyway=config.sharded)
-    if parallel.starts():
+    if parallel.RESTARTS:
         config = config.model_copy(update={"resume_from_checkpoint": "latest"})
     try:
         run(config, "--prune-cache" in options)

@@ -45,6 +45,7 @@ Unit = Literal["pixel_area", "pixel", "area"]
 Captions = Literal["textfile", "filename", "instanceprompt"]
 ModuleClass = Literal["Attention", "FeedForward"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"]
+Recompute = Literal["block", "keep_attn", "keep_gemm"]
 Several = Literal["random", "combined"]
 Base = Literal["no_change", "bf16", "int8-quanto", "int8-torchao", "int8-dynamic", "nf4", "fp8-torchao", "fp8-dynamic"]
 Kind = Literal["reference_strict", "reference_loose", "mask"]
@@ -189,9 +190,7 @@ class Config(Strict):
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
-    recompute: Literal["block", "keep_attn", "keep_gemm"] = knob(
-        "block", "of it: all, all but attention, or what is cheap; faster and more memory"
-    )
+    recompute: Recompute = knob("block", "all of it; keep_attn, keep_gemm: all but attention, or but products: faster")
     fsdp_enable: bool = knob(False, "each of torchrun's ranks keeps a part of the frozen base; with full always so")
     fsdp_cpu_offload: bool = knob(False, "these parts, their gradients and moments lie in the host's memory")
     distributed_timeout: float = knob(10.0, "minutes in which a rank must answer another", gt=0)

@@ -14,8 +14,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from kontext_min.models.flux import Flux
 
 GB = 1e9  # bytes
-
-
 ATEN = torch.ops.aten
 ATTENTION = {  # the products that attention is, on CUDA and on the CPU
     ATEN._scaled_dot_product_cudnn_attention.default,
@@ -23,6 +21,8 @@ ATTENTION = {  # the products that attention is, on CUDA and on the CPU
     ATEN._scaled_dot_product_flash_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
+# what linears are, also rounded ones -> which argument is the weight, (in, out)
+PRODUCTS = {ATEN.mm.default: 1, ATEN.addmm.default: 2, ATEN._int_mm.default: 1, ATEN._scaled_mm.default: 1}
 
 
 def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
@@ -35,8 +35,8 @@ def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
 
     def decide(_, op, *args, **kwargs) -> CheckpointPolicy:
         keep = op in ATTENTION
-        if policy == "keep_gemm" and op in (ATEN.mm.default, ATEN.addmm.default):
-            inputs, outputs = args[-1].shape
+        if policy == "keep_gemm" and op in PRODUCTS:
+            inputs, outputs = args[PRODUCTS[op]].shape
             keep = width <= inputs <= outputs  # not an adapter's, nor the last of a block: that is never needed again
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

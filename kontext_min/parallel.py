@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-# ------------------------------------------------------------------------------------------------ ranks
-
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # after failures, by torchrun --max-restarts
 STORE: list[dist.Store] = []  # of this run's group, where the ranks see each other's notes
 
 
@@ -37,7 +36,7 @@ def join(minutes: float, anyway: bool = False):
         backend = "cpu:gloo,cuda:nccl"
     if launched or anyway:
         store, number, count = next(dist.rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
-        STORE.append(store := dist.PrefixStore(f"start {starts()}", store))  # each start has notes of its own
+        STORE.append(store := dist.PrefixStore(f"start {RESTARTS}", store))  # each start has notes of its own
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=minutes))
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -57,11 +56,6 @@ def rank() -> int:
 def world() -> int:
     """How many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def starts() -> int:
-    """How often torchrun has started this again after a failure (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def lost(error: RuntimeError) -> bool:

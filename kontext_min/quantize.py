@@ -41,9 +41,7 @@ def parts_of(weight: Tensor, form: str) -> dict[str, Tensor]:
     kind, dtype, step, wholes = KINDS[form.partition("-")[0]], weight.dtype, max(1, 2**21 // weight.shape[1]), []
     for start in range(0, len(weight), step):
         pieces = rounded(weight[start : start + step].float(), dtype, kind)
-        wholes = wholes or [
-            piece.new_empty(len(weight), piece.shape[1]) for piece in pieces
-        ]  # kept pieces would scatter
+        wholes = wholes or [piece.new_empty(len(weight), piece.shape[1]) for piece in pieces]  # pieces would scatter
         for whole, piece in zip(wholes, pieces, strict=True):
             whole[start : start + step] = piece
     parts = dict(zip(("weight", "scale"), wholes, strict=True))
@@ -74,8 +72,10 @@ def rounded_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class QuantisedLinear(nn.Module):
-    """A frozen linear with a low-bit form of its weight in buffers, (out, in); W' is what that form stands for, with
-    which products are exact, in the model's dtype. A dynamic one rounds tokens to 8 bits, too."""
+    """A frozen linear with a low-bit form of its weight, which stands for W' (out, in) in the model's dtype.
+
+    Products with W' are exact. A dynamic one rounds tokens to 8 bits, too.
+    """
 
     def __init__(self, linear: nn.Linear, parts: dict[str, Tensor], dynamic: bool = False):
         super().__init__()

@@ -18,7 +18,7 @@ LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of 
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.read", "adapters.write", "adapters.merge", "memory", "parallel", "study.hooks"],
     1: ["models", "flow", "adapters.layers", "adapters.rows", "checkpoints.keys", "compare",
-        "data.buckets", "data.degrade", "data.pairs", "training.optim", "training.ema", "run_folder"],
+        "data.buckets", "data.degrade", "data.pairs", "training.optim", "run_folder"],
     0: ["config", "foreign"],
 }  # fmt: skip
 

@@ -19,40 +19,15 @@ from kontext_min.models.flux import Flux
 from kontext_min.models.t5 import T5Encoder
 from kontext_min.models.vae import VAE
 
-MODEL_INDEX = {
-    "_class_name": "FluxKontextPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
-}  # fmt: skip
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
-SETTINGS = {  # folder -> what its config file says beside the sizes
-    "scheduler": {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": True,
-        "shift": 3.0,
-    },
-    "transformer": {"_class_name": "FluxTransformer2DModel", "patch_size": 1},
-    "vae": {
-        "_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": False, "use_post_quant_conv": False,
-        "mid_block_add_attention": True, "force_upcast": True,
-    },
-    "text_encoder": {  # the ids other than the end of text are not used by anyone
-        "model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "attention_dropout": 0.0,
-        "bos_token_id": 0, "pad_token_id": 1,
-    },
-    "text_encoder_2": {
-        "model_type": "t5", "architectures": ["T5EncoderModel"], "feed_forward_proj": "gated-gelu", "dropout_rate": 0.1,
-        "pad_token_id": 0, "eos_token_id": 1, "is_encoder_decoder": True, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
 
 
 def save_model(
     folder: Path, *, flux: Flux, vae: VAE, t5: T5Encoder, clip: CLIPText, dtype: torch.dtype = torch.bfloat16
 ):
     """Write everything but the two tokenizer folders, which are files already. No scheduler setting but FLUX.1's."""
-    write_json(folder / "model_index.json", MODEL_INDEX)
-    shift = {**SETTINGS["scheduler"], **in_file(flow.Shift(), keys.SETTINGS["scheduler"])}
+    write_json(folder / "model_index.json", keys.INDEX)
+    shift = {**keys.FIXED["scheduler"], **in_file(flow.Shift(), keys.SETTINGS["scheduler"])}
     write_json(folder / "scheduler" / "scheduler_config.json", shift)
     sizes, levels = in_file(flux.config, keys.SETTINGS["transformer"]), len(vae.config.channels)
     sizes["attention_head_dim"] = flux.config.hidden_size // flux.config.num_heads
@@ -60,17 +35,13 @@ def save_model(
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     sizes = {**in_file(vae.config, keys.SETTINGS["vae"]), "out_channels": vae.config.in_channels, **blocks}
     save_component(folder / "vae", vae, keys.vae_diffusers(vae.config, list(vae.state_dict())), sizes, dtype)
-    save_component(
-        folder / "text_encoder", clip, same_names(clip), in_file(clip.config, keys.SETTINGS["text_encoder"]), dtype
-    )
-    save_component(
-        folder / "text_encoder_2", t5, same_names(t5), in_file(t5.config, keys.SETTINGS["text_encoder_2"]), dtype
-    )
+    for name, module in {"text_encoder": clip, "text_encoder_2": t5}.items():
+        save_component(folder / name, module, same_names(module), in_file(module.config, keys.SETTINGS[name]), dtype)
 
 
 def save_component(folder: Path, module: nn.Module, table: dict[str, Source], sizes: dict, dtype: torch.dtype):
     """config.json and one safetensors file; the file appears whole or not at all."""
-    write_json(folder / "config.json", {**SETTINGS[folder.name], **sizes})
+    write_json(folder / "config.json", {**keys.FIXED[folder.name], **sizes})
     tensors = {}
     for name, tensor in module.state_dict().items():
         tensors.update(table[name].disassemble(tensor.detach().to("cpu", dtype)))
@@ -109,7 +80,9 @@ def save_trained(flux: Flux, checkpoint: Checkpoint, folder: Path, dtype: torch.
         return source.disassemble(parallel.whole(tensors[places[name]].detach()).to("cpu", dtype))[name]
 
     if parallel.rank():
-        return [read(name) for name in shapes] and None
+        for name in shapes:
+            read(name)  # rank 0 needs this one's shards
+        return
     shutil.rmtree(folder, ignore_errors=True)
     alone = old[0].parent == checkpoint.folder  # a single file among others
     target = folder / old[0].name if alone else folder / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -14,6 +14,7 @@ from PIL.Image import Image as Picture
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from kontext_min.data.pairs import near_miss
+from kontext_min.foreign import TABLES
 
 GRID = 8  # JPEG's blocks are 8x8 pixels
 BLURS = {  # blur_type -> filters in order, each with its share of blur_radius
@@ -126,8 +127,7 @@ def jpeg_artifacts(p: BaseModel) -> list:
 
 STEPS = {"blur": blur, "noise": noise, "block_noise": block_noise, "downscale": downscale, "jpeg": jpeg}
 GENERATORS = {"superresolution": superresolution, "jpeg_artifacts": jpeg_artifacts, "chain": lambda p: p.steps}
-ALIASES = dict.fromkeys(("super_resolution", "lowres"), "superresolution")
-ALIASES |= dict.fromkeys(("jpeg", "compression"), "jpeg_artifacts")
+ALIASES, REFUSED = TABLES["GENERATOR_ALIASES"], TABLES["GENERATORS_REFUSED"]
 
 
 def model(kind: str, fields: dict[str, tuple]) -> type[BaseModel]:
@@ -143,15 +143,6 @@ MODELS = {
 }
 STEP = Annotated[Union[*MODELS.values()], Field(discriminator="type")]  # {"type": "blur", "blur_radius": 1}
 MODELS["chain"] = model("chain", {"steps": (Annotated[list[STEP], Field(min_length=1)], ...)})
-REFUSED = {  # SimpleTuner's other types, with their aliases -> why not
-    "random_masks masks inpainting": "Kontext takes a picture to edit, not a mask",
-    "canny edges": "finding edges needs OpenCV",
-    "depth depth_map depth_midas": "it needs a depth network",
-    "segmentation semantic_segmentation": "it needs a segmentation network",
-    "optical_flow flow": "a still picture has no motion",
-    "sdr sdr_downsample logc3_sdr hdr_to_sdr": "it is for pictures of high dynamic range, and these have 8 bits",
-    "i2v_first_frame wan_i2v_first_frame": "it takes the first frame of a video, and these are stills",
-}
 
 
 def degrade(image: Picture, name: str, parameters: Mapping, rng: np.random.Generator) -> Picture:
@@ -171,10 +162,9 @@ def run(image: Picture, rng: np.random.Generator, p: BaseModel) -> Picture:
 
 def check(name: str, parameters: Mapping) -> BaseModel:
     """What `degrade` takes, complete. Raises ValueError: what was given, and what is allowed."""
-    for names, why in REFUSED.items():
-        if name in names.split():
-            remedy = "make those pictures yourself and name their dataset in conditioning_data"
-            raise ValueError(f"type {name!r} is not generated here: {why}; {remedy}")
+    if name in REFUSED:
+        remedy = "make those pictures yourself and name their dataset in conditioning_data"
+        raise ValueError(f"type {name!r} is not generated here: {REFUSED[name]}; {remedy}")
     if name not in (known := (*GENERATORS, *ALIASES)):
         raise ValueError(f"type is {name!r}; known are {', '.join(known)}{near_miss(name, known)}")
     try:

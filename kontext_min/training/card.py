@@ -20,8 +20,7 @@ license_name: flux-1-dev-non-commercial-license
 license_link: https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md""",
 }
 NO_DIFFUSERS = "For diffusers: `python -m kontext_min.adapters convert {lora} OUT --to diffusers --rank 64`"
-TEMPLATES = Path(__file__).parent
-CARD, DIFFUSERS = (TEMPLATES.joinpath(name).read_text(encoding="utf-8") for name in ("card.md", "card_diffusers.md"))
+CARD, DIFFUSERS = (Path(__file__).with_name(name).read_text("utf-8") for name in ("card.md", "card_diffusers.md"))
 quoted = partial(json.dumps, ensure_ascii=False)  # as a Python string
 
 
@@ -34,7 +33,7 @@ def write_card(config: Config, recipe: dict, examples: Examples):
         "kind": "LoKr" if config.lycoris_config else "DoRA" if config.use_dora else "LoRA", "lora": LORA,
         "model": model, "licence": LICENCES.get(Path(model).name, ""), "pairs": pairs, "alone": len(examples) - pairs,
         "base": quoted("weights/nano" if model == "nano" else model),  # a folder of kontext_min's repository
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[recipe["precision"]], "width": width, "height": height,
+        "dtype": "float32" if recipe["precision"] == "fp32" else "bfloat16", "width": width, "height": height,
         "picture": f"load_image({quoted(Path(recipe['image'][0]).name)})" if recipe["image"] else None,
         "tokens": presets.preset_of(examples.checkpoint.folder).text_shape[0],
         "instruction": quoted(prompt), "argument": shlex.quote(prompt),

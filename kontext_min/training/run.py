@@ -16,12 +16,13 @@ from kontext_min.checkpoints.save import save_trained
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
 from kontext_min.models.flux import Flux
+from kontext_min.quantize import form_of
 from kontext_min.run_folder import RunFolder, read_lines
 from kontext_min.training import state
 from kontext_min.training.card import write_card
-from kontext_min.training.ema import EMA
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item, pair_item
+from kontext_min.training.optim import EMA
 from kontext_min.training.track import Tracker
 from kontext_min.training.trainer import train
 from kontext_min.training.validate import Validator
@@ -165,6 +166,6 @@ def recipe(config: Config, shown: Item) -> dict:
         "image": [*map(str, files)], "guidance": config.validation_guidance,
         "steps": config.validation_num_inference_steps, "seed": shown.seed, "size": str(shown.size),
         "reference_size": "keep",  # the copies have the size in which the model saw them
-        "precision": "bf16" if config.mixed_precision == "bf16" else "fp32",
+        "precision": form_of(config.base_model_precision) or ("bf16" if config.mixed_precision == "bf16" else "fp32"),
         "base_model_precision": config.base_model_precision, **config.model_dump(mode="json", include=kind),
     }  # fmt: skip

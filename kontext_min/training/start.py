@@ -24,8 +24,8 @@ from kontext_min.training.optim import make_optimizer
 def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
     """One screen, line by line."""
     flux, (text, *_) = editor.flux, presets.preset_of(examples.checkpoint.folder).text_shape
-    kept = [p for name, p in flux.named_buffers() if name.endswith(".weight")]  # of a quantised base
-    frozen = sum(p.numel() for p in (*flux.parameters(), *kept) if not p.requires_grad)
+    frozen = sum(p.numel() for p in flux.parameters() if not p.requires_grad)
+    frozen += sum(m.in_features * m.out_features for m in flux.modules() if isinstance(m, QuantisedLinear))
     trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
     kinds = Counter(update.kind for update in updates(flux)).items()
     batches = examples.epoch(0, config.train_batch_size)
@@ -56,12 +56,13 @@ def per_rank(config: Config, examples: list[Example], text: int) -> list[str]:
     pixels = max(sum(math.prod(view.size) for view in example.views()) for example in examples)
     tokens = config.train_batch_size * (text + pixels // TOKEN**2)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    ways = {"LoRA, the base in shards (fsdp_enable)": True, "all parameters, in shards (model_type full)": True}
     precision = "" if config.base_model_precision == "no_change" else f", {config.base_model_precision}"
+    ways = {f"LoRA, the base{precision} on every GPU": False, "LoRA, the base in shards (fsdp_enable)": True}
+    ways["all parameters, in shards (model_type full)"] = True
     lines = [
         f"GB on each GPU beside what one block computes, {tokens} tokens a step; GPUs:{'':10}1      2      4      8"
     ]
-    for way, sharded in {f"LoRA, the base{precision} on every GPU": False, **ways}.items():
+    for way, sharded in ways.items():
         flux = on_meta(config, dtype, full="full" in way, quantised=not sharded)
         found = [memory.held(flux, bytes_of_one(config), dtype, ranks, sharded) for ranks in (1, 2, 4, 8)]
         kept = sum(memory.inputs(flux, tokens, dtype).values())

@@ -70,7 +70,9 @@ def save(folder: Path, step: int, kept: Parts | Shards, identity: dict, limit: i
     """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so."""
     final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     try:
-        empty(temporary)
+        if parallel.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
         parallel.wait()
         kept.save(temporary)
         parallel.wait()
@@ -78,13 +80,6 @@ def save(folder: Path, step: int, kept: Parts | Shards, identity: dict, limit: i
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"checkpoint {step} could not be written ({error}); {last(folder)}") from error
-
-
-@parallel.by_first
-def empty(folder: Path):
-    """A new folder, instead of an old one if need be."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
 
 
 @parallel.by_first

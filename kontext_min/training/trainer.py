@@ -30,10 +30,9 @@ def train(
 ) -> Iterator[tuple[int, dict]]:
     """Optimizer steps start + 1 to max_train_steps, each yielded with its numbers when it is done.
 
-    A step takes gradient_accumulation_steps batches on every rank, of which none sees another's.
-
-    Raises ValueError when a loss or gradient is no longer finite: the parameters are then still those before it. Up to
-    skip_nonfinite_steps such steps, `skipped` of them before the start, are left out instead: their loss is None.
+    A step takes gradient_accumulation_steps batches on every rank. ValueError says when a loss or gradient is no longer
+    finite: the parameters are then still those before it. Up to skip_nonfinite_steps such steps, `skipped` of them
+    before the start, are left out instead: their loss is None.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     share = config.gradient_accumulation_steps * parallel.world()

@@ -2,7 +2,7 @@
 
 import torch
 
-from kontext_min.training.ema import EMA
+from kontext_min.training.optim import EMA
 
 
 def test_the_average_is_the_weighted_sum_that_the_decays_make():
