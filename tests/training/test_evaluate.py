@@ -185,7 +185,7 @@ def test_the_loss_of_a_pair_at_one_time_is_the_error_of_its_velocity(config):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flow, "draw_noise", lambda shape, g: seen.append(torch.randn(shape, generator=g)) or seen[-1])
-        found = made.losses(made.uses[0], made.uses[0])
+        found = made.losses((made.uses[0], made.uses[0]))
     x_t, t = 0.5 * batch.target + 0.5 * seen[0], torch.tensor([0.5])
     with torch.no_grad():
         v = flow.velocity(flux, x_t, t, batch.condition, torch.ones(1))

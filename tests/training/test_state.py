@@ -205,7 +205,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(config, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state.torch, "save", full)
-    with pytest.raises(OSError, match="checkpoint 6 could not be written .*No space left.*the last whole one is .*-5"):
+    with pytest.raises(OSError, match="checkpoint 6 could not be written .*No space left.*the last good checkpoint is .*-5"):
         run(config, out, "max_train_steps=6", "lr_scheduler=constant")
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-5"]
 
