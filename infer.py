@@ -80,9 +80,8 @@ def recall(path: Path, replaced: dict) -> dict:
     files = {"image": settings["image"], "lora": [str(split_lora(text)[0]) for text in settings["lora"]]}
     for name in [name for key, names in files.items() if key not in replaced for name in names]:
         if not Path(name).is_file() or fingerprint(Path(name)) != hashes[name]:
-            raise ValueError(
-                f"{path} was made from {name}, which has changed or gone; restore it, or name another file"
-            )
+            what = f"{path} was made from {name}, which has changed or gone"
+            raise ValueError(f"{what}; restore it, or name another file")
     return settings
 
 

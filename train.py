@@ -51,7 +51,7 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
 
     tried(sizes, config, FluxConfig())  # the largest model's modules
     tried(make_optimizer, config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
-    if config.init_lora:
+    if config.init_lora and state.chosen(config) is None:
         tried(read_adapter, config.init_lora)
     sets = tried(read_sets, config, presets.named(name).bucket_step)
     if sets and config.sharded and any(e.regularise for e in sets.training):
@@ -139,10 +139,10 @@ def run(config: Config, prune: bool = False):
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     items = items_of(config, sets, presets.preset_of(checkpoint.folder))
+    trained = read_adapter(config.init_lora) if config.init_lora and state.chosen(config) is None else None
     examples, validation = encode(config, sets, items, checkpoint, (device, dtype))
     if prune:
         return print(parallel.by_first(examples.prune)(validation))
-    trained = read_adapter(config.init_lora) if config.init_lora else None  # before its folder may be set aside
     with parallel.first_alone():
         if state.chosen(config) is None and (aside := folder.set_aside()):
             print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
@@ -176,3 +176,5 @@ if __name__ == "__main__":
         parallel.last_words(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        sys.stderr = sys.__stderr__  # a traceback is for the user, whichever rank's

@@ -192,7 +192,7 @@ class Config(Strict):
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
     recompute: Recompute = knob("block", "all of it; keep_attn, keep_gemm: all but attention, or but products: faster")
     fsdp_enable: bool = knob(False, "each of torchrun's ranks keeps a part of the frozen base; with full always so")
-    fsdp_cpu_offload: bool = knob(False, "these parts, their gradients and moments lie in the host's memory")
+    fsdp_cpu_offload: bool = knob(False, "of model_type full: these parts, gradients and moments in the host's memory")
     distributed_timeout: float = knob(10.0, "minutes in which a rank must answer another", gt=0)
 
     # data
@@ -342,8 +342,7 @@ class Config(Strict):
             "fsdp_enable: a quantised base is kept whole; set base_model_precision to no_change": self.fsdp_enable
             and quantised,
             "use_dora needs whole weights: take out fsdp_enable": self.fsdp_enable and self.use_dora,
-            "fsdp_cpu_offload needs fsdp_enable, or model_type full": self.fsdp_cpu_offload
-            and not (full or self.fsdp_enable),
+            "fsdp_cpu_offload needs model_type full": self.fsdp_cpu_offload and not full,
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,
             f"lora_type lycoris is described by lycoris_config; take out {idle}": lokr and idle,
             f"lora_format: a {form} file cannot hold LoKr or DoRA": form != "diffusers" and (lokr or self.use_dora),

@@ -104,6 +104,6 @@ def inputs(flux: Flux, tokens: int, dtype: torch.dtype) -> dict[str, float]:
 def predicted(parts: dict[str, float], vae: nn.Module, checkpointed: bool) -> list[str]:
     """A training step's memory, line by line."""
     parts = {**parts, "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers())))}
-    rest = "what one block computes" if checkpointed else "all activations (gradient_checkpointing is off)"
+    rest = "what one block computes" if checkpointed else "all that is kept for backward"
     parts[f"and {rest}: measured, in the bar and metrics.jsonl"] = sum(parts.values())
     return [f"{size / GB:8.3f} GB  {name}" for name, size in parts.items()]

@@ -190,7 +190,8 @@ class Shards:
 
     def states(self) -> dict:
         """Of both, by the parameters' names."""
-        return dict(zip(("model", "optimizer"), get_state_dict(self.model, self.optimizer), strict=True))
+        both = get_state_dict(self.model, self.optimizer)
+        return dict(zip(("model_state_dict", "optim_state_dict"), both, strict=True))
 
     def save(self, folder: Path):
         """Write the ranks' files."""
@@ -200,6 +201,4 @@ class Shards:
         """Read what this rank needs of them."""
         states = self.states()
         load(states, storage_reader=FileSystemReader(folder))
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, **states)

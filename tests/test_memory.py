@@ -54,7 +54,7 @@ def test_the_prediction_counts_weights_adapter_and_the_inputs_of_checkpointed_bl
     assert total == pytest.approx(sum([*files, adapter, activations]), abs=0.003)
     assert "what one block computes: measured" in lines[-1]
     plain = predicted(held(flux, 0, FP32), vae, False)
-    assert len(plain) == 4 and "all activations (gradient_checkpointing is off)" in plain[-1]
+    assert len(plain) == 4 and "all that is kept for backward" in plain[-1]
 
 
 # ------------------------------------------------------------------------------------------------ recompute

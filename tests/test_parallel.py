@@ -45,7 +45,8 @@ def full(config):
     """The same for all parameters."""
     values = json.loads(config.read_text())
     del values["lora_dropout"]
-    (config.parent / "full.json").write_text(json.dumps(values | {"model_type": "full", "learning_rate": 1e-4}))
+    values |= {"model_type": "full", "learning_rate": 1e-4, "fsdp_cpu_offload": True}
+    (config.parent / "full.json").write_text(json.dumps(values))
     return config.parent / "full.json"
 
 
@@ -101,7 +102,7 @@ def two(full):
     return on_ranks(2, full)[0]
 
 
-@pytest.mark.parametrize("count,overrides", [(2, ()), (4, ()), (2, ("fsdp_enable=true", "fsdp_cpu_offload=true"))])
+@pytest.mark.parametrize("count,overrides", [(2, ()), (4, ()), (2, ("fsdp_enable=true",))])
 def test_ranks_train_the_lora_that_one_process_trains(config, single, count, overrides):
     out, said = on_ranks(count, config, *overrides)
     equal(single, out)
@@ -226,7 +227,7 @@ def test_a_mistake_in_the_config_is_said_once(config):
         (["model_type=full", "lora_rank=4"], "model_type full has no adapter; take out lora_dropout, lora_rank"),
         (["fsdp_enable=true", "base_model_precision=int8-torchao"], "fsdp_enable: a quantised base is kept whole"),
         (["fsdp_enable=true", "use_dora=true"], "use_dora needs whole weights"),
-        (["fsdp_cpu_offload=true"], "fsdp_cpu_offload needs fsdp_enable"),
+        (["fsdp_enable=true", "fsdp_cpu_offload=true"], "fsdp_cpu_offload needs model_type full"),
     ],
 )
 def test_what_shards_cannot_do_is_refused(config, overrides, said):

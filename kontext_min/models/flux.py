@@ -55,22 +55,21 @@ def timestep_embedding(s: Tensor, dim: int = 256, max_period: float = 10_000.0) 
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
 
-def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
-    """Rotary cosines and sines of position ids. ids (L, 3) -> two (L, D/2), fp32 from fp64 angles (fp32 on MPS)."""
+def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
+    """Rotations e^(i angle) of position ids. ids (L, 3) -> (L, D/2), complex64 from fp64 angles (fp32 on MPS)."""
     exact = torch.float32 if ids.device.type == "mps" else torch.float64
     angles = []
     for axis, dim in enumerate(axes_dim):
         omega = theta ** -(torch.arange(0, dim, 2, dtype=exact, device=ids.device) / dim)
         angles.append(ids[:, axis, None].to(exact) * omega)
     angle = torch.cat(angles, dim=-1)  # (L, D/2)
-    return angle.cos().float(), angle.sin().float()
+    return torch.complex(angle.cos().float(), angle.sin().float())
 
 
-def apply_rope(x: Tensor, pe: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate interleaved channel pairs (x[2j], x[2j+1]) in fp32. x (B, H, L, D), pe two (L, D/2) -> (B, H, L, D)."""
-    cos, sin = pe
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, H, L, D/2) each
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
+    """Rotate channel pairs (x[2j], x[2j+1]), each one complex number, in fp32. x (B, H, L, D), pe (L, D/2) -> as x."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, H, L, D/2)
+    return torch.view_as_real(pairs * pe).flatten(-2).type_as(x)
 
 
 class MLPEmbedder(nn.Module):
@@ -109,12 +108,9 @@ class QKNorm(nn.Module):
 
 
 class Attend(nn.Module):
-    """Rotate q and k, then softmax(q k^T / sqrt(D)) v without any mask. q, k, v (B, H, L, D) -> (B, L, H*D).
+    """Rotate q and k, then softmax(q k^T / sqrt(D)) v of the queries in `rows`. (B, H, L, D) each -> (B, rows, H*D)."""
 
-    rows: the tokens that look; all are looked at.
-    """
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: tuple[Tensor, Tensor], rows: slice = slice(None)) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: Tensor, rows: slice = slice(None)) -> Tensor:
         x = F.scaled_dot_product_attention(apply_rope(q, pe)[:, :, rows], apply_rope(k, pe), v)
         return rearrange(x, "B H L D -> B L (H D)")
 
@@ -183,12 +179,12 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = feed_forward(hidden, config.mlp_hidden)
         self.attend = Attend()
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)  # six (B, 1, hidden) each, the last one the last gate
         img, img_change, txt, txt_change = self.branch(img, txt, img_mod[:-1], txt_mod[:-1], pe)
         return img + img_mod[-1] * img_change, txt + txt_mod[-1] * txt_change
 
-    def branch(self, img: Tensor, txt: Tensor, img_mod: tuple, txt_mod: tuple, pe: tuple) -> tuple[Tensor, ...]:
+    def branch(self, img: Tensor, txt: Tensor, img_mod: tuple, txt_mod: tuple, pe: Tensor) -> tuple[Tensor, ...]:
         """All but the last gates and sums: img and txt after attention, and what their feed-forwards add to each."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2 = txt_mod
@@ -221,12 +217,12 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(hidden, double=False)
         self.attend = Attend()
 
-    def forward(self, x: Tensor, vec: Tensor, pe: tuple[Tensor, Tensor], rows: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, rows: slice = slice(None)) -> Tensor:
         """rows: the tokens that go on, all of them but after the last block."""
         shift, scale, gate = self.modulation(vec)  # (B, 1, hidden) each
         return x[:, rows] + gate * self.branch(x, shift, scale, pe, rows)
 
-    def branch(self, x: Tensor, shift: Tensor, scale: Tensor, pe: tuple[Tensor, Tensor], rows: slice) -> Tensor:
+    def branch(self, x: Tensor, shift: Tensor, scale: Tensor, pe: Tensor, rows: slice) -> Tensor:
         """What the block adds to these tokens, before its gate."""
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)

@@ -70,7 +70,7 @@ PHASES = (
           examples=60_000, steps=2000, batch=96, text_length=16, first_index=0),
     Phase("96px", (*[Size(96, 96)] * 10, *[Size(112, 80)] * 3, *[Size(80, 112)] * 3, Size(128, 64), Size(64, 128),
                    Size(144, 144), Size(192, 128), Size(128, 192)),
-          examples=60_000, steps=2450, batch=96, text_length=24, first_index=3 * 10**6),
+          examples=60_000, steps=3350, batch=96, text_length=24, first_index=3 * 10**6),
 )
 DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on

@@ -39,9 +39,8 @@ class Evaluator:
         loss, curve, probe = own.mean().item(), [*zip(self.times, own.mean(0).tolist(), strict=True)], self.probe(own)
         warned = bool(step) and ignored(probe)
         line = {"step": step, "loss": loss, "per_timestep": curve, "probe": probe, "pairs": len(self.uses)}
-        parallel.by_first(append)(
-            self.file, {**line, "unseen": self.unseen, **({"warning": WARNING} if warned else {})}
-        )
+        line |= {"unseen": self.unseen, **({"warning": WARNING} if warned else {})}
+        parallel.by_first(append)(self.file, line)
         text = f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {'unseen' if self.unseen else 'trained'} pairs"
         for kind, name in (("shuffled", "another pair's reference"), ("none", "no reference")):
             text += f", {probe[kind]:.4f} with {name}" if probe and probe[kind] is not None else ""

@@ -47,6 +47,9 @@ class Run:
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
         self.kept = self.parts(optimizer)
         self.done = start = 0
+        self.stop_when_told()
+        if config.validation_on_startup or config.model_type == "full":  # later there is no base
+            self.validator.prepare()
         if path := state.chosen(config):
             self.done = start = state.restore(path, self.kept, self.identity, config.allow_changed_resume)
             print(f"going on from {path}, after step {start}")
@@ -55,9 +58,6 @@ class Run:
         self.begin(start)
         parallel.wait()
         skipped = sum("skipped" in line for line in read_lines(self.folder.metrics))
-        self.stop_when_told()
-        if config.validation_on_startup or config.model_type == "full":  # later there is no base
-            self.validator.prepare()
         with Tracker(config, parallel.place(self.flux), start) as self.tracker:
             if not start:
                 self.look(0, False, True)  # the base model's loss

@@ -69,7 +69,7 @@ def read_sets(config: Config, step: int) -> Sets:
     shown, notes = unseen[: max(config.num_eval_images, config.num_eval_pairs)], reader.problems.facts
     if unseen:
         notes.append(f"{len(unseen)} pairs are never trained on; validation is on these")
-    elif shown := [e for e in training if e.set_id in chosen][: config.num_eval_images]:
+    elif shown := [e for e in training if e.set_id in chosen][: max(config.num_eval_images, config.num_eval_pairs)]:
         notes.append("validation shows pairs that are trained on; validation_split=4 keeps four from training")
     return Sets(training, shown, notes, bool(unseen), wanted)
 

@@ -38,8 +38,9 @@ def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
     ranks, dtype = parallel.world(), examples.dtype
     parts = memory.held(flux, bytes_of_one(config), dtype, ranks, config.sharded)
     parts |= memory.inputs(flux, tokens, dtype) if config.gradient_checkpointing else {}
+    least = config.gradient_checkpointing and (config.recompute, config.gradient_checkpointing_interval or 1)
     return [
-        f"model    {config.pretrained_model_name_or_path}: {frozen:,} parameters, frozen, on {editor.device}",
+        f"model    {config.pretrained_model_name_or_path}: {frozen:,} frozen parameters, on {editor.device}",
         *[f"ranks    {ranks}, each with batches of its own"] * (ranks > 1),
         f"adapter  {adapter}: {trained:,} trainable parameters",
         f"data     {pairs} pairs and {len(examples) - pairs} pictures without a reference",
@@ -47,7 +48,7 @@ def screen(config: Config, editor: Editor, examples: Examples) -> list[str]:
         f"{epochs:.1f} epochs",
         *histogram(examples.examples),
         "memory:" if ranks == 1 else "memory of each rank:",
-        *memory.predicted(parts, editor.vae, config.gradient_checkpointing),
+        *memory.predicted(parts, editor.vae, least == ("block", 1)),
     ]
 
 

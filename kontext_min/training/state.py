@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from kontext_min import parallel
 from kontext_min.config import Config
@@ -26,6 +27,7 @@ FREE = (  # keys that begin so may change between a checkpoint and the run that 
     # the data's fingerprint tells of these
     "data_backend_config", "resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "caption_strategy",
+    "recompute", "gradient_checkpointing",  # they change no bit of a result
 )  # fmt: skip
 FIXED = {  # nothing goes on without them
     "lora_type", "lora_rank", "lora_rank_pattern", "use_dora", "lycoris_config", "flux_lora_target", "optimizer",
@@ -77,7 +79,9 @@ def save(folder: Path, step: int, kept: Parts | Shards, identity: dict, limit: i
         kept.save(temporary)
         parallel.wait()
         finish(temporary, final, {"step": step, "identity": identity}, limit)
-    except OSError as error:
+    except (OSError, RuntimeError, CheckpointException) as error:  # on a full disk torch raises the last two
+        if isinstance(error, RuntimeError) and parallel.lost(error):
+            raise
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"checkpoint {step} could not be written ({error}); {last(folder)}") from error
 
