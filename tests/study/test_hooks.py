@@ -82,11 +82,12 @@ def test_a_pattern_stands_for_whole_words(flux):
 
 
 def explicit(q, k, pe):
-    """softmax(q k^T / sqrt(D)) in fp64, the rotation as a product of complex numbers."""
-    turn = torch.complex(pe[0].double(), pe[1].double())
-    q, k = (torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * turn for x in (q, k))
-    scores = torch.einsum("bhqd,bhkd->bhqk", torch.view_as_real(q).flatten(-2), torch.view_as_real(k).flatten(-2))
-    return (scores / q.shape[-1] ** 0.5 / 2**0.5).softmax(-1)
+    """softmax(q k^T / sqrt(D)) in fp64, the rotation of every pair by cosines and sines."""
+    cos, sin = pe.real.double(), pe.imag.double()
+    pairs = ((x.double()[..., 0::2], x.double()[..., 1::2]) for x in (q, k))
+    q, k = (torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1) for even, odd in pairs)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k)
+    return (scores / q.shape[-1] ** 0.5).softmax(-1)
 
 
 def both(flux, *whats):
@@ -139,7 +140,7 @@ class Largest(TorchDispatchMode):
 def test_the_whole_matrix_is_never_held():
     length, chunk, heads = 700, 16, 2
     q, k, angles = random(1, heads, length, 8), random(1, heads, length, 8, seed=2), random(length, 4)
-    call = hooks.Call("", 0, (q, k, k, (angles.cos(), angles.sin())), None)
+    call = hooks.Call("", 0, (q, k, k, torch.polar(torch.ones_like(angles), angles)), None)
     with Largest() as seen:
         hooks.attention(keys=slice(9, 12), chunk=chunk)(call)
     assert heads * length * 8 <= seen.most <= heads * chunk * length < heads * length * length / 40
