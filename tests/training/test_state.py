@@ -238,7 +238,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(config, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_a_run_ends_in_the_same_bytes(config, tmp_path):
-    longer = json.loads(config.read_text()) | {"max_train_steps": 60, "validation_steps": 25}
+    longer = json.loads(config.read_text()) | {"max_train_steps": 150, "validation_steps": 60}
     config.write_text(json.dumps(longer))
     whole, parts = run(config, tmp_path / "whole"), tmp_path / "parts"
     r, kills, reached = random.Random(0), 0, []
