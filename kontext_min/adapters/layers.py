@@ -123,6 +123,23 @@ def factors(size: int, factor: int) -> tuple[int, int]:
     return min(m, size // m), max(m, size // m)
 
 
+class Shared(torch.autograd.Function):
+    """x (..., in) and A (ranks, in) -> x, for the frozen linear, and A x (..., ranks).
+
+    Backward adds A's part of the gradient of x to the linear's, in place: of such a size there is one tensor, not two.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, a)
+        return x.view_as(x), F.linear(x, a)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor, dlow: Tensor) -> tuple[Tensor, Tensor]:
+        (x, a), dlow, whole = ctx.saved_tensors, dlow.flatten(0, -2), dx.flatten(0, -2)
+        return torch.addmm(whole, dlow, a, out=whole).view_as(dx), dlow.t() @ x.flatten(0, -2)
+
+
 class Adapted(nn.Module):
     """A frozen linear (or what stands for one) with any number of updates, each added to its own output rows.
 
@@ -137,21 +154,39 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). The linear comes last: a checkpoint need not compute it again for backward."""
-        base = self.base(x) if any(update.magnitude is not None for update in self.updates) else None
-        change = self.change(x, base) if self.updates else None
-        y = self.base(x) if base is None else base
-        if change is None:
-            return y
-        return change.add_(y) if len(self.updates) > 1 else change + y  # one update's own output is left as it is
+        if not self.updates:
+            return self.base(x)
+        if any(update.magnitude is not None for update in self.updates):
+            y = self.base(x)
+            return self.change(x, {}, y).add_(y)
+        x, lows = self.lows(x)
+        change = self.change(x, lows)
+        add = Tensor.add_ if lows or len(self.updates) > 1 else torch.add  # one update's own output stays as it is
+        if not isinstance(self.base, nn.Linear):
+            return add(change, self.base(x))
+        change = change if self.base.bias is None else add(change, self.base.bias)
+        return torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.base.weight.t()).view(change.shape)
 
-    def change(self, x: Tensor, y: Tensor | None) -> Tensor:
+    def lows(self, x: Tensor) -> tuple[Tensor, dict[Update, Tensor]]:
+        """x for the linear, and A x (..., rank) of all LoRAs that are given all of it, in one product."""
+        own = [u for u in self.updates if isinstance(u, LoRA) and not (u.dropout and torch.is_grad_enabled())]
+        if not own:
+            return x, {}
+        a = torch.cat([update.A * update.scale for update in own]).to(x.dtype)
+        x, low = Shared.apply(x, a) if x.requires_grad else (x, F.linear(x, a))
+        return x, dict(zip(own, low.split([update.rank for update in own], dim=-1), strict=True))
+
+    def change(self, x: Tensor, lows: dict[Update, Tensor], y: Tensor | None = None) -> Tensor:
         """What all updates add, (..., out). y: what the linear gives, if there is a DoRA."""
         runs, end = [], None  # [(first row, changes of rows that follow each other)]
         for update in self.updates:
             if update.start != end:
                 runs.append((update.start, []))
-            given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
-            delta = update(given)
+            if update in lows:
+                delta = F.linear(lows[update], update.B.to(x.dtype))
+            else:
+                given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
+                delta = update(given)
             if update.magnitude is not None:
                 delta = self.decomposed(update, delta, given, y if given is x else None)
             runs[-1][1].append(delta)
