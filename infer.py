@@ -29,6 +29,7 @@ CHUNK = "kontext_min"  # the PNG text chunk that holds a picture's settings as J
 OPTIONS = {  # setting -> default, help, and what else argparse should know
     "model": ("nano", "model folder, hub id, or 'nano', the tiny model in this repository", {}),
     "lora": ([], "LoRA file with its strength (1); repeatable", {"metavar": "FILE[:SCALE]"}),
+    "merge": (False, "add the LoRAs to the weights, before these are quantised: faster", {}),
     "image": ([], "reference picture; repeatable; none is text-to-image", {"metavar": "PATH"}),
     "prompt": ([], "the instruction; repeatable", {"metavar": "TEXT"}),
     "negative_prompt": ("", "what true CFG leads away from", {"metavar": "TEXT"}),
@@ -53,8 +54,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; what is not given is absent from the namespace."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     for name, (default, text, more) in OPTIONS.items():
-        kind = {"action": "append"} if isinstance(default, list) else {"type": type(default)}
-        said = "" if default in ([], "") else f" (default {default})"
+        kind = {list: {"action": "append"}, bool: {"action": "store_true"}}.get(type(default), {"type": type(default)})
+        said = "" if default in ([], "", False) else f" (default {default})"
         parser.add_argument(f"--{name.replace('_', '-')}", help=text + said, **kind, **more)
     parser.add_argument("--out", metavar="FILE|DIR", help="a .png, or a folder (default output/infer)")
     parser.add_argument("--cache-dir", metavar="DIR", help="where a quantised base is kept (default cache)")
@@ -222,7 +223,8 @@ def main(argv: list[str] | None = None):
         print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}{other_base(lora, settings['precision'])}")
     dtype = DTYPES.get(settings["precision"], DTYPES[plain])
     base = (settings["precision"], cache / "base")
-    editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, base)
+    merge = settings["merge"]
+    editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, base, merge)
     references, size = prepare(settings, editor)
     negative = encoded.get(settings["negative_prompt"]) if settings["cfg_scale"] != 1 else None
     for prompt in settings["prompt"]:

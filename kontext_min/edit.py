@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from kontext_min import flow, presets, sampler
-from kontext_min.adapters.inject import apply_updates
+from kontext_min.adapters.inject import apply_updates, at_strength
+from kontext_min.adapters.merge import merging
 from kontext_min.adapters.read import AdapterFile
 from kontext_min.adapters.rows import by_linear
 from kontext_min.checkpoints import load
@@ -42,12 +43,19 @@ class Editor:
 
 
 def open_editor(
-    model: str, loras: Loras, texts: list[str], device: torch.device, dtype: torch.dtype, base: tuple[str, Path] = PLAIN
+    model: str,
+    loras: Loras,
+    texts: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    base: tuple[str, Path] = PLAIN,
+    merge: bool = False,
 ) -> tuple[Editor, dict[str, Text]]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec).
 
     loras: each with its strength; ValueError names the one that does not fit, before anything is loaded.
     base: the transformer's precision, and the folder in which a quantised one is kept, as in `open_flux`.
+    merge: add the loras to the weights themselves, before these are quantised: faster, and they cannot be taken off.
     """
     checkpoint = load.find(presets.locate(model))
     empty, *_ = load.empty_flux(checkpoint)
@@ -58,8 +66,9 @@ def open_editor(
             raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
     encoded = encode_texts(checkpoint, texts, device, dtype)
     vae = load.load_vae(checkpoint, device, torch.float32)
-    flux = open_flux(checkpoint, device, dtype, *base)
-    for lora, strength in loras:
+    updates = [at_strength(update, strength) for lora, strength in loras for update in lora.updates if merge]
+    flux = open_flux(checkpoint, device, dtype, *base, merge=merging(updates, empty) if updates else None)
+    for lora, strength in loras if not merge else ():
         apply_updates(flux, lora.updates, strength, dtype)
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
 

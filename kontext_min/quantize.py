@@ -7,6 +7,7 @@ The rest is small, and the errors of what embeds and of the final layer would re
 import json
 import math
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,11 +28,12 @@ NF4 = (  # 16 quantiles of the normal distribution (Dettmers et al. 2023, QLoRA,
     0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
 )  # fmt: skip
 IN_FILE = DTYPES | {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
+Hook = Callable[[nn.Module, str], None] | None  # what `fill` calls after each tensor
 HEADER = 2**20  # bytes kept free for a file's header, which is known last; Kontext's takes 0.3 MB
 
 
 def form_of(precision: str) -> str | None:
-    """A `base_model_precision`, or infer.py's, -> int8, fp8 or nf4, maybe with -dynamic; None is not quantised."""
+    """A precision as train.py's keys and infer.py name it -> int8, fp8 or nf4, maybe with -dynamic; None is plain."""
     kind, _, how = precision.partition("-")
     return None if kind in ("no_change", "bf16", "fp32") else f"{kind}-dynamic" if how == "dynamic" else kind
 
@@ -125,12 +127,31 @@ def is_quantised(name: str) -> bool:
     return name.startswith(("double_blocks.", "single_blocks.")) and name.endswith(".weight")
 
 
-def open_flux(model: load.Checkpoint, device: torch.device, dtype: torch.dtype, precision: str, cache: Path) -> Flux:
-    """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
-    where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own."""
+def quantising(precision: str, chosen: Callable[[str], bool] = is_quantised) -> Hook:
+    """For `then` of `load_flux` and `load_t5`: a linear is quantised as soon as its weight is there, if it is chosen."""
     form = form_of(precision)
-    if not form:
-        return load.load_flux(model, device, dtype)
+
+    def then(model: nn.Module, name: str):
+        stem, linear = name.removesuffix(".weight"), model.get_submodule(name.rpartition(".")[0])
+        if chosen(name) and isinstance(linear, nn.Linear) and name != stem:
+            parts = parts_of(linear.weight, form)
+            model.set_submodule(stem, QuantisedLinear(linear, parts, form.endswith("-dynamic")))
+
+    return then if form else None
+
+
+def open_flux(
+    model: load.Checkpoint, device: torch.device, dtype: torch.dtype, precision: str, cache: Path, merge: Hook = None
+) -> Flux:
+    """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
+    where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own.
+
+    merge: changes each weight when it is there, before it is quantised; what is made of changed weights is not kept.
+    """
+    form = form_of(precision)
+    if not form or merge:
+        steps = [step for step in (merge, quantising(precision)) if step]
+        return load.load_flux(model, device, dtype, then=lambda *tensor: [step(*tensor) for step in steps])
     weights = weights_id(model.components["transformer"], cache / "weights.json")
     file = cache / f"{digest(weights, form.partition('-')[0], str(dtype))}.safetensors"  # -dynamic has the same weights
     print(f"the blocks' weights in {form}, from {file}{'' if file.is_file() else ', which is made first'}")

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -78,6 +78,22 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     for file in () if base.is_file() else component.files[0].parent.glob("*.json"):
         shutil.copy(file, out)
     return share(lost)
+
+
+def merging(given: Sequence[Update], flux: Flux) -> Callable[[Flux, str], None]:
+    """For `then` of `load_flux`: each weight takes up its updates as soon as it is there, and is rounded once.
+
+    flux: the transformer on `meta`. ValueError where an update does not fit.
+    """
+    changes = {f"{whole.name}.weight": (whole, here) for whole, (_, here) in by_linear(given, flux).items()}
+
+    def then(flux: Flux, name: str):
+        if change := changes.get(name):
+            weight, (whole, here) = flux.get_parameter(name), change
+            merged = with_updates(weight.float(), whole, [update.to(weight.device) for update in here])
+            weight.data = merged.to(weight.dtype)
+
+    return then
 
 
 def with_updates(weight: Tensor, part: Part, here: list[Update]) -> Tensor:

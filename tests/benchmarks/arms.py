@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kontext_min import flow
-from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules
+from kontext_min.adapters.inject import TARGETS, add_lora, detach_all, matching_modules, updates
+from kontext_min.adapters.merge import merging
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
 
@@ -61,6 +62,15 @@ def ours(config: FluxConfig) -> Flux:
     flux = Flux(config).requires_grad_(False)
     add_lora(flux, names(config), RANK, RANK)
     return flux
+
+
+def merge(flux: Flux):
+    """Make the LoRA a part of the weights."""
+    given = list(updates(flux))
+    detach_all(flux)
+    then = merging(given, flux)
+    for name, _ in flux.named_parameters():
+        then(flux, name)
 
 
 def peer(config: FluxConfig) -> nn.Module:
@@ -137,12 +147,17 @@ def step_bytes(model: nn.Module, given: dict[str, Tensor]) -> int:
 
 
 def arm(name: str, config: FluxConfig) -> nn.Module:
-    """What trains: `peer`, with its gradient checkpointing, or ours by a policy of `apply_checkpointing`, or `none`."""
+    """What trains: `peer`, with its gradient checkpointing, or ours by a policy of `apply_checkpointing`, or `none`.
+
+    merged: ours for evaluations, with the LoRA in its weights.
+    """
     if name == "peer":
         model = peer(config)
         model.enable_gradient_checkpointing()
         return model
     flux = ours(config)
-    if name != "none":
+    if name == "merged":
+        merge(flux)
+    elif name != "none":
         apply_checkpointing(flux, name)
     return flux

@@ -1,7 +1,8 @@
 """How fast a training step and an evaluation are beside diffusers + peft: python tests/benchmarks/step.py [--help].
 
 Both run in one process on one thread, in turn, and the ratio of a pair's process CPU times is taken: what else the
-machine does cancels out. The peer trains with its own gradient checkpointing, and evaluates with its LoRA not merged.
+machine does cancels out. The peer trains with its own gradient checkpointing, and evaluates with its LoRA not merged;
+ours evaluates so too (none), and with the LoRA in its weights (merged).
 """
 
 import argparse
@@ -91,7 +92,7 @@ def main():
         asked = [sys.executable, __file__, "--dtype", given.dtype, "--grown", name]
         answer = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[-1]
         print(f"{name:10} grows by {float(answer):.0f} MB in training", flush=True)
-    for names in (["peer", *given.policies], ["peer lora", "none lora"]):
+    for names in (["peer", *given.policies], ["peer lora", "none lora", "merged lora"]):
         for name, values in ratios(names, dtype, given.pairs).items():
             low, middle, high = min(values), statistics.median(values), max(values)
             print(f"{name:10} {middle:.3f} times as fast as the peer ({low:.3f} to {high:.3f})", flush=True)
