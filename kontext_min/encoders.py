@@ -11,18 +11,22 @@ from torch import Tensor
 from kontext_min.checkpoints.load import Checkpoint, load_clip, load_t5
 from kontext_min.models.tokenizers import CLIPTokenizer, T5Tokenizer
 from kontext_min.models.vae import VAE
+from kontext_min.quantize import quantising
 
 Text = tuple[Tensor, Tensor]  # txt (1, L, context_in_dim), vec (1, vec_in_dim)
 
 
 class TextEncoder:
-    """Both text encoders with their tokenizers. Large (9.8 GB for Kontext): use it, then `del` it."""
+    """Both text encoders with their tokenizers. Large (9.8 GB for Kontext): use it, then `del` it.
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+    precision: of T5's linears, as of a base; in nf4 it takes 3.1 GB.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, precision: str = "no_change"):
         self.device = device
         self.tokenize_t5 = T5Tokenizer(checkpoint.folder / "tokenizer_2")
         self.tokenize_clip = CLIPTokenizer(checkpoint.folder / "tokenizer")
-        self.t5 = load_t5(checkpoint, device, dtype)
+        self.t5 = load_t5(checkpoint, device, dtype, quantising(precision, lambda name: True))
         self.clip = load_clip(checkpoint, device, dtype)
 
     @torch.no_grad()
@@ -34,9 +38,11 @@ class TextEncoder:
         return self.t5(ids), self.clip(ids_clip)
 
 
-def encode_texts(checkpoint: Checkpoint, texts: list[str], device: torch.device, dtype: torch.dtype) -> dict[str, Text]:
+def encode_texts(
+    checkpoint: Checkpoint, texts: list[str], device: torch.device, dtype: torch.dtype, precision: str = "no_change"
+) -> dict[str, Text]:
     """Load the text encoders, encode every different text once, and free them. -> text -> (txt, vec) on the device."""
-    encode = TextEncoder(checkpoint, device, dtype)
+    encode = TextEncoder(checkpoint, device, dtype, precision)
     encoded = {text: encode(text) for text in dict.fromkeys(texts)}
     del encode
     free(device)

@@ -128,7 +128,7 @@ def is_quantised(name: str) -> bool:
 
 
 def quantising(precision: str, chosen: Callable[[str], bool] = is_quantised) -> Hook:
-    """For `then` of `load_flux` and `load_t5`: a linear is quantised as soon as its weight is there, if it is chosen."""
+    """For `then` of `load_flux` and `load_t5`: chosen linears are quantised as soon as their weight is there."""
     form = form_of(precision)
 
     def then(model: nn.Module, name: str):

@@ -248,13 +248,18 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
     return fill(vae, tensors, table, dtype, device)
 
 
-def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> T5Encoder:
-    """T5's encoder, frozen and in eval mode. Its embedding may be called `shared`, `encoder.embed_tokens`, or both."""
+def load_t5(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None
+) -> T5Encoder:
+    """T5's encoder, frozen and in eval mode; `then` as in `fill`.
+
+    Its embedding may be called `shared`, `encoder.embed_tokens`, or both.
+    """
     component, tensors = opened(checkpoint, "text_encoder_2")
     both = "shared.weight" in tensors.names()
     tensors.rename(lambda name: (None if both else "shared.weight") if name == "encoder.embed_tokens.weight" else name)
     t5 = on_meta(T5Encoder, t5_config, component, tensors)
-    return fill(t5, tensors, same_names(t5), dtype, device)
+    return fill(t5, tensors, same_names(t5), dtype, device, then)
 
 
 def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CLIPText:
