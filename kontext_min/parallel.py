@@ -43,7 +43,7 @@ def join(minutes: float, anyway: bool = False):
 
 
 def leave():
-    """End the group, and with it a process of torchrun's: torch's threads abort one in forty if Python itself ends it."""
+    """End the group, and a process of torchrun's: left to Python, torch's threads abort one in forty."""
     if dist.is_initialized():
         dist.destroy_process_group()
     if "RANK" in os.environ:

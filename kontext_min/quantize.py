@@ -29,6 +29,7 @@ NF4 = (  # 16 quantiles of the normal distribution (Dettmers et al. 2023, QLoRA,
 )  # fmt: skip
 IN_FILE = DTYPES | {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
 Hook = Callable[[nn.Module, str], None] | None  # what `fill` calls after each tensor
+Place = torch.device | Callable[[str], torch.device]
 HEADER = 2**20  # bytes kept free for a file's header, which is known last; Kontext's takes 0.3 MB
 
 
@@ -76,22 +77,30 @@ def rounded_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 class QuantisedLinear(nn.Module):
     """A frozen linear with a low-bit form of its weight, which stands for W' (out, in) in the model's dtype.
 
-    Products with W' are exact. A dynamic one rounds tokens to 8 bits, too.
+    Products with W' are exact. A dynamic one rounds tokens to 8 bits, too. Without a scale the weight is W' itself.
     """
 
     def __init__(self, linear: nn.Linear, parts: dict[str, Tensor], dynamic: bool = False):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.dynamic = dynamic
+        self.stored = lambda: (self.weight, self.scale)  # or where else they are to be had, each time anew
         for name in ("weight", "scale", "pairs"):
             self.register_buffer(name, parts.get(name))
 
     def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self)
+        return Product.apply(x, self, self.bias)
+
+    def onto(self, change: Tensor, x: Tensor) -> Tensor:
+        """change (…, out) + x W'^T, as `Adapted` asks for it, without the bias."""
+        return Product.apply(x, self, change)
 
     def dequantised(self, rows: slice = slice(None)) -> Tensor:
         """These rows of W', in the scale's dtype, rounded once; both levels of a byte are looked up as one number."""
-        weight, scale, pairs = self.weight[rows], self.scale[rows], self.pairs
+        (weight, scale), pairs = self.stored(), self.pairs
+        if scale is None:
+            return weight[rows]
+        weight, scale = weight[rows], scale[rows]
         if pairs is not None:
             whole = pairs.view(torch.int32 if pairs.itemsize == 2 else torch.int64).flatten()
             weight = whole.index_select(0, weight.flatten().int()).view(pairs.dtype).view(len(scale), -1)
@@ -103,23 +112,31 @@ class QuantisedLinear(nn.Module):
 
 
 class Product(torch.autograd.Function):
-    """x (…, in) -> x W'^T + bias. Backward makes W' anew: no tensor is saved, for which a checkpoint would do it."""
+    """x (…, in) -> x W'^T + more, (out,) or (…, out).
+
+    Backward makes W' anew: no tensor is saved, for which a checkpoint would compute the product again.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, linear: QuantisedLinear) -> Tensor:
-        ctx.linear, bias = linear, linear.bias
+    def forward(ctx, x: Tensor, linear: QuantisedLinear, more: Tensor | None) -> Tensor:
+        ctx.linear = linear
         if not linear.rounds(x):
-            return F.linear(x, linear.dequantised(), bias)
-        y = rounded_product(x.float(), linear.weight.t(), linear.scale.t().float()).to(x.dtype)
-        return y if bias is None else y + bias
+            if more is None or more.ndim == 1:
+                return F.linear(x, linear.dequantised(), more)
+            return torch.addmm(more.flatten(0, -2), x.flatten(0, -2), linear.dequantised().t()).view(more.shape)
+        weight, scale = linear.stored()
+        y = rounded_product(x.float(), weight.t(), scale.t().float()).to(x.dtype)
+        return y if more is None else y + more
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        weight, scale = ctx.linear.weight, ctx.linear.scale.t().float()  # (1, out): of the axis that is summed over
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        more = dy if ctx.needs_input_grad[2] else None
         if not ctx.linear.rounds(dy):
-            return dy @ ctx.linear.dequantised(), None
+            return dy @ ctx.linear.dequantised(), None, more
+        weight, scale = ctx.linear.stored()
         weight = weight if weight.dtype == torch.int8 else weight.t().contiguous().t()  # fp8: column by column
-        return rounded_product(dy.float() * scale, weight, scale.new_ones(1, weight.shape[1])).to(dy.dtype), None
+        scale = scale.t().float()  # (1, out): of the axis that is summed over
+        return rounded_product(dy.float() * scale, weight, scale.new_ones(1, weight.shape[1])).to(dy.dtype), None, more
 
 
 def is_quantised(name: str) -> bool:
@@ -141,30 +158,38 @@ def quantising(precision: str, chosen: Callable[[str], bool] = is_quantised) -> 
 
 
 def open_flux(
-    model: load.Checkpoint, device: torch.device, dtype: torch.dtype, precision: str, cache: Path, merge: Hook = None
+    model: load.Checkpoint,
+    place: Place,
+    dtype: torch.dtype,
+    precision: str,
+    cache: Path,
+    merge: Hook = None,
+    chosen: Callable[[str], bool] = is_quantised,
 ) -> Flux:
     """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
     where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own.
 
+    place: a device, or one for each tensor's name. chosen: the weights that are quantised, by name.
     merge: changes each weight when it is there, before it is quantised; what is made of changed weights is not kept.
     """
     form = form_of(precision)
     if not form or merge:
-        steps = [step for step in (merge, quantising(precision)) if step]
-        return load.load_flux(model, device, dtype, then=lambda *tensor: [step(*tensor) for step in steps])
+        steps = [step for step in (merge, quantising(precision, chosen)) if step]
+        return load.load_flux(model, place, dtype, then=lambda *tensor: [step(*tensor) for step in steps])
     weights = weights_id(model.components["transformer"], cache / "weights.json")
-    file = cache / f"{digest(weights, form.partition('-')[0], str(dtype))}.safetensors"  # -dynamic has the same weights
+    kind = form.partition("-")[0]  # -dynamic has the same weights
+    file = cache / f"{digest(weights, kind, str(dtype), chosen.__name__)}.safetensors"
     print(f"the blocks' weights in {form}, from {file}{'' if file.is_file() else ', which is made first'}")
     if file.is_file():
         try:
-            return read_kept(load.empty_flux(model)[0], form, file, device)
+            return read_kept(load.empty_flux(model)[0], form, file, place, chosen)
         except (ValueError, SafetensorError) as error:
             print(f"{file} is damaged ({error}); it is made anew")
-    keep(model, device, dtype, form, file)
-    return read_kept(load.empty_flux(model)[0], form, file, device)
+    keep(model, place, dtype, form, file, chosen)
+    return read_kept(load.empty_flux(model)[0], form, file, place, chosen)
 
 
-def keep(checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype, form: str, file: Path):
+def keep(model: load.Checkpoint, place: Place, dtype: torch.dtype, form: str, file: Path, chosen: Callable):
     """Quantise a transformer tensor by tensor into a safetensors file, which appears whole or not at all."""
     header, sums = {}, {}
     with whole_file(file) as temporary, open(temporary, "wb") as out:
@@ -172,7 +197,7 @@ def keep(checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype, 
         def write(flux: Flux, name: str):
             stem, _, leaf = name.rpartition(".")
             tensor = flux.get_parameter(name).detach()
-            for part, kept in (parts_of(tensor, form) if is_quantised(name) else {leaf: tensor}).items():
+            for part, kept in (parts_of(tensor, form) if chosen(name) else {leaf: tensor}).items():
                 key, kept, start = f"{stem}.{part}", kept.cpu(), out.tell() - 8 - HEADER
                 header[key] = {"dtype": IN_FILE[kept.dtype], "shape": kept.shape}
                 header[key]["data_offsets"] = [start, start + out.write(kept.flatten().view(torch.uint8).numpy())]
@@ -180,23 +205,23 @@ def keep(checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype, 
             setattr(flux.get_submodule(stem), leaf, nn.Parameter(tensor.to("meta"), requires_grad=False))
 
         out.seek(8 + HEADER)
-        load.load_flux(checkpoint, device, dtype, then=write)
+        load.load_flux(model, place, dtype, then=write)
         text = json.dumps({"__metadata__": {"checksums": json.dumps(sums)}, **header}).encode().ljust(HEADER)
         assert len(text) == HEADER
         out.seek(0)
         out.write(len(text).to_bytes(8, "little") + text)
 
 
-def read_kept(flux: Flux, form: str, file: Path, device: torch.device) -> Flux:
+def read_kept(flux: Flux, form: str, file: Path, place: Place, chosen: Callable) -> Flux:
     """Fill a transformer on `meta` from what was kept. Raises ValueError or SafetensorError on damage."""
     handle = open_safetensors(file)
     for name, wanted in json.loads((handle.metadata() or {}).get("checksums", "")).items():
         (stem, _, leaf), tensor = name.rpartition("."), handle.get_tensor(name)
         if checksum(tensor) != wanted:
             raise ValueError(f"{name} is not as it was written")
-        if is_quantised(name):
+        if chosen(name):
             flux.set_submodule(stem, QuantisedLinear(flux.get_submodule(stem), {}, form.endswith("-dynamic")))
-        owner, copy = flux.get_submodule(stem), tensor.to(device, copy=True)
+        owner, copy = flux.get_submodule(stem), tensor.to(place(name) if callable(place) else place, copy=True)
         release(tensor)
         buffer = isinstance(owner, QuantisedLinear) and leaf != "bias"
         setattr(owner, leaf, copy if buffer else nn.Parameter(copy, requires_grad=False))

@@ -92,7 +92,7 @@ def attach(flux: Flux, ours: str, update: Update):
     if not isinstance(linear, Adapted):
         linear = Adapted(linear)
         flux.set_submodule(ours, linear)
-    linear.updates.append(update.to(linear.base.weight.device))
+    linear.updates.append(update.to(next(flux.parameters()).device))  # what it stands beside may be elsewhere
 
 
 def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):

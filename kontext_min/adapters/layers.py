@@ -141,10 +141,10 @@ class Shared(torch.autograd.Function):
 
 
 class Adapted(nn.Module):
-    """A frozen linear (or what stands for one) with any number of updates, each added to its own output rows.
+    """A frozen linear, or what stands for one, with any number of updates, each added to its own output rows.
 
-    An update's `dropout` is the share of its inputs left out, by draws of torch's global generator, wherever gradients
-    are recorded.
+    What stands for a linear has `onto(change, x)`, its product with x added to the change. An update's `dropout` is the
+    share of its inputs left out, by draws of torch's global generator, wherever gradients are recorded.
     """
 
     def __init__(self, base: nn.Module):
@@ -162,9 +162,9 @@ class Adapted(nn.Module):
         x, lows = self.lows(x)
         change = self.change(x, lows)
         add = Tensor.add_ if lows or len(self.updates) > 1 else torch.add  # one update's own output stays as it is
-        if not isinstance(self.base, nn.Linear):
-            return add(change, self.base(x))
         change = change if self.base.bias is None else add(change, self.base.bias)
+        if not isinstance(self.base, nn.Linear):
+            return self.base.onto(change, x)
         return torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.base.weight.t()).view(change.shape)
 
     def lows(self, x: Tensor) -> tuple[Tensor, dict[Update, Tensor]]:

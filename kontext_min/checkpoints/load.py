@@ -234,8 +234,10 @@ def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]
     return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else same_names(flux)
 
 
-def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None) -> Flux:
-    """The transformer, frozen and in eval mode, in `dtype` on `device`; `then` as in `fill`, to quantise on the way."""
+def load_flux(
+    checkpoint: Checkpoint, device: torch.device | Callable, dtype: torch.dtype, then: Callable | None = None
+) -> Flux:
+    """The transformer, frozen and in eval mode, in `dtype`; device and then as in `fill`, to quantise on the way."""
     return fill(*empty_flux(checkpoint), dtype, device, then)
 
 

@@ -114,12 +114,13 @@ def fill(
     tensors: Tensors,
     table: Mapping[str, Source],
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Callable[[str], torch.device],
     then: Callable[[nn.Module, str], None] | None = None,
 ) -> nn.Module:
     """Give a module built on `meta` its parameters, one tensor at a time, all names and shapes checked beforehand.
 
-    table: our name -> where it comes from; then(module, our name) is called after each tensor, to change its form.
+    table: our name -> where it comes from; device: one for all, or device(our name).
+    then(module, our name) is called after each tensor, to change its form.
     -> the module, frozen and in eval mode. Raises ValueError on missing, unexpected or mis-shaped tensors.
     """
     parameters = dict(module.named_parameters())
@@ -133,7 +134,8 @@ def fill(
     refuse(tensors.title, "tensors of the wrong shape", wrong)
     for ours, source in table.items():
         parts = [tensors.read(name) for name in source.names]
-        tensor = source.assemble(parts).to(device=device, dtype=dtype, copy=True).contiguous()  # no view of the file
+        place = device(ours) if callable(device) else device
+        tensor = source.assemble(parts).to(device=place, dtype=dtype, copy=True).contiguous()  # no view of the file
         for part in parts:
             release(part)
         owner, _, leaf = ours.rpartition(".")
