@@ -35,6 +35,7 @@ class Editor:
     vae: VAE
     shift: flow.Shift
     preset: Preset
+    ahead: Callable[[Tensor, Tensor, Tensor], object] = lambda *inputs: None  # is told of all steps' (t, vec, guidance)
 
     @property
     def device(self) -> torch.device:
@@ -113,6 +114,8 @@ def edit(
     shape = (1, editor.vae.config.latent_channels, size.height // factor, size.width // factor)
     x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed)).to(editor.device)
     times = flow.schedule(sampling.steps, flow.token_count(*shape[-2:]), editor.shift)
+    for _, vec in (text, *([negative] if negative and sampling.cfg_scale != 1 else [])):
+        editor.ahead(times[:-1], vec.expand(sampling.steps, -1), torch.full_like(times[:-1], sampling.guidance))
     for x in sampler.euler(sampler.guided(editor.flux, condition, unwanted, sampling), x, times):  # noqa: B020
         each_step(x)
     return decode_image(editor.vae, x)

@@ -141,8 +141,8 @@ class Inputs(Copies):
             return part(*inputs)
 
     def pack(self, x: Tensor) -> Tensor | int:
-        """A large tensor that needs a gradient -> its number; others as they are."""
-        if not x.requires_grad or x.nbytes < LARGE:
+        """Large activations -> their number; others as they are, and rotations, which all blocks share."""
+        if x.is_complex() or x.nbytes < LARGE:
             return x
         self.count += 1
         with self.beside():
@@ -152,10 +152,10 @@ class Inputs(Copies):
         return self.count
 
     def unpack(self, packed: Tensor | int) -> Tensor:
-        """The tensor again, on the device; those that backward needs next begin to come."""
+        """The tensor again, on the device; the one that backward needs next begins to come."""
         if isinstance(packed, Tensor):
             return packed
-        for number in (packed, packed - 1, packed - 2):
+        for number in (packed, packed - 1):
             if number in self.kept:
                 with self.beside():
                     self.coming[number] = self.kept.pop(number).to(self.device, non_blocking=True), self.done()

@@ -188,12 +188,13 @@ class DoubleStreamBlock(nn.Module):
         """All but the last gates and sums: img and txt after attention, and what their feed-forwards add to each."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2 = txt_mod
-        img_q, img_k, img_v = self.img_attn.qkv_heads(modulate(self.img_norm1(img), img_shift1, img_scale1))
-        txt_q, txt_k, txt_v = self.txt_attn.qkv_heads(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))
-        q = torch.cat([txt_q, img_q], dim=2)  # (B, H, L_txt + L_img, D)
-        k = torch.cat([txt_k, img_k], dim=2)
-        v = torch.cat([txt_v, img_v], dim=2)
-        x = self.attend(q, k, v, pe)  # (B, L_txt + L_img, hidden)
+        streams = zip(
+            self.txt_attn.qkv_heads(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)),
+            self.img_attn.qkv_heads(modulate(self.img_norm1(img), img_shift1, img_scale1)),
+            strict=True,
+        )
+        qkv = (torch.cat(parts, dim=2) for parts in streams)  # (B, H, L_txt + L_img, D) each
+        x = self.attend(*qkv, pe)  # (B, L_txt + L_img, hidden)
         txt_x, img_x = x.split([txt.shape[1], img.shape[1]], dim=1)
 
         txt = txt + txt_gate1 * self.txt_attn.proj(txt_x)
@@ -226,8 +227,7 @@ class SingleStreamBlock(nn.Module):
         """What the block adds to these tokens, before its gate."""
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
         q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        q, k = self.norm(q, k)
-        attention = self.attend(q, k, v, pe, rows=rows)  # (B, L, hidden)
+        attention = self.attend(*self.norm(q, k), v, pe, rows=rows)  # (B, L, hidden)
         return self.linear2(torch.cat([attention, F.gelu(mlp[:, rows], approximate="tanh")], dim=-1))
 
 

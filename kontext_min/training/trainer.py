@@ -5,9 +5,9 @@ Every random draw is a function of (seed, batch number, example), so that a run 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count, islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,9 +24,18 @@ from kontext_min.data.examples import Batch, Examples, Use
 from kontext_min.models.flux import Flux
 from kontext_min.training.optim import rate_factor, set_rate
 
+Ahead = Callable[[Tensor, Tensor, Tensor], object]  # is told of (t, vec, guidance) before their turn
+
 
 def train(
-    config: Config, flux: Flux, optimizer: Optimizer, examples: Examples, shift: flow.Shift, start: int = 0, skipped=0
+    config: Config,
+    flux: Flux,
+    optimizer: Optimizer,
+    examples: Examples,
+    shift: flow.Shift,
+    start: int = 0,
+    skipped: int = 0,
+    ahead: Ahead = lambda *inputs: None,
 ) -> Iterator[tuple[int, dict]]:
     """Optimizer steps start + 1 to max_train_steps, each yielded with its numbers when it is done.
 
@@ -35,12 +44,12 @@ def train(
     before the start, are left out instead: their loss is None.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    share = config.gradient_accumulation_steps * parallel.world()
+    own, share = config.gradient_accumulation_steps, config.gradient_accumulation_steps * parallel.world()
     curve = (config.lr_end / config.learning_rate, config.lr_power, config.lr_num_cycles)
-    numbered = islice(enumerate(batches(examples, config)), start * share, None)
+    ready = (one for one, _ in pairwise(prepared(config, examples, shift, start * share, parallel.place(flux), ahead)))
     for step in range(start + 1, config.max_train_steps + 1):
-        began, mine = time.perf_counter(), parallel.own([*islice(numbered, share)])
-        losses, seen = zip(*(learn(config, flux, examples, shift, *one, share) for one in mine), strict=True)
+        began = time.perf_counter()
+        losses, seen = zip(*(learn(config, flux, *one, share) for one in islice(ready, own)), strict=True)
         loss = parallel.total(sum(losses))
         parallel.summed([parameter.grad for parameter in parameters])
         norm = float(parallel.whole(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
@@ -61,12 +70,21 @@ def train(
         yield step, {**values, "seconds": time.perf_counter() - began}
 
 
+def prepared(
+    config: Config, examples: Examples, shift: flow.Shift, first: int, device: torch.device, ahead: Ahead
+) -> Iterator[tuple[int, list[Use], Batch, "Draw"]]:
+    """This rank's batches from number `first` on, without end, each with all that is random in it."""
+    for number, uses in islice(enumerate(batches(examples, config)), first + parallel.rank(), None, parallel.world()):
+        batch = examples.batch(uses, device)
+        drawn = draw(batch, uses, number, config, shift)
+        ahead(drawn.t, batch.condition.vec, drawn.guidance)
+        yield number, uses, batch, drawn
+
+
 def learn(
-    config: Config, flux: Flux, examples: Examples, shift: flow.Shift, number: int, uses: list[Use], share: int
+    config: Config, flux: Flux, number: int, uses: list[Use], batch: Batch, drawn: "Draw", share: int
 ) -> tuple[float, str]:
     """Add the gradient of batch `number`, one of `share`, to what there is. -> its part of the loss, and what it is."""
-    batch = examples.batch(uses, parallel.place(flux))
-    drawn = draw(batch, uses, number, config, shift)
     torch.manual_seed(seeded("dropout", config.seed, number).initial_seed())
     loss = flow_loss(flux, batch, drawn, config.loss_type, config.huber_c) / share
     loss.backward()
