@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -51,15 +52,15 @@ class Nano(nn.Module):
         for table in (embeddings.token_embedding, embeddings.position_embedding):
             nn.init.normal_(table.weight, std=0.1)
 
-    def condition(self, ids: tuple[Tensor, Tensor], references: list[Tensor]) -> Condition:
-        """(T5 ids, CLIP ids), each (B, LENGTH), and normalised reference latents -> what `flow.velocity` takes."""
-        return Condition(txt=self.t5(ids[0]), vec=self.clip(ids[1]), references=references)
+    def condition(self, ids: Tensor, references: list[Tensor]) -> Condition:
+        """Ids of T5 and CLIP (B, 2, LENGTH) and normalised reference latents -> what `flow.velocity` takes."""
+        return Condition(txt=self.t5(ids[:, 0]), vec=self.clip(ids[:, 1]), references=references)
 
 
-def tokenizers_of(folder: Path) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
-    """Both tokenizers of a model folder: prompts -> (T5 ids, CLIP ids), each (B, LENGTH)."""
+def tokenizers_of(folder: Path) -> Callable[[list[str]], Tensor]:
+    """Both tokenizers of a model folder: prompts -> ids of T5 and CLIP, (B, 2, LENGTH)."""
     t5, clip = T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer")
-    return lambda prompts: (t5(prompts), clip(prompts))
+    return lambda prompts: torch.stack([t5(prompts), clip(prompts)], dim=1)
 
 
 def export(folder: Path, nano: Nano, vae: VAE) -> None:
