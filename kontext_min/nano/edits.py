@@ -109,11 +109,6 @@ def inset(picture: Picture, second: Picture) -> Picture:
     return result
 
 
-def compress(picture: Picture) -> Picture:
-    """What "jpeg clean-up" starts from."""
-    return from_image(degrade(to_image(picture), "jpeg", {"quality": 12}, np.random.default_rng(0)))
-
-
 PICTURE_EDITS = {
     "grayscale": gray,
     "darker": lambda picture: picture * 0.5,
@@ -132,7 +127,10 @@ TARGETS = {
 }
 DEGRADATIONS = {
     "deblur": ("deblur the picture", lambda picture: blurred(picture, 40)),
-    "jpeg clean-up": ("clean up the jpeg artifacts", compress),
+    "jpeg clean-up": (
+        "clean up the jpeg artifacts",
+        lambda picture: from_image(degrade(to_image(picture), "jpeg", {"quality": 12}, np.random.default_rng(0))),
+    ),
 }
 HELD_OUT = (*TARGETS, "hollow", "inset", *DEGRADATIONS)  # never in pretraining, so that a LoRA has something to teach
 
@@ -210,12 +208,10 @@ def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str
         raise ValueError(f"{folder} is not empty; name a new folder")
     r, data = np.random.default_rng([6, len(edit)]), {}
     for i in range(count):
-        if r.random() < replay:
-            task, prefix = example("train", 2 * 10**6 + i, PAIR_SIZE), "replay-"
-            if len(task.references) != 1:
-                task = example("train", 2 * 10**6 + i, PAIR_SIZE, "keep")
-        else:
-            task, prefix = example("train", 3 * 10**6 + i, PAIR_SIZE, edit), ""
+        prefix, index = ("replay-", 2 * 10**6 + i) if r.random() < replay else ("", 3 * 10**6 + i)
+        task = example("train", index, PAIR_SIZE, None if prefix else edit)
+        if prefix and len(task.references) != 1:
+            task = example("train", index, PAIR_SIZE, "keep")
         target, ids = f"{prefix}target", [f"{prefix}reference-{k}" for k in range(1, len(task.references) + 1)]
         for part, picture in zip([target, *ids], [task.target, *task.references], strict=True):
             (folder / part).mkdir(parents=True, exist_ok=True)
