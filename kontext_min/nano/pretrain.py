@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
@@ -103,53 +103,46 @@ class Muon(torch.optim.Optimizer):
             p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
-class Training:
-    """A network and its optimizers: Muon for matrices, Adam for vectors and names in `adam`; it goes on from `file`."""
+def optimizers(
+    network: nn.Module, muon: float, adam: float, names: tuple[str, ...] = ()
+) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, Adam for vectors and what has one of these names, each with its learning rate."""
+    matrices, others = [], []
+    for place, p in network.named_parameters():
+        (others if p.ndim < 2 or any(name in place for name in names) else matrices).append(p)
+    betas = (0.9, 0.98)
+    return [Muon(matrices, {"lr": muon, "weight_decay": 0.01}), torch.optim.Adam(others, adam, betas, fused=True)]
 
-    def __init__(self, file: Path, name: str, network: nn.Module, rates: tuple[float, float], adam: tuple = ()):
-        self.name, self.network, self.rates = name, network, rates
-        self.step, matrices, others = 0, [], []
-        for place, p in network.named_parameters():
-            (others if p.ndim < 2 or any(part in place for part in adam) else matrices).append(p)
-        muon = Muon(matrices, {"lr": rates[0], "weight_decay": 0.01})
-        self.optims = [muon, torch.optim.Adam(others, rates[1], betas=(0.9, 0.98), fused=True)]
-        self.go_on(file)
 
-    def go_on(self, file: Path) -> None:
-        """From what the file holds, if it is there; from now on it is the one that is written."""
-        self.file = file
-        if file.exists():
-            state = torch.load(file, weights_only=True)
-            self.network.load_state_dict(state[self.name])
-            for optim, saved in zip(self.optims, state["optims"], strict=True):
-                optim.load_state_dict(saved)
-            self.step = state["step"]
-
-    def run(self, last: int, loss_of: Callable[[int], Tensor], share_of: Callable[[int], float]) -> None:
-        """Up to step `last`, each at its share of the learning rates; the file is written at times and at the end."""
-        losses = []
-        while self.step < last:
-            losses.append(loss_of(self.step))
-            losses[-1].backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            for optim, full in zip(self.optims, self.rates, strict=True):
-                optim.param_groups[0]["lr"] = full * share_of(self.step)
-                optim.step()
-                optim.zero_grad()
-            losses[-1] = losses[-1].item()
-            self.step += 1
-            if self.step % LOG_EVERY == 0:
-                recent, minutes = np.mean(losses[-LOG_EVERY:]), time.process_time() / 60
-                print(f"{self.name} step {self.step} loss {recent:.4f} cpu {minutes:.2f} min", flush=True)
-            if self.step % SAVE_EVERY == 0:
-                self.save()
-        self.save()
-
-    def save(self) -> None:
-        """Replace the file."""
-        optims = [optim.state_dict() for optim in self.optims]
-        with whole_file(self.file) as file:
-            torch.save({self.name: self.network.state_dict(), "optims": optims, "step": self.step}, file)
+def train(
+    file: Path, network: nn.Module, optims: list[torch.optim.Optimizer], steps: range,
+    loss_of: Callable[[int], Tensor], share_of: Callable[[int], float],
+) -> None:  # fmt: skip
+    """Steps of a loss, at shares of the learning rates. Goes on from the file, written at times and at the end."""
+    step, losses = steps.start, []
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        network.load_state_dict(state["network"])
+        for optim, saved in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+        step = state["step"]
+    while step < steps.stop:
+        loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optim in optims:
+            optim.param_groups[0]["lr"] = optim.defaults["lr"] * share_of(step)
+            optim.step()
+            optim.zero_grad()
+        step += 1
+        losses.append(loss.item())
+        if step % LOG_EVERY == 0:
+            recent, minutes = np.mean(losses[-LOG_EVERY:]), time.process_time() / 60
+            print(f"{file.stem} step {step} loss {recent:.4f} cpu {minutes:.2f} min", flush=True)
+        if step % SAVE_EVERY == 0 or step == steps.stop:
+            with whole_file(file) as unfinished:
+                saved = [optim.state_dict() for optim in optims]
+                torch.save({"network": network.state_dict(), "optims": saved, "step": step}, unfinished)
 
 
 def to_tensor(pictures: list[Picture]) -> Tensor:
@@ -194,7 +187,7 @@ def pretrain_vae(folder: Path, steps: int) -> VAE:
     def share_of(step: int) -> float:  # warm-up over 50 steps, then half a cosine down to zero
         return min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-    Training(folder / "vae.pt", "vae", vae, (VAE_RATE, VAE_RATE)).run(steps, loss_of, share_of)
+    train(folder / "vae.pt", vae, optimizers(vae, VAE_RATE, VAE_RATE), range(steps), loss_of, share_of)
     vae.eval().requires_grad_(False)
     z = torch.cat([vae.moments(pictures_of(10**6 + i))[0] for i in range(512 // VAE_BATCH)])
     shift, scale = round(z.mean().item(), 5), round(1 / z.std().item(), 5)  # which make latents N(0, 1)
@@ -263,10 +256,10 @@ def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
 
 
 def flux_loss(nano: Nano, empty: Tensor, data: Bucket, generator: torch.Generator) -> Tensor:
-    """Weighted squared error of the velocity at random times and guidance 1; some captions are empty (1, 2, LENGTH)."""
+    """Weighted squared error of the velocity at random times and guidance 1; some captions are `empty`."""
     target, *references = data.latents.unbind(1)
     dropped = torch.rand(len(target), 1, 1, generator=generator) < CAPTION_DROPOUT
-    ids = torch.where(dropped, empty[..., : data.ids.shape[-1]], data.ids)
+    ids = torch.where(dropped, empty, data.ids)
     t, noise, x_t = noisy(target, generator)
     v = flow.velocity(nano.flux, x_t, t, nano.condition(ids, references), torch.ones_like(t))
     weights = token_weights(target, references)
@@ -296,26 +289,23 @@ def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...],
     """
     torch.manual_seed(2)
     nano, empty, total = Nano(), tokenizers_of(folder)([""]), sum(phase.steps for phase in phases)
-    training = Training(work / "flux.pt", "nano", nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
+    optims = optimizers(nano, MUON_RATE, ADAM_RATE, ADAM_NAMES)
+    buckets_of = lru_cache(maxsize=1)(partial(cached_buckets, work, vae, folder))
 
-    def train(phase: Phase, last: int, loss: Callable[..., Tensor], share_of: Callable[[int], float]):
-        buckets = cached_buckets(work, vae, folder, phase)
-
+    def run(name: str, phase: Phase, steps: range, loss: Callable[..., Tensor], share_of: Callable[[int], float]):
         def loss_of(step: int) -> Tensor:
             generator = torch.Generator().manual_seed(step)
-            return loss(data=choose(buckets, phase, generator), generator=generator)
+            data = choose(buckets_of(phase), phase, generator)
+            return loss(empty[..., : data.ids.shape[-1]], data, generator)
 
-        training.run(last, loss_of, share_of)
+        train(work / name, nano, optims, steps, loss_of, share_of)
         export(folder, nano, vae)
 
     def share_of(step: int) -> float:
         return min(1.0, (step + 1) / WARM_UP, (total - step) / (DECAY * total))
 
     for phase, last in zip(phases, accumulate(phase.steps for phase in phases), strict=True):
-        if training.step < last:
-            train(phase, last, partial(flux_loss, nano, empty), share_of)
-    teacher = copy.deepcopy(nano).requires_grad_(False)
-    training.go_on(work / "distilled.pt")
-    short = replace(phases[-1], batch=phases[-1].batch // 2)
-    loss, last = partial(distil_loss, nano, teacher, empty), total + distil
-    train(short, last, loss, lambda step: DISTIL_SHARE * (last - step) / distil)
+        run("flux.pt", phase, range(last), partial(flux_loss, nano), share_of)
+    loss = partial(distil_loss, nano, copy.deepcopy(nano).requires_grad_(False))
+    half, last = replace(phases[-1], batch=phases[-1].batch // 2), total + distil
+    run("distilled.pt", half, range(total, last), loss, lambda step: DISTIL_SHARE * (last - step) / distil)
