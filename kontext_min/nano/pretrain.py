@@ -7,11 +7,11 @@ import copy
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -166,10 +166,12 @@ def pictures_of(step: int) -> Tensor:
     return to_tensor([training_picture(step * VAE_BATCH + i) for i in range(VAE_BATCH)])
 
 
-def vae_loss(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
+def vae_loss(vae: VAE, step: int) -> Tensor:
     """Absolute and squared error, error of the gradients, and a little KL so that latents have a known scale."""
+    x = pictures_of(step)
     mean, logvar = vae.moments(x)
-    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+    z = mean + torch.exp(0.5 * logvar) * noise
     error = vae.decoder(z) - x
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -181,13 +183,10 @@ def pretrain_vae(folder: Path, steps: int) -> VAE:
     torch.manual_seed(1)
     vae = VAE(AUTOENCODER).to(memory_format=torch.channels_last)
 
-    def loss_of(step: int) -> Tensor:
-        return vae_loss(vae, pictures_of(step), torch.Generator().manual_seed(step))
-
     def share_of(step: int) -> float:  # warm-up over 50 steps, then half a cosine down to zero
         return min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-    train(folder / "vae.pt", vae, optimizers(vae, VAE_RATE, VAE_RATE), range(steps), loss_of, share_of)
+    train(folder / "vae.pt", vae, optimizers(vae, VAE_RATE, VAE_RATE), range(steps), partial(vae_loss, vae), share_of)
     vae.eval().requires_grad_(False)
     z = torch.cat([vae.moments(pictures_of(10**6 + i))[0] for i in range(512 // VAE_BATCH)])
     shift, scale = round(z.mean().item(), 5), round(1 / z.std().item(), 5)  # which make latents N(0, 1)
@@ -197,9 +196,9 @@ def pretrain_vae(folder: Path, steps: int) -> VAE:
 
 @torch.no_grad()
 def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> None:
-    """Every PARTS-th batch of the phase's examples, drawn, encoded and sorted into buckets; the suffix is the first."""
+    """Every PARTS-th batch of the phase's examples, drawn and encoded; the file's suffix is the first."""
     torch.set_num_threads(1)
-    tokenize, chunks = tokenizers_of(tokenizer_folder), defaultdict(list)
+    tokenize, chunks = tokenizers_of(tokenizer_folder), []
     for start in range(int(file.suffix[1:]) * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
         size = phase.sizes[start // ENCODE_BATCH % len(phase.sizes)]
         numbers = range(start, min(start + ENCODE_BATCH, phase.examples))
@@ -208,14 +207,9 @@ def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> No
             group = [task for task in tasks if len(task.references) == count]
             columns = zip(*((task.target, *task.references) for task in group), strict=True)
             latents = torch.stack([vae.encode(to_tensor(pictures)).half() for pictures in columns], dim=1)
-            chunks[count, *size].append((latents, tokenize([task.prompt for task in group])))
+            chunks.append(((count, *size), latents, tokenize([task.prompt for task in group])))
     with whole_file(file) as unfinished:
-        torch.save({key: tuple(joined(parts)) for key, parts in chunks.items()}, unfinished)
-
-
-def joined(parts: Iterable[tuple[Tensor, Tensor]]) -> Bucket:
-    """Several buckets of one size as one."""
-    return Bucket(*map(torch.cat, zip(*parts, strict=True)))
+        torch.save(chunks, unfinished)
 
 
 def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> list[Bucket]:
@@ -225,8 +219,10 @@ def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase)
         print(f"latents {phase.name}: making {len(missing)} of {PARTS} parts", flush=True)
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             list(pool.map(partial(write_part, vae=vae, tokenizer_folder=tokenizer_folder, phase=phase), missing))
-    parts = [torch.load(file, weights_only=True) for file in files]
-    return [joined(part[key] for part in parts if key in part) for key in sorted(set().union(*parts))]
+    buckets = defaultdict(list)
+    for key, *chunk in chain.from_iterable(torch.load(file, weights_only=True) for file in files):
+        buckets[key].append(chunk)
+    return [Bucket(*map(torch.cat, zip(*chunks, strict=True))) for _, chunks in sorted(buckets.items())]
 
 
 def choose(buckets: list[Bucket], phase: Phase, generator: torch.Generator) -> Bucket:
