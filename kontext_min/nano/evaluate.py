@@ -77,8 +77,7 @@ def evaluate(
     for name in edits:
         tasks, measured = cases(name, count), []
         for i, task in enumerate(tasks):
-            other = tasks[(i - len(SIZES)) % count]  # of the same size
-            measured.append(measure(editor, texts, task, other, replace(sampling, seed=i)))
+            measured.append(measure(editor, texts, task, tasks[i - 1], replace(sampling, seed=i)))
         numbers, shown = zip(*measured, strict=True)
         columns = {key: [one[key] for one in numbers if not math.isnan(one[key])] for key in numbers[0]}
         table[name] = {key: round(float(np.mean(found)), 3) for key, found in columns.items() if found}
