@@ -53,7 +53,7 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
     tried(make_optimizer, config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
     if config.init_lora and state.chosen(config) is None:
         tried(read_adapter, config.init_lora)
-    sets = tried(read_sets, config, presets.named(name).bucket_step)
+    sets = tried(read_sets, config, presets.preset_of(name).bucket_step)
     if sets and config.sharded and any(e.regularise for e in sets.training):
         problems.append("is_regularisation_data would leave ranks waiting: take out fsdp_enable, or model_type full")
     checkpoint = tried(load.find, presets.locate(name), download=not problems) if model else None
@@ -65,7 +65,7 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
 def report_data(config: Config):
     """--check: all that can be said of the data without weights or a GPU; a contact sheet per set in output_dir."""
     sets, _ = check(config, model=False)
-    shape = presets.named(config.pretrained_model_name_or_path).text_shape
+    shape = presets.preset_of(config.pretrained_model_name_or_path).text_shape
     text = (*shape, 2 if config.mixed_precision == "bf16" else 4)
     print(*sets.notes, *summary(sets.training, text), *per_rank(config, sets.training, shape[0]), sep="\n")
     config.output_dir.mkdir(parents=True, exist_ok=True)

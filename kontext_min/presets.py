@@ -41,13 +41,8 @@ def locate(model: str) -> str:
     return str(copied) if owner and copied.is_dir() and name != NANO.name and not Path(model).exists() else model
 
 
-def named(model: str) -> Preset:
-    """The preset of a model as a user names it, before its files are looked at."""
-    return preset_of(Path(locate(model)))
-
-
-def preset_of(folder: Path) -> Preset:
-    """The preset of a model folder: nano says so in its model_index.json, everything else is Kontext-dev."""
-    index = folder / "model_index.json"
+def preset_of(model: str | Path) -> Preset:
+    """The preset of a model, named by a user or found: nano says so in model_index.json, all others are Kontext-dev."""
+    index = Path(locate(str(model))) / "model_index.json"
     name = read_json(index).get("_name_or_path") if index.exists() else None
     return NANO if name == NANO.name else KONTEXT_DEV

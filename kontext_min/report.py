@@ -14,8 +14,7 @@ from PIL import Image
 from kontext_min.run_folder import RunFolder, read_lines
 
 TEMPLATE = Path(__file__).with_name("report.html")
-FINEST = ((1024, 88), (768, 85), (512, 82), (384, 78), (256, 70), (192, 60))  # longest side in pixels, JPEG quality
-BYTES = 8_000_000  # of all pictures together, by the mean of a sample
+PIXELS = 24_000_000  # of all pictures together: with JPEG's quality below about 8 MB of photographs
 PAIRS, STEPS, POINTS = 24, 12, 600  # shown at most
 GRID, FULL = 1.5, 0.92  # from where on a finding is told
 
@@ -41,9 +40,9 @@ def gather(folder: RunFolder) -> dict:
     steps = sorted({kind for kinds in files for kind in kinds if kind.isdigit()})
     steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(len(steps), STEPS))]
     files = [{kind: file for kind, file in kinds.items() if kind in steps or not kind.isdigit()} for kinds in files]
-    uris = embedded([file for kinds in files for file in kinds.values()])
+    edge = min(1024, max(192, int((PIXELS / (sum(map(len, files)) or 1)) ** 0.5)))
     for i, item in enumerate(items):
-        item["pictures"] = {kind: uris[file] for kind, file in files[i].items()}
+        item["pictures"] = {kind: uri(file, edge) for kind, file in files[i].items()}
         item["psnr"] = {f"{line['step']:06d}": line["pairs"][i] for line in psnr if i < len(line["pairs"])}
     absent = {"pictures (validation/items.json)": items, "loss (metrics.jsonl)": metrics, "PSNR": psnr}
     absent |= {"eval loss and reference probe (validation/eval.jsonl)": held_out, "settings (config.json)": config}
@@ -64,21 +63,12 @@ def read(file: Path, without):
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else without
 
 
-def embedded(files: list[Path]) -> dict[Path, str]:
-    """Pictures as data URIs, the finest that keep the page small, judged by a sample."""
-    sample = files[:: len(files) // 12 or 1]
-    for edge, quality in FINEST:
-        if sum(len(uri(file, edge, quality)) for file in sample) * len(files) <= BYTES * len(sample):
-            break
-    return {file: uri(file, edge, quality) for file in files}
-
-
-def uri(file: Path, edge: int, quality: int) -> str:
+def uri(file: Path, edge: int) -> str:
     """A picture as a data URI: small ones as they are, others as JPEG of at most `edge` pixels a side."""
     image, buffer = Image.open(file).convert("RGB"), io.BytesIO()
     kind = "png" if max(image.size) <= 128 else "jpeg"
     image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
-    image.save(buffer, kind, quality=quality, optimize=True)
+    image.save(buffer, kind, quality=80, optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -86,15 +76,14 @@ def curves(metrics: list[dict], psnr: list[dict], held_out: list[dict]) -> dict:
     """Name -> points, for the page's charts; `times` has the eval loss by time of the first and the last step."""
     probes = [{"step": line["step"], **(line.get("probe") or {})} for line in held_out]
     timed = [(line["step"], line["per_timestep"]) for line in held_out if line.get("per_timestep")]
-    made = {name: curve(metrics, name) for name in ("loss", "lr")} | {"eval": curve(held_out, "loss")}
-    made |= {name: curve(psnr, name) for name in ("base", "lora")} | {"smooth": smooth(made["loss"])}
-    made |= {name: curve(probes, name) for name in ("shuffled", "none")}
+    drawn = {"loss": (metrics, "loss"), "lr": (metrics, "lr"), "eval": (held_out, "loss"), "base": (psnr, "base")}
+    drawn |= {"lora": (psnr, "lora"), "shuffled": (probes, "shuffled"), "none": (probes, "none")}
+    made = {
+        name: [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        for name, (lines, key) in drawn.items()
+    }
+    made["smooth"] = smooth(made["loss"])
     return {name: thinned(points) for name, points in made.items()} | {"times": timed[:1] + timed[1:][-1:]}
-
-
-def curve(lines: list[dict], name: str) -> list[tuple[int, float]]:
-    """(step, value) of a number, where it is there."""
-    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -147,11 +147,9 @@ def test_the_blob_has_the_runs_pictures_numbers_and_settings(run):
 
 def test_large_pictures_and_long_runs_stay_small(run):
     validation = run / "validation"
-    r = np.random.default_rng(0)
-    noise = Image.fromarray(r.integers(0, 256, (1024, 1024, 3), dtype=np.uint8))
     for i in range(3):
         for folder in ("base", "target", "000100", "000150"):
-            noise.save(validation / folder / f"{i:02d}.png", compress_level=0)
+            scene((1024, 1024)).save(validation / folder / f"{i:02d}.png", compress_level=0)
     for step in range(200, 1000, 20):
         (validation / f"{step:06d}").mkdir()
         shutil.copy(validation / "base" / "00.png", validation / f"{step:06d}" / "00.png")

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import json5
@@ -109,11 +109,6 @@ def inset(picture: Picture, second: Picture) -> Picture:
     return result
 
 
-def compress(picture: Picture) -> Picture:
-    """What "jpeg clean-up" starts from."""
-    return from_image(degrade(to_image(picture), "jpeg", {"quality": 12}, np.random.default_rng(0)))
-
-
 PICTURE_EDITS = {
     "grayscale": gray,
     "darker": lambda picture: picture * 0.5,
@@ -132,7 +127,10 @@ TARGETS = {
 }
 DEGRADATIONS = {
     "deblur": ("deblur the picture", lambda picture: blurred(picture, 40)),
-    "jpeg clean-up": ("clean up the jpeg artifacts", compress),
+    "jpeg clean-up": (
+        "clean up the jpeg artifacts",
+        lambda picture: from_image(degrade(to_image(picture), "jpeg", {"quality": 12}, np.random.default_rng(0))),
+    ),
 }
 HELD_OUT = (*TARGETS, "hollow", "inset", *DEGRADATIONS)  # never in pretraining, so that a LoRA has something to teach
 
@@ -172,33 +170,26 @@ def any_picture(r: np.random.Generator, split: str, size: Size) -> tuple[bool, P
 
 def example(split: str, index: int, size: Size, edit: str | None = None) -> Example:
     """Example `index` of "train" or "validation", always the same; `edit` is drawn from MIX unless it is given."""
-    if edit in HELD_OUT:
-        return held_out_example(split, index, size, edit)
-    r = np.random.default_rng([SPLITS[split], index])
-    drawn = r.choice(list(MIX), p=[share for share, *_ in MIX.values()])
-    edit = edit or str(drawn)
+    r = np.random.default_rng([SPLITS[split], 5, index] if edit in HELD_OUT else [SPLITS[split], index])
+    if edit not in HELD_OUT:
+        drawn = r.choice(list(MIX), p=[share for share, *_ in MIX.values()])
+        edit = edit or str(drawn)
     if edit in scenes.EDITS:
         scene = random_scene(r, least=2 if edit == "swap" else 1, most=2 if edit == "text to image" else 3)
         words, drawings = scenes.EDITS[edit](r, scene)
         *references, target = (draw(scene, size) for scene in drawings)
         return Example(edit, instruction(r, edit, **words), tuple(references), target)
-    photograph, reference = any_picture(r, split, size)
-    colour = pick(r, COLOURS) if edit == "border" else ""
-    prompt = instruction(r, edit, colour=colour)
-    target = framed(reference, colour) if edit == "border" else PICTURE_EDITS[edit](reference)
-    return Example(edit, prompt, (reference,), target, photograph)
-
-
-def held_out_example(split: str, index: int, size: Size, edit: str) -> Example:
-    """`example` of one of HELD_OUT."""
-    r = np.random.default_rng([SPLITS[split], 5, index])
     if edit == "hollow":
         return hollow(r, size)
     photograph, picture = any_picture(r, split, size)
     if edit == "inset":
         _, second = any_picture(r, split, size)
         return Example(edit, "inset the second picture", (picture, second), inset(picture, second), photograph)
-    prompt, change = (TARGETS | DEGRADATIONS)[edit]
+    if edit in HELD_OUT:
+        prompt, change = (TARGETS | DEGRADATIONS)[edit]
+    else:
+        colour = pick(r, COLOURS) if edit == "border" else ""
+        prompt, change = instruction(r, edit, colour=colour), PICTURE_EDITS.get(edit, partial(framed, colour=colour))
     changed = change(picture).astype(np.float32)
     reference, target = (changed, picture) if edit in DEGRADATIONS else (picture, changed)
     return Example(edit, prompt, (reference,), target, photograph)
@@ -210,12 +201,10 @@ def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str
         raise ValueError(f"{folder} is not empty; name a new folder")
     r, data = np.random.default_rng([6, len(edit)]), {}
     for i in range(count):
-        if r.random() < replay:
-            task, prefix = example("train", 2 * 10**6 + i, PAIR_SIZE), "replay-"
-            if len(task.references) != 1:
-                task = example("train", 2 * 10**6 + i, PAIR_SIZE, "keep")
-        else:
-            task, prefix = example("train", 3 * 10**6 + i, PAIR_SIZE, edit), ""
+        prefix, index = ("replay-", 2 * 10**6 + i) if r.random() < replay else ("", 3 * 10**6 + i)
+        task = example("train", index, PAIR_SIZE, None if prefix else edit)
+        if prefix and len(task.references) != 1:
+            task = example("train", index, PAIR_SIZE, "keep")
         target, ids = f"{prefix}target", [f"{prefix}reference-{k}" for k in range(1, len(task.references) + 1)]
         for part, picture in zip([target, *ids], [task.target, *task.references], strict=True):
             (folder / part).mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,5 @@
 """nano's parts: the four networks, their sizes and first weights, its two tokenizers, and the model folder."""
 
-import io
 import json
 import re
 from collections import Counter
@@ -8,8 +7,9 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+import torch
+from sentencepiece import SentencePieceTrainer
+from tokenizers import Regex, pre_tokenizers
 from torch import Tensor, nn
 
 from kontext_min.checkpoints.save import save_model, write_json
@@ -51,15 +51,15 @@ class Nano(nn.Module):
         for table in (embeddings.token_embedding, embeddings.position_embedding):
             nn.init.normal_(table.weight, std=0.1)
 
-    def condition(self, ids: tuple[Tensor, Tensor], references: list[Tensor]) -> Condition:
-        """(T5 ids, CLIP ids), each (B, LENGTH), and normalised reference latents -> what `flow.velocity` takes."""
-        return Condition(txt=self.t5(ids[0]), vec=self.clip(ids[1]), references=references)
+    def condition(self, ids: Tensor, references: list[Tensor]) -> Condition:
+        """Ids of T5 and CLIP (B, 2, LENGTH) and normalised reference latents -> what `flow.velocity` takes."""
+        return Condition(txt=self.t5(ids[:, 0]), vec=self.clip(ids[:, 1]), references=references)
 
 
-def tokenizers_of(folder: Path) -> Callable[[list[str]], tuple[Tensor, Tensor]]:
-    """Both tokenizers of a model folder: prompts -> (T5 ids, CLIP ids), each (B, LENGTH)."""
+def tokenizers_of(folder: Path) -> Callable[[list[str]], Tensor]:
+    """Both tokenizers of a model folder: prompts -> ids of T5 and CLIP, (B, 2, LENGTH)."""
     t5, clip = T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer")
-    return lambda prompts: (t5(prompts), clip(prompts))
+    return lambda prompts: torch.stack([t5(prompts), clip(prompts)], dim=1)
 
 
 def export(folder: Path, nano: Nano, vae: VAE) -> None:
@@ -78,32 +78,16 @@ def corpus() -> list[str]:
 
 
 def write_t5(folder: Path) -> None:
-    """SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2; as spiece.model and as tokenizer.json."""
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=model, model_type="unigram", vocab_size=T5_PIECES,
-        normalization_rule_name="identity", required_chars="".join(map(chr, range(33, 127))),
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
-    )  # fmt: skip
-    pieces = SentencePieceProcessor(model_proto=model.getvalue())
-    scores = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
-    unigram = Tokenizer(models.Unigram(scores, unk_id=pieces.unk_id(), byte_fallback=False))
-    unigram.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    unigram.decoder = decoders.Metaspace(prepend_scheme="always")
-    unigram.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", pieces.eos_id())])
-    unigram.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    """SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2."""
+    settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": LENGTH, "extra_ids": 0, "legacy": False}
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    write_settings(folder, "T5Tokenizer", special, extra_ids=0, legacy=False)
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    unigram.save(str(folder / "tokenizer.json"))
-
-
-def write_settings(folder: Path, kind: str, special: dict[str, str], **more) -> None:
-    """The two small files of a tokenizer; the folder is made."""
-    write_json(folder / "special_tokens_map.json", special)
-    settings = {"tokenizer_class": kind, "model_max_length": LENGTH, **more, **special}
-    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings | special)
+    with open(folder / "spiece.model", "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus()), model_writer=file, model_type="unigram", vocab_size=T5_PIECES,
+            normalization_rule_name="identity", required_chars="".join(map(chr, range(33, 127))),
+            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+        )  # fmt: skip
 
 
 def clip_merges(count: int) -> list[tuple[str, str]]:
@@ -130,6 +114,8 @@ def write_clip(folder: Path) -> None:
     merges = clip_merges(CLIP_TOKENS - 2 * len(alphabet) - 2)
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges), BEGIN, END]
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    write_settings(folder, "CLIPTokenizer", {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END})
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH}
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+    write_json(folder / "tokenizer_config.json", settings | special)
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -6,11 +6,15 @@ Everything resumes. Muon is for matrices and kernels, Adam for the rest (Jordan 
 import copy
 import math
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import accumulate, chain
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +26,7 @@ from kontext_min.data.buckets import Size
 from kontext_min.data.cache import whole_file
 from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import TARGETS, any_picture, example
-from kontext_min.nano.model import AUTOENCODER, Nano, export, tokenizers_of
+from kontext_min.nano.model import AUTOENCODER, LENGTH, Nano, export, tokenizers_of
 from kontext_min.nano.scenes import Picture, pick
 
 MOMENTUM = 0.95
@@ -54,14 +58,11 @@ class Phase:
     first_index: int
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Cached examples of one size and number of references. Latents are normalised, fp16, (N, 16, h, w)."""
+class Bucket(NamedTuple):
+    """Examples of one size and number of references."""
 
-    target: Tensor
-    references: list[Tensor]
-    t5: Tensor  # (N, LENGTH)
-    clip: Tensor  # (N, LENGTH)
+    latents: Tensor  # (N, 1 + references, 16, h, w), normalised, the target first; fp16 in the cache
+    ids: Tensor  # (N, 2, LENGTH), of T5 and CLIP
 
 
 # fmt: off
@@ -102,44 +103,46 @@ class Muon(torch.optim.Optimizer):
             p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
-class Training:
-    """A network and its optimizers: Muon for matrices, Adam for vectors and names in `adam`; it goes on from `file`."""
+def optimizers(
+    network: nn.Module, muon: float, adam: float, names: tuple[str, ...] = ()
+) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, Adam for vectors and what has one of these names, each with its learning rate."""
+    matrices, others = [], []
+    for place, p in network.named_parameters():
+        (others if p.ndim < 2 or any(name in place for name in names) else matrices).append(p)
+    betas = (0.9, 0.98)
+    return [Muon(matrices, {"lr": muon, "weight_decay": 0.01}), torch.optim.Adam(others, adam, betas, fused=True)]
 
-    def __init__(self, file: Path, name: str, network: nn.Module, rates: tuple[float, float], adam: tuple = ()):
-        self.file, self.name, self.network, self.rates = file, name, network, rates
-        self.step, self.losses, matrices, others = 0, [], [], []
-        for place, p in network.named_parameters():
-            (others if p.ndim < 2 or any(part in place for part in adam) else matrices).append(p)
-        muon = Muon(matrices, {"lr": rates[0], "weight_decay": 0.01})
-        self.optims = [muon, torch.optim.Adam(others, rates[1], betas=(0.9, 0.98), fused=True)]
-        if file.exists():
-            state = torch.load(file, weights_only=True)
-            network.load_state_dict(state[name])
-            for optim, saved in zip(self.optims, state["optims"], strict=True):
-                optim.load_state_dict(saved)
-            self.step = state["step"]
 
-    def update(self, loss: Tensor, share: float) -> None:
-        """One step of both optimizers at `share` of their learning rates; at times a line, or a save."""
+def train(
+    file: Path, network: nn.Module, optims: list[torch.optim.Optimizer], steps: range,
+    loss_of: Callable[[int], Tensor], share_of: Callable[[int], float],
+) -> None:  # fmt: skip
+    """Steps of a loss, at shares of the learning rates. Goes on from the file, written at times and at the end."""
+    step, losses = steps.start, []
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        network.load_state_dict(state["network"])
+        for optim, saved in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(saved)
+        step = state["step"]
+    while step < steps.stop:
+        loss = loss_of(step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        for optim, full in zip(self.optims, self.rates, strict=True):
-            optim.param_groups[0]["lr"] = full * share
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for optim in optims:
+            optim.param_groups[0]["lr"] = optim.defaults["lr"] * share_of(step)
             optim.step()
             optim.zero_grad()
-        self.step += 1
-        self.losses.append(loss.item())
-        if self.step % LOG_EVERY == 0:
-            recent, minutes = np.mean(self.losses[-LOG_EVERY:]), time.process_time() / 60
-            print(f"{self.name} step {self.step} loss {recent:.4f} cpu {minutes:.2f} min", flush=True)
-        if self.step % SAVE_EVERY == 0:
-            self.save()
-
-    def save(self) -> None:
-        """Replace the file."""
-        optims = [optim.state_dict() for optim in self.optims]
-        with whole_file(self.file) as file:
-            torch.save({self.name: self.network.state_dict(), "optims": optims, "step": self.step}, file)
+        step += 1
+        losses.append(loss.item())
+        if step % LOG_EVERY == 0:
+            recent, minutes = np.mean(losses[-LOG_EVERY:]), time.process_time() / 60
+            print(f"{file.stem} step {step} loss {recent:.4f} cpu {minutes:.2f} min", flush=True)
+        if step % SAVE_EVERY == 0 or step == steps.stop:
+            with whole_file(file) as unfinished:
+                saved = [optim.state_dict() for optim in optims]
+                torch.save({"network": network.state_dict(), "optims": saved, "step": step}, unfinished)
 
 
 def to_tensor(pictures: list[Picture]) -> Tensor:
@@ -163,44 +166,39 @@ def pictures_of(step: int) -> Tensor:
     return to_tensor([training_picture(step * VAE_BATCH + i) for i in range(VAE_BATCH)])
 
 
-def vae_loss(vae: VAE, x: Tensor, generator: torch.Generator) -> Tensor:
+def vae_loss(vae: VAE, step: int) -> Tensor:
     """Absolute and squared error, error of the gradients, and a little KL so that latents have a known scale."""
+    x = pictures_of(step)
     mean, logvar = vae.moments(x)
-    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+    z = mean + torch.exp(0.5 * logvar) * noise
     error = vae.decoder(z) - x
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges + KL_WEIGHT * kl
 
 
-@torch.no_grad()
-def normalised(vae: VAE) -> VAE:
-    """The same weights with the shift and scale that make latents of training pictures N(0, 1)."""
-    z = torch.cat([vae.moments(pictures_of(10**6 + i))[0] for i in range(512 // VAE_BATCH)])
-    config = replace(vae.config, shift_factor=round(z.mean().item(), 5), scaling_factor=round(1 / z.std().item(), 5))
-    result = VAE(config)
-    result.load_state_dict(vae.state_dict())
-    return result.eval().requires_grad_(False)
-
-
 def pretrain_vae(folder: Path, steps: int) -> VAE:
     """Train, or go on from `folder`/vae.pt, or read the finished one. Returns it frozen, with normalised latents."""
     torch.manual_seed(1)
     vae = VAE(AUTOENCODER).to(memory_format=torch.channels_last)
-    training = Training(folder / "vae.pt", "vae", vae, (VAE_RATE, VAE_RATE))
-    while training.step < steps:
-        step = training.step  # warm-up over 50 steps, then half a cosine down to zero
-        share = min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        training.update(vae_loss(vae, pictures_of(step), torch.Generator().manual_seed(step)), share)
-    training.save()
-    return normalised(vae)
+
+    def share_of(step: int) -> float:  # warm-up over 50 steps, then half a cosine down to zero
+        return min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    train(folder / "vae.pt", vae, optimizers(vae, VAE_RATE, VAE_RATE), range(steps), partial(vae_loss, vae), share_of)
+    vae.eval().requires_grad_(False)
+    z = torch.cat([vae.moments(pictures_of(10**6 + i))[0] for i in range(512 // VAE_BATCH)])
+    shift, scale = round(z.mean().item(), 5), round(1 / z.std().item(), 5)  # which make latents N(0, 1)
+    vae.config = replace(vae.config, shift_factor=shift, scaling_factor=scale)
+    return vae.to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
 def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> None:
-    """Every PARTS-th batch of the phase's examples, drawn, encoded and sorted into buckets; the suffix is the first."""
+    """Every PARTS-th batch of the phase's examples, drawn and encoded; the file's suffix is the first."""
     torch.set_num_threads(1)
-    tokenizers, chunks = tokenizers_of(tokenizer_folder), {}
+    tokenize, chunks = tokenizers_of(tokenizer_folder), []
     for start in range(int(file.suffix[1:]) * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
         size = phase.sizes[start // ENCODE_BATCH % len(phase.sizes)]
         numbers = range(start, min(start + ENCODE_BATCH, phase.examples))
@@ -208,18 +206,10 @@ def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> No
         for count in {len(task.references) for task in tasks}:
             group = [task for task in tasks if len(task.references) == count]
             columns = zip(*((task.target, *task.references) for task in group), strict=True)
-            target, *references = (vae.encode(to_tensor(pictures)).half().contiguous() for pictures in columns)
-            bucket = Bucket(target, references, *tokenizers([task.prompt for task in group]))
-            chunks.setdefault((count, *size), []).append(bucket)
+            latents = torch.stack([vae.encode(to_tensor(pictures)).half() for pictures in columns], dim=1)
+            chunks.append(((count, *size), latents, tokenize([task.prompt for task in group])))
     with whole_file(file) as unfinished:
-        torch.save({key: vars(joined(buckets)) for key, buckets in chunks.items()}, unfinished)
-
-
-def joined(chunks: list[Bucket]) -> Bucket:
-    """Several buckets of one size as one."""
-    whole = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("target", "t5", "clip")}
-    columns = zip(*(chunk.references for chunk in chunks), strict=True)
-    return Bucket(references=[torch.cat(column) for column in columns], **whole)
+        torch.save(chunks, unfinished)
 
 
 def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> list[Bucket]:
@@ -229,18 +219,20 @@ def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase)
         print(f"latents {phase.name}: making {len(missing)} of {PARTS} parts", flush=True)
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
             list(pool.map(partial(write_part, vae=vae, tokenizer_folder=tokenizer_folder, phase=phase), missing))
-    parts = [torch.load(file, weights_only=True) for file in files]
-    return [joined([Bucket(**part[key]) for part in parts if key in part]) for key in sorted(set().union(*parts))]
+    buckets = defaultdict(list)
+    for key, *chunk in chain.from_iterable(torch.load(file, weights_only=True) for file in files):
+        buckets[key].append(chunk)
+    return [Bucket(*map(torch.cat, zip(*chunks, strict=True))) for _, chunks in sorted(buckets.items())]
 
 
-def choose(buckets: list[Bucket], batch: int, size: Size, generator: torch.Generator) -> Bucket:
-    """The batch of a step: one bucket, in proportion to its examples; as many pixels as `batch` pictures of `size`."""
-    counts = torch.tensor([len(bucket.target) for bucket in buckets], dtype=torch.float32)
-    bucket = buckets[torch.multinomial(counts, 1, generator=generator).item()]
-    count = round(batch * size.width * size.height / (64 * bucket.target[0, 0].numel()))
-    rows = torch.randint(len(bucket.target), (count,), generator=generator)
-    references = [latents[rows].float() for latents in bucket.references]
-    return Bucket(bucket.target[rows].float(), references, bucket.t5[rows], bucket.clip[rows])
+def choose(buckets: list[Bucket], phase: Phase, generator: torch.Generator) -> Bucket:
+    """The batch of a step: of one bucket, drawn in proportion to its examples; as many pixels as the phase wants."""
+    counts = torch.tensor([len(bucket.ids) for bucket in buckets], dtype=torch.float32)
+    latents, ids = buckets[torch.multinomial(counts, 1, generator=generator).item()]
+    count = round(phase.batch * math.prod(phase.sizes[0]) / (64 * latents[0, 0, 0].numel()))
+    rows = torch.randint(len(ids), (count,), generator=generator)
+    length = phase.text_length if latents.shape[1] > 1 else LENGTH  # captions of text-to-image are longer and stay
+    return Bucket(latents[rows].float(), ids[rows, :, :length])
 
 
 def token_weights(target: Tensor, references: list[Tensor]) -> Tensor:
@@ -259,69 +251,57 @@ def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     return t, noise, flow.mix(target, noise, t)
 
 
-def flux_loss(nano: Nano, data: Bucket, empty: tuple[Tensor, Tensor], generator: torch.Generator) -> Tensor:
-    """Weighted squared error of the velocity at random times and guidance 1; some captions are empty."""
-    dropped = torch.rand(len(data.target), 1, generator=generator) < CAPTION_DROPOUT
-    ids = tuple(torch.where(dropped, nothing, own) for nothing, own in zip(empty, (data.t5, data.clip), strict=True))
-    t, noise, x_t = noisy(data.target, generator)
-    v = flow.velocity(nano.flux, x_t, t, nano.condition(ids, data.references), torch.ones_like(t))
-    weights = token_weights(data.target, data.references)
-    error = (flow.pack(v) - flow.pack(noise - data.target)).square().mean(-1, keepdim=True)
+def flux_loss(nano: Nano, empty: Tensor, data: Bucket, generator: torch.Generator) -> Tensor:
+    """Weighted squared error of the velocity at random times and guidance 1; some captions are `empty`."""
+    target, *references = data.latents.unbind(1)
+    dropped = torch.rand(len(target), 1, 1, generator=generator) < CAPTION_DROPOUT
+    ids = torch.where(dropped, empty, data.ids)
+    t, noise, x_t = noisy(target, generator)
+    v = flow.velocity(nano.flux, x_t, t, nano.condition(ids, references), torch.ones_like(t))
+    weights = token_weights(target, references)
+    error = (flow.pack(v) - flow.pack(noise - target)).square().mean(-1, keepdim=True)
     return (weights * error).sum() / weights.sum()
 
 
-def distil_loss(nano: Nano, teacher: Nano, data: Bucket, empty: tuple, generator: torch.Generator) -> Tensor:
+def distil_loss(nano: Nano, teacher: Nano, empty: Tensor, data: Bucket, generator: torch.Generator) -> Tensor:
     """Squared error against the teacher's true classifier-free guidance at random scales (Meng et al. 2023)."""
-    t, _, x_t = noisy(data.target, generator)
+    target, *references = data.latents.unbind(1)
+    t, _, x_t = noisy(target, generator)
     scale = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(len(t), generator=generator)
     with torch.no_grad():
         v, plain = (
-            flow.velocity(teacher.flux, x_t, t, teacher.condition(ids, data.references), torch.ones_like(t))
-            for ids in ((data.t5, data.clip), tuple(nothing.expand(len(t), -1) for nothing in empty))
+            flow.velocity(teacher.flux, x_t, t, teacher.condition(ids, references), torch.ones_like(t))
+            for ids in (data.ids, empty.expand_as(data.ids))
         )
         wanted = plain + scale.view(-1, 1, 1, 1) * (v - plain)
-    given = flow.velocity(nano.flux, x_t, t, nano.condition((data.t5, data.clip), data.references), scale)
+    given = flow.velocity(nano.flux, x_t, t, nano.condition(data.ids, references), scale)
     return (given - wanted).square().mean()
 
 
 def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int) -> None:
-    """Train through all phases and distil guidance, or go on from `work`/flux.pt; each is exported to `folder`."""
+    """Train through all phases in `work`/flux.pt, then distil guidance in distilled.pt; each is exported to `folder`.
+
+    The teacher is the model as the last phase left it.
+    """
     torch.manual_seed(2)
-    nano, empty = Nano(), tokenizers_of(folder)([""])
-    run = Training(work / "flux.pt", "nano", nano, (MUON_RATE, ADAM_RATE), ADAM_NAMES)
-    total, done = sum(phase.steps for phase in phases), 0
-    for phase in phases:
-        done += phase.steps
-        if run.step >= done:
-            continue
-        buckets = cached_buckets(work, vae, folder, phase)
-        while run.step < done:
-            generator = torch.Generator().manual_seed(run.step)
-            data, length = choose(buckets, phase.batch, phase.sizes[0], generator), phase.text_length
-            if data.references:  # captions of text-to-image are longer and stay
-                data = replace(data, t5=data.t5[:, :length], clip=data.clip[:, :length])
-            nothing = tuple(ids[:, : data.t5.shape[1]] for ids in empty)
-            share = min(1.0, (run.step + 1) / WARM_UP, (total - run.step) / (DECAY * total))
-            run.update(flux_loss(nano, data, nothing, generator), share)
-        run.save()
+    nano, empty, total = Nano(), tokenizers_of(folder)([""]), sum(phase.steps for phase in phases)
+    optims = optimizers(nano, MUON_RATE, ADAM_RATE, ADAM_NAMES)
+    buckets_of = lru_cache(maxsize=1)(partial(cached_buckets, work, vae, folder))
+
+    def run(name: str, phase: Phase, steps: range, loss: Callable[..., Tensor], share_of: Callable[[int], float]):
+        def loss_of(step: int) -> Tensor:
+            generator = torch.Generator().manual_seed(step)
+            data = choose(buckets_of(phase), phase, generator)
+            return loss(empty[..., : data.ids.shape[-1]], data, generator)
+
+        train(work / name, nano, optims, steps, loss_of, share_of)
         export(folder, nano, vae)
-    if run.step < total + distil:
-        last = replace(phases[-1], steps=distil, batch=phases[-1].batch // 2)
-        distil_guidance(run, work, cached_buckets(work, vae, folder, last), empty, total, last)
-    export(folder, nano, vae)
 
+    def share_of(step: int) -> float:
+        return min(1.0, (step + 1) / WARM_UP, (total - step) / (DECAY * total))
 
-def distil_guidance(run: Training, folder: Path, buckets: list[Bucket], empty: tuple, first: int, phase: Phase) -> None:
-    """The phase's steps after `first`; the teacher is the model as it was before them, kept in `folder`/teacher.pt."""
-    file, last = folder / "teacher.pt", first + phase.steps
-    if run.step == first:
-        with whole_file(file) as unfinished:
-            torch.save(run.network.state_dict(), unfinished)
-    teacher = copy.deepcopy(run.network).requires_grad_(False)
-    teacher.load_state_dict(torch.load(file, weights_only=True))
-    while run.step < last:
-        generator = torch.Generator().manual_seed(run.step)
-        data = choose(buckets, phase.batch, phase.sizes[0], generator)
-        loss = distil_loss(run.network, teacher, data, empty, generator)
-        run.update(loss, DISTIL_SHARE * (last - run.step) / phase.steps)
-    run.save()
+    for phase, last in zip(phases, accumulate(phase.steps for phase in phases), strict=True):
+        run("flux.pt", phase, range(last), partial(flux_loss, nano), share_of)
+    loss = partial(distil_loss, nano, copy.deepcopy(nano).requires_grad_(False))
+    half, last = replace(phases[-1], batch=phases[-1].batch // 2), total + distil
+    run("distilled.pt", half, range(total, last), loss, lambda step: DISTIL_SHARE * (last - step) / distil)

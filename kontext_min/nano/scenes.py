@@ -77,14 +77,11 @@ def circle_points(count: int, radius: float = 1.0, start: float = 0.0) -> np.nda
     return radius * np.stack([np.sin(angles), -np.cos(angles)], axis=-1)
 
 
-def heart_points() -> np.ndarray:
-    """The usual parametric heart, scaled to the unit disc. (48, 2)"""
-    s = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    x = 16 * np.sin(s) ** 3
-    y = -(13 * np.cos(s) - 5 * np.cos(2 * s) - 2 * np.cos(3 * s) - np.cos(4 * s))
-    return np.stack([x, y - 2.5], axis=-1) / 15.5
-
-
+TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+HEART = (
+    16 * np.sin(TURN) ** 3,
+    -(13 * np.cos(TURN) - 5 * np.cos(2 * TURN) - 2 * np.cos(3 * TURN) - np.cos(4 * TURN)) - 2.5,
+)
 CROSS = np.array([(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)])  # a quarter of its corners
 # name: polygon inside (about) the unit disc, (points, 2)
 SHAPES: dict[str, np.ndarray] = {
@@ -92,7 +89,7 @@ SHAPES: dict[str, np.ndarray] = {
     "square": circle_points(4, 1.15, start=np.pi / 4),
     "triangle": circle_points(3, 1.15),
     "star": np.stack([circle_points(5, 1.12), circle_points(5, 0.5, start=np.pi / 5)], 1).reshape(10, 2),
-    "heart": heart_points(),
+    "heart": np.stack(HEART, axis=-1) / 15.5,
     "cross": np.concatenate([CROSS @ np.linalg.matrix_power([(0, 1), (-1, 0)], turns) for turns in range(4)]),
 }
 

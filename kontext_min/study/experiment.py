@@ -1,6 +1,5 @@
 """One edit that can be made again and again, from the same noise at the same times: measured, and shown on a page."""
 
-import base64
 import html
 import math
 from collections import defaultdict
@@ -234,13 +233,12 @@ def heat_map(values: Table, form: str = "{:.2f}", by_row: bool = False) -> Image
 
 
 def write_page(folder: Path, title: str, about: str, sections: list[tuple[str, str, Image.Image]]) -> Path:
-    """Sections (name, caption, picture) -> NAME.png of each, and index.html with all of them in it."""
+    """Sections (name, caption, picture) -> NAME.png of each, and index.html that shows them all."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"]
     parts += [f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"]
     for name, caption, picture in sections:
-        picture.save(file := folder / f"{name}.png")
-        parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p>")
-        parts.append(f"<img src='data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}'>")
+        picture.save(folder / f"{name}.png")
+        parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p><img src='{name}.png'>")
     (folder / "index.html").write_text("\n".join(parts), encoding="utf-8")
     return folder / "index.html"

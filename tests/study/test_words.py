@@ -1,6 +1,5 @@
 """Where nano looks at the word for the object that it edits. `pytest -s tests/study/test_words.py` prints the table."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +8,12 @@ import torch
 from einops import reduce
 from torch import Tensor
 
+from kontext_min import flow, sampler
+from kontext_min.checkpoints.load import find, load_flux, load_vae
 from kontext_min.data.buckets import Size
+from kontext_min.encoders import TextEncoder
 from kontext_min.nano.edits import instruction
-from kontext_min.nano.evaluate import SAMPLING, Editor
+from kontext_min.nano.model import tokenizers_of
 from kontext_min.nano.pretrain import to_tensor
 from kontext_min.nano.scenes import EDITS, cover, draw, random_scene
 from kontext_min.study.experiment import word_slices
@@ -20,6 +22,25 @@ from kontext_min.study.hooks import Call, attention, average
 SIZE, TOKENS, TEXT, COUNT = Size(96, 96), 36, 24, 50
 STREAMS = {"target": slice(TOKENS), "reference": slice(TOKENS, 2 * TOKENS)}  # of what follows the text
 REPORTED, CHOICE = 0, 1000  # first of the scenes that the table is of, and of those that the head is chosen on
+
+
+class Editor:
+    """nano, for many instructions at once."""
+
+    def __init__(self, folder: Path):
+        checkpoint, place = find(folder), (torch.device("cpu"), torch.float32)
+        self.flux, self.vae = load_flux(checkpoint, *place), load_vae(checkpoint, *place)
+        self.text, self.shift = TextEncoder(checkpoint, *place), checkpoint.shift
+
+    @torch.inference_mode()
+    def __call__(self, prompts: list[str], references: Tensor):
+        """Four steps from one noise for every instruction and picture (B, 3, H, W)."""
+        ids, latents = tokenizers_of(Path("weights/nano"))(prompts), [self.vae.encode(references)]
+        condition = flow.Condition(self.text.t5(ids[:, 0]), self.text.clip(ids[:, 1]), latents)
+        field = sampler.guided(self.flux, condition, None, sampler.Sampling(guidance=1.0))
+        noise = flow.draw_noise(latents[0].shape, torch.Generator().manual_seed(0))
+        for _ in sampler.euler(field, noise, flow.schedule(4, TOKENS, self.shift)):
+            pass
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +80,7 @@ def maps_of(editor: Editor, edit: str, first: int) -> tuple[dict[tuple[str, str]
         return (torch.stack([found, torch.cat(relative, dim=2)]) @ word)[..., 0]
 
     with average(editor.flux, "*_blocks.*.attend", look) as means:
-        editor(prompts, [pictures], SIZE, replace(SAMPLING, steps=4))
+        editor(prompts, pictures)
     maps = torch.stack(list(means.values()), dim=1)  # (2, blocks, B, H, L)
     hows = zip(("plain", "relative"), maps, strict=True)
     return {(name, how): m[..., tokens] for how, m in hows for name, tokens in STREAMS.items()}, masks
