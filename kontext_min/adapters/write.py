@@ -16,6 +16,7 @@ from torch import Tensor
 from kontext_min.adapters.layers import LoKr, LoRA, Update
 from kontext_min.adapters.read import CONFIG_KEY, FORMATS, KOHYA, RECIPE_KEY, W1, W2, read_adapter
 from kontext_min.adapters.rows import arrange, by_linear, swapped
+from kontext_min.checkpoints.tensors import whole_file
 
 WRITTEN = {  # what can be written -> how its tensors are called, and what to know of it
     "diffusers": ("diffusers", "ComfyUI and most others read it too"),  # with PEFT's settings
@@ -40,7 +41,7 @@ def write_adapter(
     recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error, kept there too.
     The file appears whole and verified or not at all: ValueError says what the format cannot hold, or what differs.
     """
-    arranged, temporary = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl"), path.with_suffix(".tmp")
+    arranged = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl")
     if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
         raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
     if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
@@ -49,15 +50,12 @@ def write_adapter(
         raise ValueError("there is nothing to write: no update changes anything")
     tensors = {name: tensor for update in arranged for name, tensor in tensors_of(update, form, dtype).items()}
     metadata = header(arranged, recipe, form)
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata)
         error, where = largest_error(updates, read_adapter(temporary).updates)
         if not error <= TOLERANCE[dtype]:
             raise ValueError(f"{path} is not written: read back, the change of {where} is off by {error:.1e} of it")
         save_file(tensors, temporary, metadata | {ERROR_KEY: f"{error:.1e}"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return error
 
 

@@ -236,7 +236,7 @@ def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]
 
 def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None) -> Flux:
     """The transformer, frozen and in eval mode, in `dtype` on `device`; `then` as in `fill`, to quantise on the way."""
-    return fill(*empty_flux(checkpoint), dtype, device, then)
+    return fill(*empty_flux(checkpoint), device, dtype, then=then)
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
@@ -245,7 +245,7 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
     vae = on_meta(VAE, vae_config, component, tensors)
     diffusers = "encoder.conv_norm_out.weight" in tensors.names()
     table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else same_names(vae)
-    return fill(vae, tensors, table, dtype, device)
+    return fill(vae, tensors, table, device, dtype)
 
 
 def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> T5Encoder:
@@ -254,7 +254,7 @@ def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) ->
     both = "shared.weight" in tensors.names()
     tensors.rename(lambda name: (None if both else "shared.weight") if name == "encoder.embed_tokens.weight" else name)
     t5 = on_meta(T5Encoder, t5_config, component, tensors)
-    return fill(t5, tensors, same_names(t5), dtype, device)
+    return fill(t5, tensors, same_names(t5), device, dtype)
 
 
 def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CLIPText:
@@ -264,4 +264,4 @@ def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     tensors.rename(lambda name: name if prefixed or name in NOT_USED else f"text_model.{name}")
     tensors.rename(lambda name: None if name in NOT_USED else name)
     clip = on_meta(CLIPText, clip_config, component, tensors)
-    return fill(clip, tensors, same_names(clip), dtype, device)
+    return fill(clip, tensors, same_names(clip), device, dtype)

@@ -3,7 +3,9 @@
 import ctypes
 import json
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +32,18 @@ def open_safetensors(path: Path):
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file ({error}); download or copy it again") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that then appears whole or not at all; several runs may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Tensors:
@@ -109,18 +123,12 @@ def refuse(title: str, problem: str, names: Iterable[str]):
         raise ValueError(f"{title}: {len(names)} {problem}: {', '.join(names[:5])}{more}")
 
 
-def fill(
-    module: nn.Module,
-    tensors: Tensors,
-    table: Mapping[str, Source],
-    dtype: torch.dtype,
-    device: torch.device,
-    then: Callable[[nn.Module, str], None] | None = None,
-) -> nn.Module:
-    """Give a module built on `meta` its parameters, one tensor at a time, all names and shapes checked beforehand.
+def assembled(
+    module: nn.Module, tensors: Tensors, table: Mapping[str, Source], device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a module built on `meta`, by our names, one at a time, all names and shapes checked beforehand.
 
-    table: our name -> where it comes from; then(module, our name) is called after each tensor, to change its form.
-    -> the module, frozen and in eval mode. Raises ValueError on missing, unexpected or mis-shaped tensors.
+    table: our name -> where it comes from. Raises ValueError on missing, unexpected or mis-shaped tensors.
     """
     parameters = dict(module.named_parameters())
     assert parameters.keys() == table.keys(), parameters.keys() ^ table.keys()
@@ -136,6 +144,15 @@ def fill(
         tensor = source.assemble(parts).to(device=device, dtype=dtype, copy=True).contiguous()  # no view of the file
         for part in parts:
             release(part)
+        yield ours, tensor
+
+
+def fill(module: nn.Module, *source, then: Callable[[nn.Module, str], None] | None = None) -> nn.Module:
+    """Give a module built on `meta` its parameters, `source` being the other arguments of `assembled`.
+
+    then(module, our name) is called after each tensor, to change its form. -> the module, frozen and in eval mode.
+    """
+    for ours, tensor in assembled(module, *source):
         owner, _, leaf = ours.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         if then:
