@@ -143,7 +143,7 @@ def open_flux(model: load.Checkpoint, device: torch.device, dtype: torch.dtype, 
 
 def kept(checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype, form: str) -> Iterator:
     """The names and tensors that are kept of a transformer, each quantised when it is asked for."""
-    for name, tensor in assembled(*load.empty_flux(checkpoint), device, dtype):
+    for name, tensor in assembled(*load.empty_flux(checkpoint), dtype, device):
         stem, _, leaf = name.rpartition(".")
         for part, value in (parts_of(tensor, form) if is_quantised(name) else {leaf: tensor}).items():
             yield f"{stem}.{part}", value.cpu()

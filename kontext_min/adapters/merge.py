@@ -54,10 +54,11 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     else:
         component = find_component(*((base.parent, base.name) if base.name == "transformer" else (base, "transformer")))
         target = out / "diffusion_pytorch_model.safetensors"
-    tensors, touched = Tensors(component.files).rename(bare), by_linear(updates).items()
+    flux, tensors = on_meta(Flux, flux_config, component, bare)
+    touched = by_linear(updates).items()
     changes = {f"{part.name}.weight": (part, here) for whole, (parts, here) in touched for part in (whole, *parts)}
     refuse_quantised(tensors, changes)
-    by_linear(updates, on_meta(Flux, flux_config, component, tensors))  # says what does not fit
+    by_linear(updates, flux)  # says what does not fit
     lost = torch.zeros(2, dtype=torch.float64)
 
     def merged() -> Iterator[tuple[str, Tensor]]:

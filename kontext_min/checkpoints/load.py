@@ -33,7 +33,7 @@ SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the plainest
 }
 HUB_FILES = ["model_index.json", "scheduler/*", *(f"{part}/*" for part in PARTS), "tokenizer/*", "tokenizer_2/*"]
 ODD_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
-NOT_USED = ("text_model.embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP files
+NOT_USED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP files
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,14 @@ def same_names(module: nn.Module) -> dict[str, Source]:
     return {name: Source((name,)) for name, _ in module.named_parameters()}
 
 
-def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, tensors: Tensors) -> nn.Module:
-    """A network without weights, or one sentence when a tensor or a setting that tells its sizes is not there."""
+def on_meta(
+    kind: type[nn.Module], config_of: Callable, component: Component, rule: Callable[[str], str | None] = str
+) -> tuple[nn.Module, Tensors]:
+    """A network without weights, and the tensors of its files by the names that `rule` gives them.
+
+    ValueError when a tensor or a setting that tells the network's sizes is not there.
+    """
+    tensors = Tensors(component.files, rule)
     where = component.files[0].parent / "config.json" if component.config else tensors.title
     try:
         config = config_of(component.config, {name: tensors.shape(name) for name in tensors.names()})
@@ -210,58 +216,47 @@ def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, te
     if not component.config and config != type(config)():  # sizes of one's own, which tensors do not tell in full
         print(f"{tensors.title}: no config.json and not the published sizes, so heads, groups and scales are guessed")
     with torch.device("meta"):
-        return kind(config)
+        return kind(config), tensors
 
 
 def bare(name: str) -> str:
-    """The name of a transformer's tensor without the prefix that ComfyUI may have put before it."""
-    return name.removeprefix("model.diffusion_model.")
-
-
-def opened(checkpoint: Checkpoint, part: str) -> tuple[Component, Tensors]:
-    """A network's files, and the tensors in them."""
-    component = checkpoint.components[part]
-    return component, Tensors(component.files)
+    """The name of a transformer's tensor without ComfyUI's prefix, a norm's as BFL has it now."""
+    return re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name.removeprefix("model.diffusion_model."))
 
 
 def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]]:
     """The transformer without weights, the tensors of its files, and our name -> theirs."""
-    component, tensors = opened(checkpoint, "transformer")
-    diffusers = "x_embedder.weight" in tensors.rename(bare).names()
-    if not diffusers:
-        tensors.rename(lambda name: re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name))
-    flux = on_meta(Flux, flux_config, component, tensors)
+    flux, tensors = on_meta(Flux, flux_config, checkpoint.components["transformer"], bare)
+    diffusers = "x_embedder.weight" in tensors.names()
     return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else same_names(flux)
 
 
 def load_flux(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None) -> Flux:
     """The transformer, frozen and in eval mode, in `dtype` on `device`; `then` as in `fill`, to quantise on the way."""
-    return fill(*empty_flux(checkpoint), device, dtype, then=then)
+    return fill(*empty_flux(checkpoint), dtype, device, then=then)
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
     """The autoencoder, frozen and in eval mode."""
-    component, tensors = opened(checkpoint, "vae")
-    vae = on_meta(VAE, vae_config, component, tensors)
+    vae, tensors = on_meta(VAE, vae_config, checkpoint.components["vae"])
     diffusers = "encoder.conv_norm_out.weight" in tensors.names()
     table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else same_names(vae)
-    return fill(vae, tensors, table, device, dtype)
+    return fill(vae, tensors, table, dtype, device)
 
 
 def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> T5Encoder:
     """T5's encoder, frozen and in eval mode. Its embedding may be called `shared`, `encoder.embed_tokens`, or both."""
-    component, tensors = opened(checkpoint, "text_encoder_2")
-    both = "shared.weight" in tensors.names()
-    tensors.rename(lambda name: (None if both else "shared.weight") if name == "encoder.embed_tokens.weight" else name)
-    t5 = on_meta(T5Encoder, t5_config, component, tensors)
-    return fill(t5, tensors, same_names(t5), device, dtype)
+    part = checkpoint.components["text_encoder_2"]
+    t5, tensors = on_meta(T5Encoder, t5_config, part, lambda name: name.replace("encoder.embed_tokens.", "shared."))
+    return fill(t5, tensors, same_names(t5), dtype, device)
 
 
 def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CLIPText:
     """CLIP's text tower, frozen and in eval mode, from files with or without the `text_model.` prefix."""
-    component, tensors = opened(checkpoint, "text_encoder")
-    prefixed = any(name.startswith("text_model.") for name in tensors.names())
-    tensors.rename(lambda name: name if prefixed or name in NOT_USED else f"text_model.{name}")
-    tensors.rename(lambda name: None if name in NOT_USED else name)
-    clip = on_meta(CLIPText, clip_config, component, tensors)
-    return fill(clip, tensors, same_names(clip), device, dtype)
+
+    def rule(name: str) -> str | None:
+        stem = name.removeprefix("text_model.")
+        return None if stem in NOT_USED else f"text_model.{stem}"
+
+    clip, tensors = on_meta(CLIPText, clip_config, checkpoint.components["text_encoder"], rule)
+    return fill(clip, tensors, same_names(clip), dtype, device)

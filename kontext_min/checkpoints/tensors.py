@@ -1,7 +1,6 @@
 """Tensors by name over memory-mapped safetensors files, and a module on `meta` filled from them, strictly."""
 
 import ctypes
-import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from kontext_min.checkpoints.keys import Source
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")  # fp8 checkpoints of ComfyUI: weight = fp8 value * scale
-UNUSED_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8")
+UNUSED_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
 PICKLES_BEGIN = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # of torch.save, whatever the name
 
 
@@ -47,17 +46,18 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 class Tensors:
-    """All tensors of one or more files, under names that may be aliased (a prefix cut off, an old name for a new one).
+    """All tensors of one or more files, by the names that a rule makes of theirs; None leaves a tensor out.
 
     Nothing is read until `read`; scaled fp8 weights come back multiplied by their scale, exactly, in fp32.
     """
 
-    def __init__(self, files: Sequence[Path]):
+    def __init__(self, files: Sequence[Path], rule: Callable[[str], str | None] = str):
         self.title = ", ".join(str(path) for path in files)
         self.where = {}
         for path in files:
             handle = open_safetensors(path)
-            self.where.update({name: (handle, name) for name in handle.keys()})
+            self.where.update({rule(name): (handle, name) for name in handle.keys()})
+        self.where.pop(None, None)
         self.scales = self._take_scales()
 
     def _take_scales(self) -> dict[str, tuple]:
@@ -69,19 +69,7 @@ class Tensors:
                     scales[weight] = self.where.pop(name)
             elif name.endswith(UNUSED_BESIDE_FP8):
                 self.where.pop(name)
-            elif name.endswith(".comfy_quant"):
-                handle, key = self.where.pop(name)
-                form = json.loads(bytes(handle.get_tensor(key).tolist())).get("format")
-                if form not in ("float8_e4m3fn", "float8_e5m2"):
-                    raise ValueError(f"{self.title}: {name} says {form!r}, which cannot be read; use bf16 or fp8 files")
         return scales
-
-    def rename(self, rule: Callable[[str], str | None]) -> "Tensors":
-        """Apply rule(name) -> new name or None (left out) to every name."""
-        renamed = ((rule(name), name, place) for name, place in self.where.items())
-        self.scales = {rule(name) or name: place for name, place in self.scales.items()}
-        self.where = {new: place for new, _, place in renamed if new is not None}
-        return self
 
     def names(self) -> set[str]:
         """Every name there is."""
@@ -124,7 +112,7 @@ def refuse(title: str, problem: str, names: Iterable[str]):
 
 
 def assembled(
-    module: nn.Module, tensors: Tensors, table: Mapping[str, Source], device: torch.device, dtype: torch.dtype
+    module: nn.Module, tensors: Tensors, table: Mapping[str, Source], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a module built on `meta`, by our names, one at a time, all names and shapes checked beforehand.
 
