@@ -4,10 +4,10 @@
 and stream its weights in. Sizes come from config.json, or from the tensors' shapes where single files have none.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 from kontext_min import flow
 from kontext_min.checkpoints import keys
 from kontext_min.checkpoints.keys import Source
-from kontext_min.checkpoints.tensors import Tensors, fill
+from kontext_min.checkpoints.tensors import Tensors, fill, json_object
 from kontext_min.models.clip import ACTIVATIONS, CLIPConfig, CLIPText
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.t5 import T5Config, T5Encoder
@@ -69,18 +69,13 @@ def hub_folder(repo_id: str, download: bool) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id) or Path(repo_id).parent.is_dir():
         raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
 
-    why = "is not on this machine"
     for local in (True, False) if download else (True,):
-        try:
+        with suppress(OSError):  # every failure of huggingface_hub is one
             folder = Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, local_files_only=local))
             if not local or all((folder / part).is_dir() for part in PARTS):
                 return folder
-        except RepositoryNotFoundError:
-            why = "is gated, private or unknown"
-        except OSError:  # every other failure of huggingface_hub is one, too
-            why += "" if local else " and the hub cannot be reached"
+    why = "is not on this machine, and is gated, private, unknown or out of reach"
     remedy = f"accept its licence on its hub page, run `hf auth login` and `hf download {repo_id} --local-dir weights/"
     raise FileNotFoundError(f"{repo_id} {why}; {remedy}{repo_id.partition('/')[2]}`")
 
@@ -102,11 +97,8 @@ def find_component(folder: Path, part: str) -> Component:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file with a mapping, or one sentence naming it."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON mapping ({error}); copy it again from the model's repository") from error
+    """A JSON file with an object, or one sentence naming it."""
+    return json_object(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
 def read_shift(path: Path) -> flow.Shift:

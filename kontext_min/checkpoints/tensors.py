@@ -1,6 +1,7 @@
 """Tensors by name over memory-mapped safetensors files, and a module on `meta` filled from them, strictly."""
 
 import ctypes
+import json
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,14 @@ def open_safetensors(path: Path):
         raise ValueError(f"{path} is not a complete safetensors file ({error}); download or copy it again") from error
 
 
+def json_object(text: str, path: Path) -> dict:
+    """The settings in a file's text or header, or one sentence naming the file."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: its settings are no JSON object but {text[:60]!r}; copy it again") from error
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that then appears whole or not at all; several runs may do so at once."""
@@ -53,23 +62,14 @@ class Tensors:
 
     def __init__(self, files: Sequence[Path], rule: Callable[[str], str | None] = str):
         self.title = ", ".join(str(path) for path in files)
-        self.where = {}
-        for path in files:
-            handle = open_safetensors(path)
-            self.where.update({rule(name): (handle, name) for name in handle.keys()})
+        self.where, self.scales = {}, {}
+        for handle in map(open_safetensors, files):
+            self.where |= {rule(name): (handle, name) for name in handle.keys() if not name.endswith(UNUSED_BESIDE_FP8)}
         self.where.pop(None, None)
-        self.scales = self._take_scales()
-
-    def _take_scales(self) -> dict[str, tuple]:
-        scales = {}
-        for name in list(self.where):
-            if name.endswith(SCALES):
-                weight = f"{name.rpartition('.')[0]}.weight"
-                if weight in self.where:  # else it stays, and `fill` refuses it as unexpected
-                    scales[weight] = self.where.pop(name)
-            elif name.endswith(UNUSED_BESIDE_FP8):
-                self.where.pop(name)
-        return scales
+        for name in [name for name in self.where if name.endswith(SCALES)]:
+            weight = f"{name.rpartition('.')[0]}.weight"
+            if weight in self.where:  # else it stays, and `fill` refuses it as unexpected
+                self.scales[weight] = self.where.pop(name)
 
     def names(self) -> set[str]:
         """Every name there is."""
