@@ -93,7 +93,7 @@ def test_inspect_shows_a_page_of_80_columns(tmp_path, capsys):
     q, v = (update.delta() for update in (lora(Q), lora(V, rank=6, seed=3, size=0.2)))
     assert float(norms["double_blocks.0"]) == pytest.approx(float(torch.cat([q, v]).norm()), abs=1e-4)
     assert float(norms["outside"]) == pytest.approx(float(lokr(TOP).delta().norm()), abs=1e-4)
-    assert "lycoris_config:\n" in said and "    prompt: ['x']" in said
+    assert "kontext_min:\n" in said and "    prompt: ['x']" in said
     assert max(map(len, said.splitlines()[2:])) <= 80
 
 
