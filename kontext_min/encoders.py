@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from kontext_min.checkpoints.load import Checkpoint, load_clip, load_t5
-from kontext_min.models.tokenizers import CLIPTokenizer, T5Tokenizer
+from kontext_min.models.tokenizers import clip_tokenizer, t5_tokenizer
 from kontext_min.models.vae import VAE
 from kontext_min.quantize import quantising
 
@@ -24,8 +24,8 @@ class TextEncoder:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, precision: str = "no_change"):
         self.device = device
-        self.tokenize_t5 = T5Tokenizer(checkpoint.folder / "tokenizer_2")
-        self.tokenize_clip = CLIPTokenizer(checkpoint.folder / "tokenizer")
+        self.tokenize_t5 = t5_tokenizer(checkpoint.folder / "tokenizer_2")
+        self.tokenize_clip = clip_tokenizer(checkpoint.folder / "tokenizer")
         self.t5 = load_t5(checkpoint, device, dtype, quantising(precision, lambda name: True))
         self.clip = load_clip(checkpoint, device, dtype)
 

@@ -6,8 +6,7 @@ The rest is small, and the errors of what embeds and of the final layer would re
 
 import json
 import math
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kontext_min.checkpoints import load
-from kontext_min.checkpoints.save import DTYPES
-from kontext_min.checkpoints.tensors import open_safetensors, release
-from kontext_min.data.cache import digest, weights_id, whole_file
+from kontext_min.checkpoints.save import checksum, stream
+from kontext_min.checkpoints.tensors import assembled, open_safetensors, release
+from kontext_min.data.cache import digest, weights_id
 from kontext_min.models.flux import Flux
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "nf4": torch.uint8}
@@ -27,10 +26,8 @@ NF4 = (  # 16 quantiles of the normal distribution (Dettmers et al. 2023, QLoRA,
     -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0, 0.0795803, 0.1609302,
     0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
 )  # fmt: skip
-IN_FILE = DTYPES | {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
 Hook = Callable[[nn.Module, str], None] | None  # what `fill` calls after each tensor
 Place = torch.device | Callable[[str], torch.device]
-HEADER = 2**20  # bytes kept free for a file's header, which is known last; Kontext's takes 0.3 MB
 
 
 def form_of(precision: str) -> str | None:
@@ -185,31 +182,16 @@ def open_flux(
             return read_kept(load.empty_flux(model)[0], form, file, place, chosen)
         except (ValueError, SafetensorError) as error:
             print(f"{file} is damaged ({error}); it is made anew")
-    keep(model, place, dtype, form, file, chosen)
+    stream(file, kept(model, place, dtype, form, chosen))
     return read_kept(load.empty_flux(model)[0], form, file, place, chosen)
 
 
-def keep(model: load.Checkpoint, place: Place, dtype: torch.dtype, form: str, file: Path, chosen: Callable):
-    """Quantise a transformer tensor by tensor into a safetensors file, which appears whole or not at all."""
-    header, sums = {}, {}
-    with whole_file(file) as temporary, open(temporary, "wb") as out:
-
-        def write(flux: Flux, name: str):
-            stem, _, leaf = name.rpartition(".")
-            tensor = flux.get_parameter(name).detach()
-            for part, kept in (parts_of(tensor, form) if chosen(name) else {leaf: tensor}).items():
-                key, kept, start = f"{stem}.{part}", kept.cpu(), out.tell() - 8 - HEADER
-                header[key] = {"dtype": IN_FILE[kept.dtype], "shape": kept.shape}
-                header[key]["data_offsets"] = [start, start + out.write(kept.flatten().view(torch.uint8).numpy())]
-                sums[key] = checksum(kept)
-            setattr(flux.get_submodule(stem), leaf, nn.Parameter(tensor.to("meta"), requires_grad=False))
-
-        out.seek(8 + HEADER)
-        load.load_flux(model, place, dtype, then=write)
-        text = json.dumps({"__metadata__": {"checksums": json.dumps(sums)}, **header}).encode().ljust(HEADER)
-        assert len(text) == HEADER
-        out.seek(0)
-        out.write(len(text).to_bytes(8, "little") + text)
+def kept(model: load.Checkpoint, place: Place, dtype: torch.dtype, form: str, chosen: Callable) -> Iterator:
+    """The names and tensors that are kept of a transformer, each quantised when it is asked for."""
+    for name, tensor in assembled(*load.empty_flux(model), dtype, place):
+        stem, _, leaf = name.rpartition(".")
+        for part, value in (parts_of(tensor, form) if chosen(name) else {leaf: tensor}).items():
+            yield f"{stem}.{part}", value.cpu()
 
 
 def read_kept(flux: Flux, form: str, file: Path, place: Place, chosen: Callable) -> Flux:
@@ -226,8 +208,3 @@ def read_kept(flux: Flux, form: str, file: Path, place: Place, chosen: Callable)
         buffer = isinstance(owner, QuantisedLinear) and leaf != "bias"
         setattr(owner, leaf, copy if buffer else nn.Parameter(copy, requires_grad=False))
     return flux.eval()
-
-
-def checksum(tensor: Tensor) -> int:
-    """Of form and bytes."""
-    return zlib.crc32(tensor.view(torch.uint8).numpy(), zlib.crc32(f"{tensor.shape} {tensor.dtype}".encode()))

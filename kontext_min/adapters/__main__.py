@@ -45,7 +45,6 @@ def write(args: argparse.Namespace):
     if args.rank:
         updates, lost = reduced(updates, args.rank)
         print(f"rank {args.rank} at most, by SVD: {lost:.3%} of the change is lost")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     error = write_adapter(args.out, updates, recipe, DTYPES[args.dtype], form)
     print(f"{args.out}: {form}; read back, every change of a weight is the same to {error:.1e} of its size")
     print(f"note: {WRITTEN[form][1]}")

@@ -2,9 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from kontext_min.adapters.layers import LoRA, Update
 from kontext_min.adapters.rows import SWAPPED_THEIRS, by_linear, overlap
 from kontext_min.checkpoints.keys import Part
 from kontext_min.checkpoints.load import Component, bare, find_component, flux_config, on_meta
-from kontext_min.checkpoints.save import DTYPES, stream
+from kontext_min.checkpoints.save import stream
 from kontext_min.checkpoints.tensors import Tensors
 from kontext_min.models.flux import Flux
 
@@ -45,37 +44,33 @@ def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dtype) -> float:
-    """Write the base's transformer with the updates in its weights, in its files, names and layout, tensor by tensor.
+    """Write the base's transformer with the updates in its weights, under its names, in one file, tensor by tensor.
 
     base and out: both a single file, or both a folder; nothing appears before all is whole. -> the share of the change
     (its norm) that rounding to dtype loses. ValueError where the updates do not fit, or where the base is quantised.
     """
     if base.is_file():
-        component, targets = Component((base,), {}), [out]
+        component, target = Component((base,), {}), out
     else:
         component = find_component(*((base.parent, base.name) if base.name == "transformer" else (base, "transformer")))
-        targets = [out / file.name for file in component.files]
-    tensors, touched = Tensors(component.files).rename(bare), by_linear(updates).items()
+        target = out / "diffusion_pytorch_model.safetensors"
+    flux, tensors = on_meta(Flux, flux_config, component, bare)
+    touched = by_linear(updates).items()
     changes = {f"{part.name}.weight": (part, here) for whole, (parts, here) in touched for part in (whole, *parts)}
     refuse_quantised(tensors, changes)
-    by_linear(updates, on_meta(Flux, flux_config, component, tensors))  # says what does not fit
+    by_linear(updates, flux)  # says what does not fit
     lost = torch.zeros(2, dtype=torch.float64)
 
-    def merged(name: str) -> Tensor:
-        weight = tensors.read(bare(name))
-        if change := changes.get(bare(name)):
-            before, weight = weight, with_updates(weight.float(), *change)
-            lost.add_(loss(before, weight, weight.to(dtype)))
-        return weight
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        for name, (_, in_file) in tensors.where.items():
+            weight = tensors.read(name)
+            if change := changes.get(name):
+                before, weight = weight, with_updates(weight.float(), *change)
+                lost.add_(loss(before, weight, weight.to(dtype)))
+            yield in_file, weight.to(dtype)
 
-    targets[0].parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=targets[0].parent) as folder:
-        for file, target in zip(component.files, targets, strict=True):
-            own = Tensors([file])
-            stream(Path(folder, target.name), {name: own.shape(name) for name in own.names()}, dtype, merged)
-        for target in targets:
-            Path(folder, target.name).replace(target)
-    for file in () if base.is_file() else component.files[0].parent.glob("*.json"):
+    stream(target, merged())
+    for file in () if base.is_file() else component.files[0].parent.glob("config.json"):
         shutil.copy(file, out)
     return share(lost)
 
@@ -126,7 +121,7 @@ def refuse_quantised(tensors: Tensors, changes: dict[str, tuple[Part, list[Updat
     """Raise ValueError if a weight to be changed is quantised, with the measured share of the change it would lose."""
     lost, places = torch.zeros(2, dtype=torch.float64), sorted(tensors.where.items())
     forms = {name: handle.get_slice(key).get_dtype() for name, (handle, key) in places if name in changes}
-    quantised = [name for name, form in forms.items() if form not in DTYPES.values()]
+    quantised = [name for name, form in forms.items() if form not in ("F32", "F16", "BF16")]
     for name in quantised[:8]:  # enough to measure on
         levels, scale, numbers = grid(tensors, name)
         weight = (numbers.reshape(len(scale), -1) * scale).view(-1, changes[name][1][0].shape[1])

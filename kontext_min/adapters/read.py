@@ -5,7 +5,6 @@ are looked up in `modules`, never parsed: `img_mlp_0` could be several things. E
 refused by name: an unknown key, a missing half, a NaN, no match at all is an error.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from kontext_min.adapters.layers import LoKr, LoRA, Update
 from kontext_min.adapters.rows import swapped
 from kontext_min.checkpoints.keys import flux_linears
-from kontext_min.checkpoints.tensors import FP8, open_safetensors, refuse
+from kontext_min.checkpoints.tensors import FP8, json_object, open_safetensors, refuse
 from kontext_min.models.flux import FluxConfig
 
 
@@ -144,14 +143,6 @@ def recognise(path: Path, names: list[str]) -> tuple[str, dict[str, dict[str, st
         if other != name:
             raise ValueError(f"{path}: {other} and {name} are the same half of one module")
     return form, found
-
-
-def json_object(text: str, path: Path) -> dict:
-    """What a program wrote of its settings."""
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: the settings that came with it are no JSON object: {text[:60]}") from error
 
 
 def lora_settings(header: dict[str, str], path: Path) -> dict:

@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kontext_min.adapters.layers import LoKr, LoRA, Update
+from kontext_min.adapters.merge import with_updates
 from kontext_min.adapters.read import CONFIG_KEY, FORMATS, KOHYA, RECIPE_KEY, W1, W2, read_adapter
 from kontext_min.adapters.rows import arrange, by_linear, swapped
+from kontext_min.checkpoints.tensors import whole_file
 
 WRITTEN = {  # what can be written -> how its tensors are called, and what to know of it
     "diffusers": ("diffusers", "ComfyUI and most others read it too"),  # with PEFT's settings
@@ -40,7 +41,7 @@ def write_adapter(
     recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error, kept there too.
     The file appears whole and verified or not at all: ValueError says what the format cannot hold, or what differs.
     """
-    arranged, temporary = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl"), path.with_suffix(".tmp")
+    arranged = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl")
     if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
         raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
     if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
@@ -49,15 +50,12 @@ def write_adapter(
         raise ValueError("there is nothing to write: no update changes anything")
     tensors = {name: tensor for update in arranged for name, tensor in tensors_of(update, form, dtype).items()}
     metadata = header(arranged, recipe, form)
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata)
         error, where = largest_error(updates, read_adapter(temporary).updates)
         if not error <= TOLERANCE[dtype]:
             raise ValueError(f"{path} is not written: read back, the change of {where} is off by {error:.1e} of it")
         save_file(tensors, temporary, metadata | {ERROR_KEY: f"{error:.1e}"})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return error
 
 
@@ -83,15 +81,8 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     ranks = {update.name: update.rank for update in updates}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     kind = "LoKr" if any(isinstance(update, LoKr) for update in updates) else "LoRA"
-    own, bfl = {}, FORMATS[WRITTEN[form][0]].names == "bfl"
-    if form == "diffusers":
-        own = {CONFIG_KEY: peft_settings(updates, ranks, usual)}
-    elif form == "kohya":
-        own = {"ss_network_module": "networks.lora_flux" if kind == "LoRA" else "lycoris.kohya"}
-        own |= {"ss_network_dim": str(usual), "ss_network_alpha": str(usual), "ss_base_model_version": "flux_kontext"}
-    elif form == "lycoris":
-        config = {"algo": kind.lower(), "multiplier": 1.0, "linear_dim": usual, "linear_alpha": usual}
-        own = {"lycoris_config": json.dumps(config)}
+    bfl = FORMATS[WRITTEN[form][0]].names == "bfl"
+    own = {CONFIG_KEY: peft_settings(updates, ranks, usual)} if form == "diffusers" else {}
     return own | {
         "format": "pt",
         RECIPE_KEY: json.dumps(recipe),
@@ -120,23 +111,13 @@ def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> s
 
 
 def largest_error(given: Sequence[Update], read: Sequence[Update]) -> tuple[float, str]:
-    """Both changes on our linears, one at a time: the largest relative error of delta-W or magnitude, and where."""
+    """Both changes of a weight of zeros, one of our linears at a time: the largest relative error, and where."""
     device = next(given[0].parameters()).device
     ours, theirs, errors = by_linear(given), by_linear([update.to(device) for update in read]), []
     for whole in ours | theirs:
-        sides = (dense(side.get(whole, ([], []))[1], whole.rows) for side in (ours, theirs))
-        for a, b in zip(*sides, strict=True):
-            error = (a - b).norm() / (a.norm() or 1.0)
-            errors.append((float(error.nan_to_num(nan=float("inf"))), whole.name))
+        sides = [side.get(whole, ([], []))[1] for side in (ours, theirs)]
+        nothing = torch.zeros(whole.rows, (sides[0] or sides[1])[0].shape[1], device=device)
+        a, b = (with_updates(nothing, whole, here) for here in sides)
+        error = (a - b).norm() / (a.norm() or 1.0)
+        errors.append((float(error.nan_to_num(nan=float("inf"))), whole.name))
     return max(errors)
-
-
-def dense(updates: list[Update], rows: int) -> tuple[Tensor, Tensor]:
-    """delta-W (rows, in) and magnitudes (rows, 1) of a linear's updates together, in fp32; 0 for none."""
-    delta = magnitude = torch.zeros(())
-    for update in updates:
-        around = (0, 0, update.start, rows - update.start - update.shape[0])
-        delta = delta + F.pad(update.delta(), around)
-        if update.magnitude is not None:
-            magnitude = magnitude + F.pad(update.magnitude[:, None].float(), around)
-    return delta, magnitude

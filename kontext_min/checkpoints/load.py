@@ -4,10 +4,10 @@
 and stream its weights in. Sizes come from config.json, or from the tensors' shapes where single files have none.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 from kontext_min import flow
 from kontext_min.checkpoints import keys
 from kontext_min.checkpoints.keys import Source
-from kontext_min.checkpoints.tensors import Tensors, fill
+from kontext_min.checkpoints.tensors import Tensors, fill, json_object
 from kontext_min.models.clip import ACTIVATIONS, CLIPConfig, CLIPText
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.t5 import T5Config, T5Encoder
@@ -33,7 +33,7 @@ SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the plainest
 }
 HUB_FILES = ["model_index.json", "scheduler/*", *(f"{part}/*" for part in PARTS), "tokenizer/*", "tokenizer_2/*"]
 ODD_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
-NOT_USED = ("text_model.embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP files
+NOT_USED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP files
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,13 @@ def hub_folder(repo_id: str, download: bool) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id) or Path(repo_id).parent.is_dir():
         raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
 
-    why = "is not on this machine"
     for local in (True, False) if download else (True,):
-        try:
+        with suppress(OSError):  # every failure of huggingface_hub is one
             folder = Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, local_files_only=local))
             if not local or all((folder / part).is_dir() for part in PARTS):
                 return folder
-        except RepositoryNotFoundError:
-            why = "is gated, private or unknown"
-        except OSError:  # every other failure of huggingface_hub is one, too
-            why += "" if local else " and the hub cannot be reached"
+    why = "is not on this machine, and is gated, private, unknown or out of reach"
     remedy = f"accept its licence on its hub page, run `hf auth login` and `hf download {repo_id} --local-dir weights/"
     raise FileNotFoundError(f"{repo_id} {why}; {remedy}{repo_id.partition('/')[2]}`")
 
@@ -102,11 +97,8 @@ def find_component(folder: Path, part: str) -> Component:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file with a mapping, or one sentence naming it."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON mapping ({error}); copy it again from the model's repository") from error
+    """A JSON file with an object, or one sentence naming it."""
+    return json_object(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
 def read_shift(path: Path) -> flow.Shift:
@@ -200,8 +192,14 @@ def same_names(module: nn.Module) -> dict[str, Source]:
     return {name: Source((name,)) for name, _ in module.named_parameters()}
 
 
-def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, tensors: Tensors) -> nn.Module:
-    """A network without weights, or one sentence when a tensor or a setting that tells its sizes is not there."""
+def on_meta(
+    kind: type[nn.Module], config_of: Callable, component: Component, rule: Callable[[str], str | None] = str
+) -> tuple[nn.Module, Tensors]:
+    """A network without weights, and the tensors of its files by the names that `rule` gives them.
+
+    ValueError when a tensor or a setting that tells the network's sizes is not there.
+    """
+    tensors = Tensors(component.files, rule)
     where = component.files[0].parent / "config.json" if component.config else tensors.title
     try:
         config = config_of(component.config, {name: tensors.shape(name) for name in tensors.names()})
@@ -210,27 +208,18 @@ def on_meta(kind: type[nn.Module], config_of: Callable, component: Component, te
     if not component.config and config != type(config)():  # sizes of one's own, which tensors do not tell in full
         print(f"{tensors.title}: no config.json and not the published sizes, so heads, groups and scales are guessed")
     with torch.device("meta"):
-        return kind(config)
+        return kind(config), tensors
 
 
 def bare(name: str) -> str:
-    """The name of a transformer's tensor without the prefix that ComfyUI may have put before it."""
-    return name.removeprefix("model.diffusion_model.")
-
-
-def opened(checkpoint: Checkpoint, part: str) -> tuple[Component, Tensors]:
-    """A network's files, and the tensors in them."""
-    component = checkpoint.components[part]
-    return component, Tensors(component.files)
+    """The name of a transformer's tensor without ComfyUI's prefix, a norm's as BFL has it now."""
+    return re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name.removeprefix("model.diffusion_model."))
 
 
 def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]]:
     """The transformer without weights, the tensors of its files, and our name -> theirs."""
-    component, tensors = opened(checkpoint, "transformer")
-    diffusers = "x_embedder.weight" in tensors.rename(bare).names()
-    if not diffusers:
-        tensors.rename(lambda name: re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name))
-    flux = on_meta(Flux, flux_config, component, tensors)
+    flux, tensors = on_meta(Flux, flux_config, checkpoint.components["transformer"], bare)
+    diffusers = "x_embedder.weight" in tensors.names()
     return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else same_names(flux)
 
 
@@ -238,13 +227,12 @@ def load_flux(
     checkpoint: Checkpoint, device: torch.device | Callable, dtype: torch.dtype, then: Callable | None = None
 ) -> Flux:
     """The transformer, frozen and in eval mode, in `dtype`; device and then as in `fill`, to quantise on the way."""
-    return fill(*empty_flux(checkpoint), dtype, device, then)
+    return fill(*empty_flux(checkpoint), dtype, device, then=then)
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
     """The autoencoder, frozen and in eval mode."""
-    component, tensors = opened(checkpoint, "vae")
-    vae = on_meta(VAE, vae_config, component, tensors)
+    vae, tensors = on_meta(VAE, vae_config, checkpoint.components["vae"])
     diffusers = "encoder.conv_norm_out.weight" in tensors.names()
     table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else same_names(vae)
     return fill(vae, tensors, table, dtype, device)
@@ -253,22 +241,18 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
 def load_t5(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None
 ) -> T5Encoder:
-    """T5's encoder, frozen and in eval mode; `then` as in `fill`.
-
-    Its embedding may be called `shared`, `encoder.embed_tokens`, or both.
-    """
-    component, tensors = opened(checkpoint, "text_encoder_2")
-    both = "shared.weight" in tensors.names()
-    tensors.rename(lambda name: (None if both else "shared.weight") if name == "encoder.embed_tokens.weight" else name)
-    t5 = on_meta(T5Encoder, t5_config, component, tensors)
-    return fill(t5, tensors, same_names(t5), dtype, device, then)
+    """T5's encoder, frozen and in eval mode; `then` as in `fill`. Its embedding may have either name, or both."""
+    part = checkpoint.components["text_encoder_2"]
+    t5, tensors = on_meta(T5Encoder, t5_config, part, lambda name: name.replace("encoder.embed_tokens.", "shared."))
+    return fill(t5, tensors, same_names(t5), dtype, device, then=then)
 
 
 def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CLIPText:
     """CLIP's text tower, frozen and in eval mode, from files with or without the `text_model.` prefix."""
-    component, tensors = opened(checkpoint, "text_encoder")
-    prefixed = any(name.startswith("text_model.") for name in tensors.names())
-    tensors.rename(lambda name: name if prefixed or name in NOT_USED else f"text_model.{name}")
-    tensors.rename(lambda name: None if name in NOT_USED else name)
-    clip = on_meta(CLIPText, clip_config, component, tensors)
+
+    def rule(name: str) -> str | None:
+        stem = name.removeprefix("text_model.")
+        return None if stem in NOT_USED else f"text_model.{stem}"
+
+    clip, tensors = on_meta(CLIPText, clip_config, checkpoint.components["text_encoder"], rule)
     return fill(clip, tensors, same_names(clip), dtype, device)

@@ -1,9 +1,9 @@
 """Our modules -> model folders: in diffusers' layout, as nano is shipped, or in that of the model that was trained."""
 
 import json
-import math
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,12 +14,17 @@ from kontext_min import flow, parallel
 from kontext_min.checkpoints import keys
 from kontext_min.checkpoints.keys import Source
 from kontext_min.checkpoints.load import Checkpoint, empty_flux, same_names
+from kontext_min.checkpoints.tensors import whole_file
 from kontext_min.models.clip import CLIPText
 from kontext_min.models.flux import Flux
 from kontext_min.models.t5 import T5Encoder
 from kontext_min.models.vae import VAE
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors calls them
+DTYPES = {  # as safetensors calls them
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
+HEADER = 2**20  # bytes kept free for a file's header, which is known last; Kontext's takes 0.3 MB
 
 
 def save_model(
@@ -42,26 +47,40 @@ def save_model(
 def save_component(folder: Path, module: nn.Module, table: dict[str, Source], sizes: dict, dtype: torch.dtype):
     """config.json and one safetensors file; the file appears whole or not at all."""
     write_json(folder / "config.json", {**keys.FIXED[folder.name], **sizes})
-    tensors = {}
-    for name, tensor in module.state_dict().items():
-        tensors.update(table[name].disassemble(tensor.detach().to("cpu", dtype)))
     stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
-    save_file(tensors, folder / f"{stem}.tmp", metadata={"format": "pt"})
-    (folder / f"{stem}.tmp").rename(folder / f"{stem}.safetensors")
+    with whole_file(folder / f"{stem}.safetensors") as file:
+        save_file(dict(as_in_file(module, table, dtype)), file, metadata={"format": "pt"})
 
 
-def stream(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], Tensor]):
-    """A safetensors file of tensors that `read` gives one after another, so that only one of them is in memory."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+def as_in_file(module: nn.Module, table: dict[str, Source], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """A module's tensors by the file's names, one after another. Of one in shards, all ranks must take them."""
+    for ours, tensor in module.named_parameters():
+        yield from table[ours].disassemble(parallel.whole(tensor.detach()).to("cpu", dtype)).items()
+
+
+def stream(path: Path, tensors: Iterable[tuple[str, Tensor]]):
+    """A safetensors file of tensors that come one after another, so that only one of them need be in memory.
+
+    It appears whole or not at all, with a checksum of every tensor in its header.
+    """
+    header, sums, end = {}, {}, 0
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.seek(8 + HEADER)
+        for name, tensor in tensors:
+            start, end = end, end + file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+            sums[name] = checksum(tensor)
+        header["__metadata__"] = {"format": "pt", "checksums": json.dumps(sums)}
+        text = json.dumps(header).encode().ljust(HEADER)
+        assert len(text) == HEADER
+        file.seek(0)
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            file.write(read(name).to(dtype).contiguous().flatten().view(torch.uint8).numpy())
+
+
+def checksum(tensor: Tensor) -> int:
+    """Of form and bytes."""
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(data, zlib.crc32(f"{tensor.shape} {tensor.dtype}".encode()))
 
 
 def save_trained(flux: Flux, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype):
@@ -70,30 +89,20 @@ def save_trained(flux: Flux, checkpoint: Checkpoint, folder: Path, dtype: torch.
     All ranks call it, since the tensors may lie in shards. Rank 0 writes, one tensor after another.
     """
     *_, table = empty_flux(checkpoint)
-    tensors, old = dict(flux.named_parameters()), checkpoint.components["transformer"].files
-    places = {name: ours for ours, source in table.items() for name in source.names}
-    cut = (source.disassemble(tensors[ours].detach().to("meta")) for ours, source in table.items())
-    shapes = {name: tuple(part.shape) for parts in cut for name, part in parts.items()}
-
-    def read(name: str) -> Tensor:
-        source = table[places[name]]
-        return source.disassemble(parallel.whole(tensors[places[name]].detach()).to("cpu", dtype))[name]
-
+    tensors, old = as_in_file(flux, table, dtype), checkpoint.components["transformer"].files
     if parallel.rank():
-        for name in shapes:
-            read(name)  # rank 0 needs this one's shards
+        for _ in tensors:
+            pass  # rank 0 needs this one's shards
         return
     shutil.rmtree(folder, ignore_errors=True)
     alone = old[0].parent == checkpoint.folder  # a single file among others
     target = folder / old[0].name if alone else folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    target.parent.mkdir(parents=True)
+    stream(target, tensors)
     for path in checkpoint.folder.iterdir():
         if path not in old and path.name != "transformer":
             (folder / path.name).symlink_to(path.resolve())
     for path in () if alone else old[0].parent.glob("config.json"):
         shutil.copy(path, target.parent)
-    stream(target.with_suffix(".tmp"), shapes, dtype, read)
-    target.with_suffix(".tmp").rename(target)
 
 
 def write_json(path: Path, value: dict):

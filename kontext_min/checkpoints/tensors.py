@@ -3,7 +3,9 @@
 import ctypes
 import json
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from kontext_min.checkpoints.keys import Source
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")  # fp8 checkpoints of ComfyUI: weight = fp8 value * scale
-UNUSED_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8")
+UNUSED_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
 PICKLES_BEGIN = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # of torch.save, whatever the name
 
 
@@ -32,42 +34,42 @@ def open_safetensors(path: Path):
         raise ValueError(f"{path} is not a complete safetensors file ({error}); download or copy it again") from error
 
 
+def json_object(text: str, path: Path) -> dict:
+    """The settings in a file's text or header, or one sentence naming the file."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: its settings are no JSON object but {text[:60]!r}; copy it again") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that then appears whole or not at all; several runs may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Tensors:
-    """All tensors of one or more files, under names that may be aliased (a prefix cut off, an old name for a new one).
+    """All tensors of one or more files, by the names that a rule makes of theirs; None leaves a tensor out.
 
     Nothing is read until `read`; scaled fp8 weights come back multiplied by their scale, exactly, in fp32.
     """
 
-    def __init__(self, files: Sequence[Path]):
+    def __init__(self, files: Sequence[Path], rule: Callable[[str], str | None] = str):
         self.title = ", ".join(str(path) for path in files)
-        self.where = {}
-        for path in files:
-            handle = open_safetensors(path)
-            self.where.update({name: (handle, name) for name in handle.keys()})
-        self.scales = self._take_scales()
-
-    def _take_scales(self) -> dict[str, tuple]:
-        scales = {}
-        for name in list(self.where):
-            if name.endswith(SCALES):
-                weight = f"{name.rpartition('.')[0]}.weight"
-                if weight in self.where:  # else it stays, and `fill` refuses it as unexpected
-                    scales[weight] = self.where.pop(name)
-            elif name.endswith(UNUSED_BESIDE_FP8):
-                self.where.pop(name)
-            elif name.endswith(".comfy_quant"):
-                handle, key = self.where.pop(name)
-                form = json.loads(bytes(handle.get_tensor(key).tolist())).get("format")
-                if form not in ("float8_e4m3fn", "float8_e5m2"):
-                    raise ValueError(f"{self.title}: {name} says {form!r}, which cannot be read; use bf16 or fp8 files")
-        return scales
-
-    def rename(self, rule: Callable[[str], str | None]) -> "Tensors":
-        """Apply rule(name) -> new name or None (left out) to every name."""
-        renamed = ((rule(name), name, place) for name, place in self.where.items())
-        self.scales = {rule(name) or name: place for name, place in self.scales.items()}
-        self.where = {new: place for new, _, place in renamed if new is not None}
-        return self
+        self.where, self.scales = {}, {}
+        for handle in map(open_safetensors, files):
+            self.where |= {rule(name): (handle, name) for name in handle.keys() if not name.endswith(UNUSED_BESIDE_FP8)}
+        self.where.pop(None, None)
+        for name in [name for name in self.where if name.endswith(SCALES)]:
+            weight = f"{name.rpartition('.')[0]}.weight"
+            if weight in self.where:  # else it stays, and `fill` refuses it as unexpected
+                self.scales[weight] = self.where.pop(name)
 
     def names(self) -> set[str]:
         """Every name there is."""
@@ -109,19 +111,17 @@ def refuse(title: str, problem: str, names: Iterable[str]):
         raise ValueError(f"{title}: {len(names)} {problem}: {', '.join(names[:5])}{more}")
 
 
-def fill(
+def assembled(
     module: nn.Module,
     tensors: Tensors,
     table: Mapping[str, Source],
     dtype: torch.dtype,
     device: torch.device | Callable[[str], torch.device],
-    then: Callable[[nn.Module, str], None] | None = None,
-) -> nn.Module:
-    """Give a module built on `meta` its parameters, one tensor at a time, all names and shapes checked beforehand.
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of a module built on `meta`, by our names, one at a time, all names and shapes checked beforehand.
 
     table: our name -> where it comes from; device: one for all, or device(our name).
-    then(module, our name) is called after each tensor, to change its form.
-    -> the module, frozen and in eval mode. Raises ValueError on missing, unexpected or mis-shaped tensors.
+    Raises ValueError on missing, unexpected or mis-shaped tensors.
     """
     parameters = dict(module.named_parameters())
     assert parameters.keys() == table.keys(), parameters.keys() ^ table.keys()
@@ -138,6 +138,15 @@ def fill(
         tensor = source.assemble(parts).to(device=place, dtype=dtype, copy=True).contiguous()  # no view of the file
         for part in parts:
             release(part)
+        yield ours, tensor
+
+
+def fill(module: nn.Module, *source, then: Callable[[nn.Module, str], None] | None = None) -> nn.Module:
+    """Give a module built on `meta` its parameters, `source` being the other arguments of `assembled`.
+
+    then(module, our name) is called after each tensor, to change its form. -> the module, frozen and in eval mode.
+    """
+    for ours, tensor in assembled(module, *source):
         owner, _, leaf = ours.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
         if then:

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kontext_min.checkpoints.load import Component
+from kontext_min.checkpoints.tensors import whole_file
 
 VERSION = "1"  # of what is kept and how it is made: a change makes new entries
 ENTRY = re.compile(r"[0-9a-f]{40}\.(safetensors|\d+\.tmp)")
@@ -44,18 +43,6 @@ def weights_id(component: Component, memo: Path) -> str:
         with whole_file(memo) as file:
             file.write_text(json.dumps(known, indent=2), encoding="utf-8")
     return digest(*parts)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that then appears whole or not at all; several runs may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def checksum(value: Mapping[str, Tensor]) -> str:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from kontext_min import parallel
 from kontext_min.checkpoints.load import Checkpoint, load_vae
+from kontext_min.checkpoints.tensors import whole_file
 from kontext_min.data.buckets import Size, Transform
-from kontext_min.data.cache import Cache, digest, weights_id, whole_file
+from kontext_min.data.cache import Cache, digest, weights_id
 from kontext_min.data.degrade import degrade
 from kontext_min.data.pairs import Picture
 from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights

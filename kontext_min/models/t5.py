@@ -48,14 +48,12 @@ class T5LayerNorm(nn.RMSNorm):
 class SelfAttention(nn.Module):
     """Multi-head attention with an additive position bias and unscaled scores."""
 
-    def __init__(self, config: T5Config, has_bias_table: bool):
+    def __init__(self, config: T5Config):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.num_heads = config.num_heads
         self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = nn.Linear(inner, config.d_model, bias=False)
-        if has_bias_table:
-            self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (rearrange(f(x), "B L (H D) -> B H L D", H=self.num_heads) for f in (self.q, self.k, self.v))
@@ -66,10 +64,10 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """Attention, then the gated feed-forward wo(gelu(wi_0 x) * wi_1 x), tanh's GELU: each as x + f(norm(x))."""
 
-    def __init__(self, config: T5Config, has_bias_table: bool):
+    def __init__(self, config: T5Config):
         super().__init__()
         width, inner = config.d_model, config.d_ff
-        attention = {"SelfAttention": SelfAttention(config, has_bias_table)}
+        attention = {"SelfAttention": SelfAttention(config)}
         sizes = {"wi_0": (width, inner), "wi_1": (width, inner), "wo": (inner, width)}
         gated = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
         self.layer = nn.ModuleList(map(nn.ModuleDict, (attention, {"DenseReluDense": gated})))  # as the files have it
@@ -90,7 +88,8 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        blocks = nn.ModuleList(Block(config, has_bias_table=i == 0) for i in range(config.num_layers))
+        blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        blocks[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
         self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": T5LayerNorm(config.d_model, config.eps)})
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ T5 is SentencePiece's unigram (`tokenizer.json` or `spiece.model`), CLIP a lower
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,50 +42,43 @@ def from_json(folder: Path):
     return Tokenizer.from_str(json.dumps(content))
 
 
-def fill(rows: list[list[int]], length: int, end_id: int, pad_id: int) -> Tensor:
-    """Cut rows so that their end fits behind them, and fill up -> (B, length) int64."""
-    kept = [[*row[: length - 1], end_id] for row in rows]
-    return torch.tensor([row + [pad_id] * (length - len(row)) for row in kept])
+class Tokenizer:
+    """Texts -> ids: what `encode` makes of each, cut so that the end fits behind it, and filled up."""
 
-
-class T5Tokenizer:
-    """SentencePiece pieces and `</s>`, filled with `<pad>`. `folder` is the model's tokenizer_2/."""
-
-    def __init__(self, folder: Path):
-        self.length = text_length(folder, T5_LENGTH)
-        if (folder / "tokenizer.json").exists():
-            fast = from_json(folder)
-            self.encode = lambda text: fast.encode(text, add_special_tokens=False).ids
-            self.pad_id, self.end_id = fast.token_to_id("<pad>"), fast.token_to_id("</s>")
-        elif (folder / "spiece.model").exists():
-            from sentencepiece import SentencePieceProcessor
-
-            pieces = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-            self.encode, self.pad_id, self.end_id = pieces.encode, pieces.pad_id(), pieces.eos_id()
-        else:
-            raise FileNotFoundError(f"no T5 tokenizer in {folder}: expected tokenizer.json or spiece.model")
+    def __init__(self, encode: Callable[[str], list[int]], length: int, end_id: int, pad_id: int):
+        self.encode, self.length, self.end_id, self.pad_id = encode, length, end_id, pad_id
 
     def __call__(self, texts: list[str]) -> Tensor:
         """-> (B, length) int64."""
-        return fill([self.encode(text) for text in texts], self.length, self.end_id, self.pad_id)
+        rows = [[*self.encode(text)[: self.length - 1], self.end_id] for text in texts]
+        return torch.tensor([row + [self.pad_id] * (self.length - len(row)) for row in rows])
 
     def excess(self, text: str) -> int:
         """How many tokens at its end are cut off."""
         return max(0, len(self.encode(text)) + 1 - self.length)
 
 
-class CLIPTokenizer:
+def t5_tokenizer(folder: Path) -> Tokenizer:
+    """SentencePiece pieces and `</s>`, filled with `<pad>`. `folder` is the model's tokenizer_2/."""
+    length = text_length(folder, T5_LENGTH)
+    if (folder / "tokenizer.json").exists():
+        fast = from_json(folder)
+        ids = map(fast.token_to_id, ("</s>", "<pad>"))
+        return Tokenizer(lambda text: fast.encode(text, add_special_tokens=False).ids, length, *ids)
+    if not (folder / "spiece.model").exists():
+        raise FileNotFoundError(f"no T5 tokenizer in {folder}: expected tokenizer.json or spiece.model")
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+    return Tokenizer(pieces.encode, length, pieces.eos_id(), pieces.pad_id())
+
+
+def clip_tokenizer(folder: Path) -> Tokenizer:
     """Byte pairs between a begin and an end token, filled with the end's. `folder` is the model's tokenizer/."""
-
-    def __init__(self, folder: Path):
-        self.length = text_length(folder, CLIP_LENGTH)
-        self.bpe = from_json(folder) if (folder / "tokenizer.json").exists() else clip_bpe(folder)
-        self.begin_id, self.end_id = map(self.bpe.token_to_id, (BEGIN, END))
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """-> (B, length) int64."""
-        rows = [[self.begin_id, *self.bpe.encode(text, add_special_tokens=False).ids] for text in texts]
-        return fill(rows, self.length, self.end_id, pad_id=self.end_id)
+    bpe = from_json(folder) if (folder / "tokenizer.json").exists() else clip_bpe(folder)
+    begin, end = map(bpe.token_to_id, (BEGIN, END))
+    length = text_length(folder, CLIP_LENGTH)
+    return Tokenizer(lambda text: [begin, *bpe.encode(text, add_special_tokens=False).ids], length, end, end)
 
 
 def clip_bpe(folder: Path):

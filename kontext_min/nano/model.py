@@ -18,7 +18,7 @@ from kontext_min.flow import Condition
 from kontext_min.models.clip import CLIPConfig, CLIPText
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.t5 import T5Config, T5Encoder
-from kontext_min.models.tokenizers import BEGIN, END, CLIPTokenizer, T5Tokenizer
+from kontext_min.models.tokenizers import BEGIN, END, clip_tokenizer, t5_tokenizer
 from kontext_min.models.vae import VAE, VAEConfig
 from kontext_min.nano.edits import HELD_OUT, example
 from kontext_min.presets import NANO
@@ -58,7 +58,7 @@ class Nano(nn.Module):
 
 def tokenizers_of(folder: Path) -> Callable[[list[str]], Tensor]:
     """Both tokenizers of a model folder: prompts -> ids of T5 and CLIP, (B, 2, LENGTH)."""
-    t5, clip = T5Tokenizer(folder / "tokenizer_2"), CLIPTokenizer(folder / "tokenizer")
+    t5, clip = t5_tokenizer(folder / "tokenizer_2"), clip_tokenizer(folder / "tokenizer")
     return lambda prompts: torch.stack([t5(prompts), clip(prompts)], dim=1)
 
 

@@ -22,8 +22,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kontext_min import flow
+from kontext_min.checkpoints.tensors import whole_file
 from kontext_min.data.buckets import Size
-from kontext_min.data.cache import whole_file
 from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import TARGETS, any_picture, example
 from kontext_min.nano.model import AUTOENCODER, LENGTH, Nano, export, tokenizers_of

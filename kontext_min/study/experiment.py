@@ -23,7 +23,7 @@ from kontext_min.data.buckets import Size, fit, open_image
 from kontext_min.edit import open_editor, output_size
 from kontext_min.encoders import decode_image, encode_image, pixels_per_token
 from kontext_min.models.flux import Flux
-from kontext_min.models.tokenizers import T5Tokenizer
+from kontext_min.models.tokenizers import Tokenizer, t5_tokenizer
 from kontext_min.models.vae import VAE
 from kontext_min.study.hooks import Call, average
 
@@ -59,7 +59,7 @@ class Experiment:
         picture = fit(picture, output_size([Size(*picture.size)], size, "auto", editor.preset, multiple))
         latents = encode_image(editor.vae, picture).to(device)
         conditions = {text: flow.Condition(*encoded, [latents]) for text, encoded in texts.items()}
-        words = word_slices(T5Tokenizer(find(presets.locate(model)).folder / "tokenizer_2"), prompts[0])
+        words = word_slices(t5_tokenizer(find(presets.locate(model)).folder / "tokenizer_2"), prompts[0])
         noise = flow.draw_noise(latents.shape, torch.Generator().manual_seed(seed)).to(device)
         times = flow.schedule(steps, flow.token_count(*noise.shape[-2:]), editor.shift)
         return cls(editor.flux, editor.vae, picture, conditions, words, noise, times, guidance)
@@ -95,7 +95,7 @@ class Experiment:
         return decode_image(self.vae, latents)
 
 
-def word_slices(tokenizer: T5Tokenizer, prompt: str) -> dict[str, slice]:
+def word_slices(tokenizer: Tokenizer, prompt: str) -> dict[str, slice]:
     """Every word of an instruction -> its T5 tokens; a word that comes again has its place behind it."""
     words, slices, start = prompt.split(), {}, 0
     for i, word in enumerate(words, 1):

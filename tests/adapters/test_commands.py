@@ -93,7 +93,7 @@ def test_inspect_shows_a_page_of_80_columns(tmp_path, capsys):
     q, v = (update.delta() for update in (lora(Q), lora(V, rank=6, seed=3, size=0.2)))
     assert float(norms["double_blocks.0"]) == pytest.approx(float(torch.cat([q, v]).norm()), abs=1e-4)
     assert float(norms["outside"]) == pytest.approx(float(lokr(TOP).delta().norm()), abs=1e-4)
-    assert "lycoris_config:\n" in said and "    prompt: ['x']" in said
+    assert "kontext_min:\n" in said and "    prompt: ['x']" in said
     assert max(map(len, said.splitlines()[2:])) <= 80
 
 
@@ -202,7 +202,7 @@ def test_merged_model_is_the_model_with_the_adapters(layout, kontext, single_fil
         diffusers = pytest.importorskip("diffusers")
         theirs = diffusers.FluxTransformer2DModel.from_pretrained(out, dtype=FP32)
         assert error(run_flux(theirs, **given), flux(**given)) < 1e-5
-        assert len(list(out.glob("*.safetensors"))) == len(list((kontext / "transformer").glob("*.safetensors"))) > 1
+        assert len(list(out.iterdir())) == 2 and len(list((kontext / "transformer").glob("*.safetensors"))) > 1
 
 
 def test_merge_leaves_all_else_to_the_last_bit_and_says_what_rounding_lost(kontext, tmp_path, capsys):
@@ -246,7 +246,7 @@ def test_merging_takes_the_memory_of_one_tensor_not_of_the_model(tmp_path):
         }
         shapes |= {f"single_blocks.{i}.modulation.lin.weight": (1536, hidden)}
     base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
-    stream(base, shapes, torch.bfloat16, lambda name: torch.ones(shapes[name]))
+    stream(base, ((name, torch.ones(shape, dtype=torch.bfloat16)) for name, shape in shapes.items()))
     updates = [
         LoRA(f"single_blocks.{i}.linear1", torch.ones(1, hidden), torch.ones(3584, 1), 1.0) for i in range(blocks)
     ]

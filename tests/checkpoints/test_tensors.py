@@ -69,8 +69,16 @@ def as_int8(tensors):
 
 
 def as_nvfp4(tensors):
-    mark = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-    return {**tensors, "double_blocks.0.img_mlp.0.comfy_quant": mark}
+    """Two numbers a byte, with scales of blocks and of the whole."""
+    stem, mark = "double_blocks.0.img_mlp.0", torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    packed = tensors[f"{stem}.weight"][:, ::2].to(torch.uint8)
+    scales = {"weight_scale": packed[:, ::8].to(torch.float8_e4m3fn), "weight_scale_2": torch.ones(())}
+    return {
+        **tensors,
+        f"{stem}.weight": packed,
+        f"{stem}.comfy_quant": mark,
+        **{f"{stem}.{k}": v for k, v in scales.items()},
+    }
 
 
 def as_nf4(tensors):

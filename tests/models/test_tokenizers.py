@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kontext_min.models.tokenizers import CLIPTokenizer, T5Tokenizer
+from kontext_min.models.tokenizers import clip_tokenizer, t5_tokenizer
 
 TEXTS = [
     "", " ", "make the sky red", "MAKE the Sky ReD, please!", "  spaces \t and\nlines\r\n ",
@@ -20,7 +20,7 @@ def test_clip_tokens_equal_transformers(text, kontext):  # trap 9
     transformers = pytest.importorskip("transformers")
     oracle = transformers.CLIPTokenizer.from_pretrained(kontext / "tokenizer")
     expected = oracle(text, padding="max_length", max_length=77, truncation=True).input_ids
-    assert CLIPTokenizer(kontext / "tokenizer")([text]).tolist() == [expected]
+    assert clip_tokenizer(kontext / "tokenizer")([text]).tolist() == [expected]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[:20]))
@@ -28,22 +28,22 @@ def test_t5_tokens_equal_transformers(text, kontext):  # trap 6
     transformers = pytest.importorskip("transformers")
     oracle = transformers.T5TokenizerFast.from_pretrained(kontext / "tokenizer_2")
     expected = oracle(text, padding="max_length", max_length=512, truncation=True).input_ids
-    assert T5Tokenizer(kontext / "tokenizer_2")([text]).tolist() == [expected]
+    assert t5_tokenizer(kontext / "tokenizer_2")([text]).tolist() == [expected]
 
 
 def test_sentencepiece_file_and_tokenizer_json_say_the_same(kontext, tmp_path):
     shutil.copy(kontext / "tokenizer_2/spiece.model", tmp_path)
     texts = [text for text in TEXTS if text.isascii()]
-    assert (T5Tokenizer(tmp_path)(texts) == T5Tokenizer(kontext / "tokenizer_2")(texts)).all()
+    assert (t5_tokenizer(tmp_path)(texts) == t5_tokenizer(kontext / "tokenizer_2")(texts)).all()
 
 
 def test_text_is_always_77_and_512_tokens_long(kontext):  # trap 6
-    clip, t5 = CLIPTokenizer(kontext / "tokenizer"), T5Tokenizer(kontext / "tokenizer_2")
+    clip, t5 = clip_tokenizer(kontext / "tokenizer"), t5_tokenizer(kontext / "tokenizer_2")
     assert clip(["red", "red " * 600]).shape == (2, 77) and t5(["red", "red " * 600]).shape == (2, 512)
 
 
 def test_ends_are_kept_and_padding_is_as_published(kontext):
-    clip, t5 = CLIPTokenizer(kontext / "tokenizer"), T5Tokenizer(kontext / "tokenizer_2")
+    clip, t5 = clip_tokenizer(kontext / "tokenizer"), t5_tokenizer(kontext / "tokenizer_2")
     start, end = (
         json.loads((kontext / "tokenizer/vocab.json").read_text())[f"<|{w}oftext|>"] for w in ("start", "end")
     )
@@ -53,14 +53,14 @@ def test_ends_are_kept_and_padding_is_as_published(kontext):
     assert short == [1] + 511 * [0] and long[-1] == 1 and long.count(1) == 1
 
 
-@pytest.mark.parametrize("tokenizer", [CLIPTokenizer, T5Tokenizer])
+@pytest.mark.parametrize("tokenizer", [clip_tokenizer, t5_tokenizer])
 def test_an_empty_folder_is_refused_with_the_names_of_the_files(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json"):
         tokenizer(Path(tmp_path))
 
 
 def test_what_a_long_prompt_loses_is_counted(kontext):
-    tokenize = T5Tokenizer(kontext / "tokenizer_2")
+    tokenize = t5_tokenizer(kontext / "tokenizer_2")
     words = "make the sky red " * 400
     kept = int((tokenize([words]) != tokenize.pad_id).sum())
     assert kept == tokenize.length == 512
