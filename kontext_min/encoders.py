@@ -1,6 +1,7 @@
 """Text -> (txt, vec) and pictures <-> latents: T5, CLIP and the VAE as things that are loaded, used and let go."""
 
 import gc
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from kontext_min.checkpoints.load import Checkpoint, load_clip, load_t5
 from kontext_min.models.tokenizers import clip_tokenizer, t5_tokenizer
 from kontext_min.models.vae import VAE
-from kontext_min.quantize import quantising
 
 Text = tuple[Tensor, Tensor]  # txt (1, L, context_in_dim), vec (1, vec_in_dim)
 
@@ -19,14 +19,14 @@ Text = tuple[Tensor, Tensor]  # txt (1, L, context_in_dim), vec (1, vec_in_dim)
 class TextEncoder:
     """Both text encoders with their tokenizers. Large (9.8 GB for Kontext): use it, then `del` it.
 
-    precision: of T5's linears, as of a base; in nf4 it takes 3.1 GB.
+    then: as in `checkpoints.tensors.fill`, for T5: to quantise its linears, which in nf4 take 2.5 GB.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, precision: str = "no_change"):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None):
         self.device = device
         self.tokenize_t5 = t5_tokenizer(checkpoint.folder / "tokenizer_2")
         self.tokenize_clip = clip_tokenizer(checkpoint.folder / "tokenizer")
-        self.t5 = load_t5(checkpoint, device, dtype, quantising(precision, lambda name: True))
+        self.t5 = load_t5(checkpoint, device, dtype, then)
         self.clip = load_clip(checkpoint, device, dtype)
 
     @torch.no_grad()
@@ -39,10 +39,10 @@ class TextEncoder:
 
 
 def encode_texts(
-    checkpoint: Checkpoint, texts: list[str], device: torch.device, dtype: torch.dtype, precision: str = "no_change"
+    checkpoint: Checkpoint, texts: list[str], device: torch.device, dtype: torch.dtype, then: Callable | None = None
 ) -> dict[str, Text]:
     """Load the text encoders, encode every different text once, and free them. -> text -> (txt, vec) on the device."""
-    encode = TextEncoder(checkpoint, device, dtype, precision)
+    encode = TextEncoder(checkpoint, device, dtype, then)
     encoded = {text: encode(text) for text in dict.fromkeys(texts)}
     del encode
     free(device)
