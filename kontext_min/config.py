@@ -48,6 +48,7 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 Recompute = Literal["block", "keep_attn", "keep_gemm"]
 Several = Literal["random", "combined"]
 Base = Literal["no_change", "bf16", "int8-quanto", "int8-torchao", "int8-dynamic", "nf4", "fp8-torchao", "fp8-dynamic"]
+Encoder = Literal["no_change", "int8-quanto", "int8-torchao", "nf4"]
 Kind = Literal["reference_strict", "reference_loose", "mask"]
 
 
@@ -187,10 +188,21 @@ class Config(Strict):
     model_type: Literal["lora", "full"] = knob("lora", "full: all parameters, spread over the ranks of torchrun")
     pretrained_model_name_or_path: str = knob("nano", "model folder, hub id, or nano, the embedded model")
     base_model_precision: Base = knob("no_change", "of the frozen base; -dynamic: of its inputs, too")
+    text_encoder_2_precision: Encoder = knob("no_change", "of T5, 9.5 GB in bf16, while captions are encoded")
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
-    recompute: Recompute = knob("block", "all of it; keep_attn, keep_gemm: all but attention, or but products: faster")
+    memory: Literal["auto"] | Positive = knob(
+        "auto", "GB that a run may take; auto: what its GPU has. It picks, unless set:"
+    )
+    recompute: Recompute | None = knob(
+        None, "all of a block; keep_attn, keep_gemm: but attention, but products: faster"
+    )
+    modulation_on_cpu: bool | None = knob(None, "a quarter of the weights, which see no tokens, on the CPU")
+    offload_activations: bool | None = knob(None, "the inputs of blocks wait in the host's memory for backward")
+    stream_blocks: bool | None = knob(None, "the blocks' weights stay in the host's memory, a few at a time come over")
+    vae_enable_tiling: bool | None = knob(None, "pictures above 512 px go through the VAE in overlapping tiles")
+    torch_compile: bool = knob(False, "compile each kind of block")
     fsdp_enable: bool = knob(False, "each of torchrun's ranks keeps a part of the frozen base; with full always so")
     fsdp_cpu_offload: bool = knob(False, "of model_type full: these parts, gradients and moments in the host's memory")
     distributed_timeout: float = knob(10.0, "minutes in which a rank must answer another", gt=0)

@@ -1,6 +1,9 @@
 """Text -> (txt, vec) and pictures <-> latents: T5, CLIP and the VAE as things that are loaded, used and let go."""
 
 import gc
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -73,6 +76,37 @@ def encode_image(vae: VAE, image: Image.Image) -> Tensor:
 def decode_image(vae: VAE, latents: Tensor) -> Image.Image:
     """(1, 16, h, w) -> a picture."""
     return to_image(vae.decode(latents.to(vae.decoder.conv_in.weight.dtype))[0])
+
+
+def tile(vae: VAE, side: int = 64) -> VAE:
+    """Let the VAE see pictures of more than side x side latents in such tiles: less memory, nearly the same result.
+
+    Tiles overlap by a quarter and are blended linearly. They differ from the whole in what the VAE sees of it at once:
+    nano's latents of photographs in tiles of 12 are 31 dB from those of the whole, what it decodes from them 36 dB.
+    """
+    factor, encode, decode = vae.config.factor, vae.encode, vae.decode
+    vae.encode, vae.decode = (
+        partial(in_tiles, encode, side * factor, 1 / factor),
+        partial(in_tiles, decode, side, factor),
+    )
+    return vae
+
+
+def in_tiles(function: Callable[[Tensor], Tensor], side: int, scale: float, x: Tensor) -> Tensor:
+    """function(x), `scale` times as high and wide as x (1, C, H, W), from tiles of x of side x side at most, blended."""
+    if max(x.shape[2:]) <= side:
+        return function(x)
+    total = weights = 0
+    starts = [[max(0, min(a, n - side)) for a in range(0, max(1, n - side // 4), side * 3 // 4)] for n in x.shape[2:]]
+    for top, left in product(*starts):
+        y = function(x[:, :, top : top + side, left : left + side])
+        ramps = [torch.arange(1, n + 1, device=x.device) for n in y.shape[2:]]
+        rows, columns = (torch.minimum(ramp, ramp.flip(0)).clamp(max=int(side * scale / 4)) for ramp in ramps)
+        first, weight = [int(a * scale) for a in (left, top)], rows[:, None] * columns
+        rest = [int(n * scale) - a - m for n, a, m in zip(x.shape[:1:-1], first, y.shape[:1:-1], strict=True)]
+        place = (first[0], rest[0], first[1], rest[1])
+        total, weights = total + F.pad(y * weight, place), weights + F.pad(weight, place)
+    return total / weights
 
 
 def mask_weights(image: Image.Image, factor: int) -> Tensor:
