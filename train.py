@@ -30,7 +30,7 @@ from kontext_min.training.adapter import add_adapter, sizes
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
-from kontext_min.training.plan import choose, forecast
+from kontext_min.training.plan import Forecast, choose
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
 from kontext_min.training.start import per_rank, screen
@@ -70,7 +70,7 @@ def report_data(config: Config):
     shape = presets.named(config.pretrained_model_name_or_path).text_shape
     text = (*shape, 2 if config.mixed_precision == "bf16" else 4)
     print(*sets.notes, *summary(sets.training, text), sep="\n")
-    seen = forecast(config, sets.training, cuda=True)
+    seen = Forecast(config, sets.training, cuda=True)
     print(*seen.cards(), *per_rank(seen), sep="\n")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     examples = sets.training + (sets.validation if sets.unseen else [])
@@ -166,7 +166,7 @@ def run(config: Config, prune: bool = False):
 
     # loop
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
-    if seen.plan.vae_tiling:
+    if seen.plan.vae_enable_tiling:
         tile(vae)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
     print(*screen(config, editor, examples, seen), sep="\n")

@@ -79,32 +79,29 @@ def decode_image(vae: VAE, latents: Tensor) -> Image.Image:
 
 
 def tile(vae: VAE, side: int = 64) -> VAE:
-    """Let the VAE see pictures of more than side x side latents in such tiles: less memory, nearly the same result.
+    """Let the VAE see what is above side x side latents in tiles of that size: less memory, about the same result.
 
-    Tiles overlap by a quarter and are blended linearly. They differ from the whole in what the VAE sees of it at once:
-    nano's latents of photographs in tiles of 12 are 31 dB from those of the whole, what it decodes from them 36 dB.
+    Its norms see one tile at a time. Of nano's, photographs of 22 latents a side, decoded in tiles of 12, have 31 dB to
+    what is decoded whole, and 37 dB if they are encoded in tiles, too (means of six).
     """
-    factor, encode, decode = vae.config.factor, vae.encode, vae.decode
-    vae.encode, vae.decode = (
-        partial(in_tiles, encode, side * factor, 1 / factor),
-        partial(in_tiles, decode, side, factor),
-    )
+    factor = vae.config.factor
+    vae.encode = partial(in_tiles, vae.encode, side * factor, 1 / factor)
+    vae.decode = partial(in_tiles, vae.decode, side, factor)
     return vae
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], side: int, scale: float, x: Tensor) -> Tensor:
-    """function(x), `scale` times as high and wide as x (1, C, H, W), from tiles of x of side x side at most, blended."""
+    """function(x), which is `scale` times as high and wide as x (1, C, H, W); tiles overlap by a quarter, and blend."""
     if max(x.shape[2:]) <= side:
         return function(x)
-    total = weights = 0
+    (height, width), total, weights = (int(n * scale) for n in x.shape[2:]), 0, 0
     starts = [[max(0, min(a, n - side)) for a in range(0, max(1, n - side // 4), side * 3 // 4)] for n in x.shape[2:]]
     for top, left in product(*starts):
         y = function(x[:, :, top : top + side, left : left + side])
-        ramps = [torch.arange(1, n + 1, device=x.device) for n in y.shape[2:]]
+        ramps = (torch.arange(1, n + 1, device=x.device) for n in y.shape[2:])
         rows, columns = (torch.minimum(ramp, ramp.flip(0)).clamp(max=int(side * scale / 4)) for ramp in ramps)
-        first, weight = [int(a * scale) for a in (left, top)], rows[:, None] * columns
-        rest = [int(n * scale) - a - m for n, a, m in zip(x.shape[:1:-1], first, y.shape[:1:-1], strict=True)]
-        place = (first[0], rest[0], first[1], rest[1])
+        top, left, weight = int(top * scale), int(left * scale), rows[:, None] * columns
+        place = (left, width - left - len(columns), top, height - top - len(rows))
         total, weights = total + F.pad(y * weight, place), weights + F.pad(weight, place)
     return total / weights
 

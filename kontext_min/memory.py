@@ -109,7 +109,7 @@ def held(flux: Flux, per_trained: float, dtype: torch.dtype, ranks: int = 1, sha
 
 
 class Counted(TorchDispatchMode):
-    """Of what is computed inside the context: bytes of the tensors made, `live` now and `peak` at most, and FLOPs."""
+    """Of what is computed inside the context: bytes of the tensors made, `live` now and `peak` at most, and `flops`."""
 
     def __init__(self):
         super().__init__()
@@ -120,34 +120,29 @@ class Counted(TorchDispatchMode):
         out, operator = func(*args, **(kwargs or {})), func._overloadpacket
         if operator in FLOPS:
             self.flops[operator] += FLOPS[operator](*args, **(kwargs or {}), out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self.known:
-                self.add(tensor.untyped_storage())
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage._cdata not in given | self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
         return out
 
-    def add(self, storage: torch.UntypedStorage):
-        """Count a storage until it dies."""
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def dead():
-            self.known.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, dead)
+    def gone(self, key: int, size: int):
+        """A storage has died."""
+        self.known.discard(key)
+        self.live -= size
 
 
-def counted(step: Callable[[], Tensor]) -> Counted:
-    """What `step` and, if it has one, its backward pass take. On meta nothing is computed, and all of it is counted.
+def counted(compute: Callable[[], Tensor]) -> Counted:
+    """What `compute`, and the backward pass of a loss, take. On meta nothing is computed, and all of it counted.
 
-    There, too, attention is one product as on every device, where torch would make a matrix of all pairs of tokens.
+    There, too, attention is one product as elsewhere, where torch would make a matrix of all pairs of tokens.
     """
     plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, lambda q, k, v: FUSED(q, k, v)[0]
     try:
         with Counted() as found:
-            out = step()
+            out = compute()
             if out.requires_grad:
                 out.backward()
     finally:

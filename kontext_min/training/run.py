@@ -69,18 +69,24 @@ class Run:
                     self.tracker.log(step, values)
                     if self.each_step(step):
                         break
-            except torch.OutOfMemoryError as error:
-                raise ValueError(self.forecast.too_much(self.done + 1, state.last(self.folder.path))) from error
-            except ValueError as error:  # nothing is lost: the LoRA as it was before the step that failed
-                self.write_adapter(self.done)
-                so_far = f"; {self.trained} is the LoRA so far" if self.trained == self.folder.lora else ""
-                raise ValueError(f"{error}\n{state.last(self.folder.path)}{so_far}") from error
+            except (ValueError, torch.OutOfMemoryError) as error:
+                raise ValueError(self.what_is_left(error)) from error
         if config.model_type == "lora":
             parallel.by_first(write_card)(config, {**self.recipe, "trained_steps": self.done}, self.examples)
         if self.interrupted.is_set():
             return f"stopped; {self.trained} is what is trained so far; go on with resume_from_checkpoint=latest"
         left = (self.trained, self.folder.average, self.folder.sheet(self.done))
         return "\n".join(str(file) for file in left if file.exists())
+
+    def what_is_left(self, error: Exception) -> str:
+        """A step has failed, and nothing is lost: the LoRA is as it was before it, if there is memory to write it."""
+        so_far, last = "", state.last(self.folder.path)
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"step {self.done + 1} needs more memory than there is: {self.forecast.remedies()}\n{last}"
+        self.write_adapter(self.done)
+        if self.trained == self.folder.lora:
+            so_far = f"; {self.trained} is the LoRA so far"
+        return f"{error}\n{last}{so_far}"
 
     def parts(self, optimizer: torch.optim.Optimizer) -> state.Parts | parallel.Shards:
         """What a checkpoint holds."""

@@ -42,12 +42,13 @@ def screen(config: Config, editor: Editor, examples: Examples, forecast: Forecas
 def per_rank(forecast: Forecast) -> list[str]:
     """What one GPU of several would hold, in GB: a table of ways to train."""
     config, peak = forecast.config, forecast.work("block").peak
-    precision = "" if config.base_model_precision == "no_change" else f", {config.base_model_precision}"
-    ways = {f"LoRA, the base{precision} on every GPU": False, "LoRA, the base in shards (fsdp_enable)": True}
-    ways["all parameters, in shards (model_type full)"] = True
+    kept = "" if config.base_model_precision == "no_change" else f", {config.base_model_precision}"
+    plain = config.model_copy(update={"base_model_precision": "no_change"})
+    ways = {f"LoRA, the base{kept} on every GPU": config, "LoRA, the base in shards (fsdp_enable)": plain}
+    ways["all parameters, in shards (model_type full)"] = plain.model_copy(update={"model_type": "full"})
     lines = [f"GB on each GPU, {forecast.tokens} tokens a step, recompute block; GPUs:{'':13}1      2      4      8"]
-    for way, sharded in ways.items():
-        flux = on_meta(config, forecast.dtype, full="full" in way, quantised=not sharded)
-        found = [memory.held(flux, bytes_of_one(config), forecast.dtype, ranks, sharded) for ranks in (1, 2, 4, 8)]
+    for way, asked in ways.items():
+        flux, each = on_meta(asked, forecast.dtype), bytes_of_one(config)
+        found = [memory.held(flux, each, forecast.dtype, ranks, asked is not config) for ranks in (1, 2, 4, 8)]
         lines.append(f"  {way:74}" + "".join(f"{(sum(parts.values()) + peak) / memory.GB:7.1f}" for parts in found))
     return lines
