@@ -236,9 +236,7 @@ class Config(Strict):
     lora_format: Literal["diffusers", "comfyui", "kohya"] = knob("diffusers", "of a LoRA's file; LoKr's is LyCORIS'")
 
     # the step
-    flow_schedule_shift: Literal["auto"] | Positive = knob(
-        "auto", "moves times to noise; auto: by size, as in sampling"
-    )
+    flow_schedule_shift: Literal["auto"] | Positive = knob("auto", "moves times to noise; auto: by size, as sampling")
     flow_sigmoid_scale: float = knob(1.0, "times are sigmoid(scale * normal), then shifted", gt=0)
     flow_use_uniform_schedule: bool = knob(False, "uniform times instead")
     flow_use_beta_schedule: bool = knob(False, "beta times instead")
@@ -342,17 +340,19 @@ class Config(Strict):
         idle = ", ".join(sorted(key for key in self.idle & self.model_fields_set if getattr(self, key)))
         lokr, form, split = self.lora_type == "lycoris", self.lora_format, self.validation_split
         flows, curve = self.flow_use_uniform_schedule + self.flow_use_beta_schedule, "constant" not in self.lr_scheduler
-        precisions = (self.base_model_precision, self.mixed_precision)
+        plan = ", ".join(
+            sorted(self.model_fields_set & {"memory", "modulation_on_cpu", "offload_activations", "stream_blocks"})
+        )
+        kept, precisions = self.gradient_checkpointing, (self.base_model_precision, self.mixed_precision)
         full, quantised = self.model_type == "full", self.base_model_precision not in ("no_change", "bf16")
         contradictions = {
             f"model_type full has no adapter; take out {idle}": full and idle,
-            "model_type full trains in fp32 beside mixed_precision: set base_model_precision to no_change": full
-            and quantised,
+            "model_type full trains in fp32: set base_model_precision to no_change": full and quantised,
             "model_type full keeps no average: take out use_ema": full and self.use_ema,
-            "adamw_bf16 keeps some parameters in bf16, others in fp32; model_type full needs another optimizer": full
-            and self.optimizer == "adamw_bf16",
-            "fsdp_enable: a quantised base is kept whole; set base_model_precision to no_change": self.fsdp_enable
-            and quantised,
+            "model_type full needs an optimizer but adamw_bf16": full and self.optimizer == "adamw_bf16",
+            "fsdp_enable needs base_model_precision no_change": self.fsdp_enable and quantised,
+            f"a model in shards has no plan to choose; take out {plan}": self.sharded and plan,
+            "offload_activations needs gradient_checkpointing": self.offload_activations and not kept,
             "use_dora needs whole weights: take out fsdp_enable": self.fsdp_enable and self.use_dora,
             "fsdp_cpu_offload needs model_type full": self.fsdp_cpu_offload and not full,
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,

@@ -174,8 +174,10 @@ class Forecast:
             config = self.config.model_copy(update=changed)
             other = Forecast(config, self.examples, self.cuda, replace(self.plan, **named(config)))
             other.counts = self.counts
-            if len(found) < 3 and (saved := now - other.total(other.plan)) > 0.05:
-                found.append(" ".join(f"{key}={value}" for key, value in changed.items()) + f" saves {saved:.1f} GB")
+            if (saved := now - other.total(other.plan)) > 0.01 * now:
+                found.append(" ".join(f"{key}={value}" for key, value in changed.items()) + f" saves {saved:.2g} GB")
+            if len(found) == 3:
+                break
         return ", ".join(found) or "use a smaller resolution"
 
 
