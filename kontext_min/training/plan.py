@@ -156,15 +156,11 @@ class Forecast:
         return lines
 
     def beside(self, lines: list[dict]) -> str:
-        """What lines of metrics.jsonl say of memory and time, beside what was predicted."""
-        seconds, most = (
-            statistics.median(line["seconds"] for line in lines),
-            max(line.get("memory", 0) for line in lines),
-        )
-        said = f"measured: {most:.1f} GB"
-        said += f", predicted {self.total(self.plan) - WORKSPACE:.1f}" if self.cuda else ""
-        said += f"; {seconds:.2f} s a step"
-        return said + (f", predicted {self.seconds(self.plan, self.card):.2f}" if self.card else "")
+        """What lines of metrics.jsonl say of tensors' memory and of time, beside what was predicted."""
+        told = f"{self.total(self.plan) - self.cuda * WORKSPACE:.1f} GB"
+        told += f", {self.seconds(self.plan, self.card):.2f} s a step" if self.card else ""
+        seconds = statistics.median(line["seconds"] for line in lines)
+        return f"measured {max(line['memory'] for line in lines):.1f} GB, {seconds:.2f} s a step; predicted {told}"
 
     def remedies(self) -> str:
         """The three cheapest changes of the config that would take less memory, and how much less."""

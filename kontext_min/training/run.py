@@ -80,12 +80,11 @@ class Run:
 
     def what_is_left(self, error: Exception) -> str:
         """A step has failed, and nothing is lost: the LoRA is as it was before it, if there is memory to write it."""
-        so_far, last = "", state.last(self.folder.path)
+        last = state.last(self.folder.path)
         if isinstance(error, torch.OutOfMemoryError):
             return f"step {self.done + 1} needs more memory than there is: {self.forecast.remedies()}\n{last}"
         self.write_adapter(self.done)
-        if self.trained == self.folder.lora:
-            so_far = f"; {self.trained} is the LoRA so far"
+        so_far = f"; {self.trained} is the LoRA so far" if self.trained == self.folder.lora else ""
         return f"{error}\n{last}{so_far}"
 
     def parts(self, optimizer: torch.optim.Optimizer) -> state.Parts | parallel.Shards:
@@ -106,7 +105,7 @@ class Run:
         if parallel.total(self.interrupted.is_set()):  # on any rank
             self.interrupted.set()
         self.done, config, stop = step, self.config, self.interrupted.is_set()
-        if step == self.start + 10:
+        if step == self.start + 10 and self.forecast.cuda:  # elsewhere memory is the whole process's
             tqdm.write(self.forecast.beside(read_lines(self.folder.metrics)[-9:]))
         if self.ema and due(step, config.ema_update_interval):
             self.ema.update()

@@ -131,7 +131,8 @@ def test_the_card_is_known_by_the_drivers_name_and_its_memory_is_the_budget(monk
     assert found.card is CARDS["4090"] and found.plan == PLANS[0]
     assert "s a step" in found.lines()[-1] and WORKSPACE < found.total(found.plan) < 2
     beside = found.beside([{"seconds": s, "memory": 1.25} for s in (1, 2, 9)])
-    assert beside.startswith("measured: 1.2 GB, predicted ") and "; 2.00 s a step, predicted 0.0" in beside
+    tensors = found.total(found.plan) - WORKSPACE
+    assert beside == f"measured 1.2 GB, 2.00 s a step; predicted {tensors:.1f} GB, 0.00 s a step"
 
 
 def test_remedies_are_what_a_change_really_saves(forecast):
@@ -156,11 +157,16 @@ def test_out_of_memory_in_a_step_is_one_sentence_with_what_would_save_it(tmp_pat
     assert last == "there is no checkpoint yet"
 
 
-def test_what_is_measured_stands_beside_what_was_predicted_after_ten_steps(tmp_path, capsys):
-    arguments = [f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", "max_train_steps=11"]
+def test_what_is_measured_stands_once_beside_what_was_predicted(tmp_path, monkeypatch, capsys):
+    def on_a_card(config, examples, device):
+        return Forecast(config, examples, True, card=CARDS["H100"])
+
+    monkeypatch.setattr(train, "choose", on_a_card)
+    arguments = [f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", "max_train_steps=12"]
     train.main(["configs/nano.json", *arguments, "validation_disable=true", "eval_loss_disable=true"])
     said = capsys.readouterr().out
-    assert said.count("measured: ") == 1 and " GB  in all, by none\n" in said
+    assert said.count("measured ") == 1 and "; predicted 0.1 GB, 0.00 s a step" in said
+    assert " GB  in all, by none\n" in said and "0.00 s a step, 0.0 hours in all" in said
 
 
 def test_check_tells_of_every_card(tmp_path, capsys):
