@@ -45,8 +45,9 @@ class Plan:
         return ", ".join([self.recompute, *(name for name, chosen in vars(self).items() if chosen is True)])
 
 
-PLANS = [Plan(policy, cpu) for policy in ("keep_gemm", "keep_attn", "block") for cpu in (False, True)]
-PLANS += [Plan("block", True, True), Plan("block", True, True, True)]  # from the fastest to the smallest
+POLICIES = ("keep_gemm", "keep_attn", "block")  # here and below, from the fastest to the smallest
+PLANS = [Plan(policy, cpu) for policy in POLICIES for cpu in (False, True)]
+PLANS += [Plan("block", True, True), *(Plan(policy, True, True, True) for policy in POLICIES)]
 CHANGES = [  # of a config, that save memory, those that cost the least time first
     {"modulation_on_cpu": True}, {"gradient_checkpointing": True, "recompute": "keep_attn"},
     {"offload_activations": True}, {"gradient_checkpointing": True, "recompute": "block"},

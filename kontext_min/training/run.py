@@ -105,7 +105,7 @@ class Run:
         if parallel.total(self.interrupted.is_set()):  # on any rank
             self.interrupted.set()
         self.done, config, stop = step, self.config, self.interrupted.is_set()
-        if step == self.start + 10 and self.forecast.cuda:  # elsewhere memory is the whole process's
+        if step == self.start + 10 and self.forecast.cuda and not parallel.rank():  # elsewhere memory is of all
             tqdm.write(self.forecast.beside(read_lines(self.folder.metrics)[-9:]))
         if self.ema and due(step, config.ema_update_interval):
             self.ema.update()

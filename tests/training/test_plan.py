@@ -93,6 +93,8 @@ def test_a_smaller_budget_never_takes_more_and_what_is_named_is_kept(forecast):
     assert totals == sorted(totals, reverse=True) and len(set(plans)) >= 5
     assert all(total + SPARE <= budget for total, budget in zip(totals, budgets, strict=True))
     assert plans[0] == Plan("keep_gemm") and plans[-1].stream_blocks and forecast.fitting(4) is None
+    order = [*dict.fromkeys(plan.recompute for plan in plans if not plan.stream_blocks)]
+    assert order == ["keep_gemm", "keep_attn", "block"]
 
 
 def test_what_a_config_names_is_so_in_every_plan(forecast):
