@@ -20,6 +20,7 @@ from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
+from kontext_min.encoders import tile
 from kontext_min.memory import apply_checkpointing, attention_kernels
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.quantize import open_flux
@@ -29,6 +30,7 @@ from kontext_min.training.adapter import add_adapter, sizes
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
+from kontext_min.training.plan import Forecast, choose
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
 from kontext_min.training.start import per_rank, screen
@@ -67,7 +69,9 @@ def report_data(config: Config):
     sets, _ = check(config, model=False)
     shape = presets.preset_of(config.pretrained_model_name_or_path).text_shape
     text = (*shape, 2 if config.mixed_precision == "bf16" else 4)
-    print(*sets.notes, *summary(sets.training, text), *per_rank(config, sets.training, shape[0]), sep="\n")
+    print(*sets.notes, *summary(sets.training, text), sep="\n")
+    seen = Forecast(config, sets.training, cuda=True)
+    print(*seen.cards(), *per_rank(seen), sep="\n")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     examples = sets.training + (sets.validation if sets.unseen else [])
     for set_id in dict.fromkeys(example.set_id for example in examples):
@@ -84,8 +88,9 @@ def encode(config: Config, sets: Sets, items: list[Item], checkpoint: load.Check
     prompts = (*(item.prompt for item in items), *negatives)
     with parallel.first_alone():
         make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
-        examples = Examples(sets.training, checkpoint, texts, dtype, mix)
-        validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts)
+        tiled = bool(config.vae_enable_tiling)
+        examples = Examples(sets.training, checkpoint, texts, dtype, mix, tiled=tiled)
+        validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts, tiled=tiled)
     captions, pictures = (sum(made) for made in zip(examples.encode(device), validation.encode(device), strict=True))
     print(f"encoded {captions} captions and {pictures} pictures; all else was cached")
     return [examples, validation]
@@ -147,6 +152,8 @@ def run(config: Config, prune: bool = False):
         if state.chosen(config) is None and (aside := folder.set_aside()):
             print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
+    seen = choose(config, sets.training, device)
+
     # model: load, and quantise or shard, as it streams -> freeze -> adapt -> checkpoint
     flux = load_model(config, checkpoint, device, dtype)
     torch.manual_seed(config.seed)
@@ -154,18 +161,20 @@ def run(config: Config, prune: bool = False):
     if trained:
         start_from(flux, trained.updates)
         print(f"init_lora {trained.path}: {trained.title}")
-    if config.gradient_checkpointing:
-        apply_checkpointing(flux, config.recompute, config.gradient_checkpointing_interval or 1)
+    if seen.plan.recompute != "none":
+        apply_checkpointing(flux, seen.plan.recompute, config.gradient_checkpointing_interval or 1)
 
     # loop
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
+    if seen.plan.vae_enable_tiling:
+        tile(vae)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
-    print(*screen(config, editor, examples), sep="\n")
+    print(*screen(config, editor, examples, seen), sep="\n")
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, **config.optimizer_options())
     validator = Validator(editor, validation, items, sampling_of(config), folder)
     evaluator = Evaluator(config, flux, validation, sets.unseen)
     with attention_kernels(device):
-        print(Run(config, flux, examples, validator, evaluator).go(optimizer, checkpoint.shift))
+        print(Run(config, flux, examples, validator, evaluator, seen).go(optimizer, checkpoint.shift))
     print(parallel.by_first(report.write)(config.output_dir))
 
 

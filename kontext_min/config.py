@@ -48,6 +48,7 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 Recompute = Literal["block", "keep_attn", "keep_gemm"]
 Several = Literal["random", "combined"]
 Base = Literal["no_change", "bf16", "int8-quanto", "int8-torchao", "int8-dynamic", "nf4", "fp8-torchao", "fp8-dynamic"]
+Encoder = Literal["no_change", "int8-quanto", "int8-torchao", "nf4"]
 Kind = Literal["reference_strict", "reference_loose", "mask"]
 
 
@@ -187,10 +188,21 @@ class Config(Strict):
     model_type: Literal["lora", "full"] = knob("lora", "full: all parameters, spread over the ranks of torchrun")
     pretrained_model_name_or_path: str = knob("nano", "model folder, hub id, or nano, the embedded model")
     base_model_precision: Base = knob("no_change", "of the frozen base; -dynamic: of its inputs, too")
+    text_encoder_2_precision: Encoder = knob("no_change", "of T5, 9.5 GB in bf16, while captions are encoded")
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
-    recompute: Recompute = knob("block", "all of it; keep_attn, keep_gemm: all but attention, or but products: faster")
+    memory: Literal["auto"] | Positive = knob(
+        "auto", "GB that a run may take; auto: what its GPU has. It picks, unless set:"
+    )
+    recompute: Recompute | None = knob(
+        None, "all of a block; keep_attn, keep_gemm: but attention, but products: faster"
+    )
+    modulation_on_cpu: bool | None = knob(None, "a quarter of the weights, which see no tokens, on the CPU")
+    offload_activations: bool | None = knob(None, "the inputs of blocks wait in the host's memory for backward")
+    stream_blocks: bool | None = knob(None, "the blocks' weights stay in the host's memory, a few at a time come over")
+    vae_enable_tiling: bool | None = knob(None, "pictures above 512 px go through the VAE in overlapping tiles")
+    torch_compile: bool = knob(False, "compile each kind of block")
     fsdp_enable: bool = knob(False, "each of torchrun's ranks keeps a part of the frozen base; with full always so")
     fsdp_cpu_offload: bool = knob(False, "of model_type full: these parts, gradients and moments in the host's memory")
     distributed_timeout: float = knob(10.0, "minutes in which a rank must answer another", gt=0)
@@ -224,9 +236,7 @@ class Config(Strict):
     lora_format: Literal["diffusers", "comfyui", "kohya"] = knob("diffusers", "of a LoRA's file; LoKr's is LyCORIS'")
 
     # the step
-    flow_schedule_shift: Literal["auto"] | Positive = knob(
-        "auto", "moves times to noise; auto: by size, as in sampling"
-    )
+    flow_schedule_shift: Literal["auto"] | Positive = knob("auto", "moves times to noise; auto: by size, as sampling")
     flow_sigmoid_scale: float = knob(1.0, "times are sigmoid(scale * normal), then shifted", gt=0)
     flow_use_uniform_schedule: bool = knob(False, "uniform times instead")
     flow_use_beta_schedule: bool = knob(False, "beta times instead")
@@ -330,17 +340,19 @@ class Config(Strict):
         idle = ", ".join(sorted(key for key in self.idle & self.model_fields_set if getattr(self, key)))
         lokr, form, split = self.lora_type == "lycoris", self.lora_format, self.validation_split
         flows, curve = self.flow_use_uniform_schedule + self.flow_use_beta_schedule, "constant" not in self.lr_scheduler
-        precisions = (self.base_model_precision, self.mixed_precision)
+        plan = ", ".join(
+            sorted(self.model_fields_set & {"memory", "modulation_on_cpu", "offload_activations", "stream_blocks"})
+        )
+        kept, precisions = self.gradient_checkpointing, (self.base_model_precision, self.mixed_precision)
         full, quantised = self.model_type == "full", self.base_model_precision not in ("no_change", "bf16")
         contradictions = {
             f"model_type full has no adapter; take out {idle}": full and idle,
-            "model_type full trains in fp32 beside mixed_precision: set base_model_precision to no_change": full
-            and quantised,
+            "model_type full trains in fp32: set base_model_precision to no_change": full and quantised,
             "model_type full keeps no average: take out use_ema": full and self.use_ema,
-            "adamw_bf16 keeps some parameters in bf16, others in fp32; model_type full needs another optimizer": full
-            and self.optimizer == "adamw_bf16",
-            "fsdp_enable: a quantised base is kept whole; set base_model_precision to no_change": self.fsdp_enable
-            and quantised,
+            "model_type full needs an optimizer but adamw_bf16": full and self.optimizer == "adamw_bf16",
+            "fsdp_enable needs base_model_precision no_change": self.fsdp_enable and quantised,
+            f"a model in shards has no plan to choose; take out {plan}": self.sharded and plan,
+            "offload_activations needs gradient_checkpointing": self.offload_activations and not kept,
             "use_dora needs whole weights: take out fsdp_enable": self.fsdp_enable and self.use_dora,
             "fsdp_cpu_offload needs model_type full": self.fsdp_cpu_offload and not full,
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,

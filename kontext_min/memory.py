@@ -1,15 +1,22 @@
-"""Memory: what is computed again instead of kept, attention's kernels, what a run will take, and what it takes."""
+"""Memory: what is computed again instead of kept, attention's kernels, what a step will take, and what it takes."""
 
 import os
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import flop_registry
 
 from kontext_min.models.flux import Flux
 
@@ -23,6 +30,13 @@ ATTENTION = {  # the products that attention is, on CUDA and on the CPU
 }
 # what linears are, also rounded ones -> which argument is the weight, (in, out)
 PRODUCTS = {ATEN.mm.default: 1, ATEN.addmm.default: 2, ATEN._int_mm.default: 1, ATEN._scaled_mm.default: 1}
+FUSED, FUSED_BACKWARD = (getattr(ATEN, f"_scaled_dot_product_flash_attention_for_cpu{s}") for s in ("", "_backward"))
+FLOPS = flop_registry | {  # operator -> its FLOPs: torch's formulas, and those of the same under other names
+    FUSED: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    FUSED_BACKWARD: flop_registry[ATEN._scaled_dot_product_flash_attention_backward],
+    ATEN._int_mm: flop_registry[ATEN.mm],
+    ATEN.addmm_: flop_registry[ATEN.addmm],
+}
 
 
 def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
@@ -94,16 +108,43 @@ def held(flux: Flux, per_trained: float, dtype: torch.dtype, ranks: int = 1, sha
     return parts
 
 
-def inputs(flux: Flux, tokens: int, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes of what checkpointed blocks keep of the largest batch."""
-    blocks = len(flux.double_blocks) + len(flux.single_blocks)
-    size = blocks * flux.config.hidden_size * dtype.itemsize * tokens
-    return {f"inputs of {blocks} blocks, kept for {tokens} tokens": size}
+class Counted(TorchDispatchMode):
+    """Of what is computed inside the context: bytes of the tensors made, `live` now and `peak` at most, and `flops`."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known, self.flops = 0, 0, set(), Counter()  # flops: by operator
+
+    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out, operator = func(*args, **(kwargs or {})), func._overloadpacket
+        if operator in FLOPS:
+            self.flops[operator] += FLOPS[operator](*args, **(kwargs or {}), out_val=out)
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
+            if storage._cdata not in given | self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key: int, size: int):
+        """A storage has died."""
+        self.known.discard(key)
+        self.live -= size
 
 
-def predicted(parts: dict[str, float], vae: nn.Module, checkpointed: bool) -> list[str]:
-    """A training step's memory, line by line."""
-    parts = {**parts, "VAE": sum(map(size_of, (*vae.parameters(), *vae.buffers())))}
-    rest = "what one block computes" if checkpointed else "all that is kept for backward"
-    parts[f"and {rest}: measured, in the bar and metrics.jsonl"] = sum(parts.values())
-    return [f"{size / GB:8.3f} GB  {name}" for name, size in parts.items()]
+def counted(compute: Callable[[], Tensor]) -> Counted:
+    """What `compute`, and the backward pass of a loss, take. On meta nothing is computed, and all of it counted.
+
+    There, too, attention is one product as elsewhere, where torch would make a matrix of all pairs of tokens.
+    """
+    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, lambda q, k, v: FUSED(q, k, v)[0]
+    try:
+        with Counted() as found:
+            out = compute()
+            if out.requires_grad:
+                out.backward()
+    finally:
+        F.scaled_dot_product_attention = plain
+    return found

@@ -14,7 +14,7 @@ from kontext_min.checkpoints import load
 from kontext_min.config import read_config
 from kontext_min.memory import held
 from kontext_min.training.optim import make_optimizer
-from kontext_min.training.start import bytes_of_one
+from kontext_min.training.plan import bytes_of_one
 from train import load_model
 
 

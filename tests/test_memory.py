@@ -1,17 +1,31 @@
 """What memory a run takes: counted before, measured while it goes."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
 from benchmarks import arms
+from benchmarks.arms import FULL
 from tiny import CPU, FP32
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kontext_min.adapters.inject import TARGETS, add_lokr, add_lora, matching_modules
 from kontext_min.adapters.layers import Kronecker
-from kontext_min.checkpoints.load import load_flux, load_vae
-from kontext_min.memory import GB, apply_checkpointing, attention_kernels, held, in_use, inputs, predicted, size_of
+from kontext_min.checkpoints.load import load_flux
+from kontext_min.memory import (
+    FUSED,
+    FUSED_BACKWARD,
+    GB,
+    Counted,
+    apply_checkpointing,
+    attention_kernels,
+    counted,
+    held,
+    in_use,
+    size_of,
+)  # fmt: skip
+from kontext_min.models.flux import Flux
 from kontext_min.quantize import open_flux
 
 POLICIES = ("block", "keep_attn", "keep_gemm")
@@ -34,27 +48,11 @@ def test_the_size_of_a_quantised_tensor_is_that_of_its_parts():
     assert 1024 * 256 <= size_of(linear[0].weight) <= 1024 * 256 + 256 * 8
 
 
-def gigabytes(lines: list[str]) -> list[float]:
-    return [float(line.split()[0]) for line in lines]
-
-
-def test_the_prediction_counts_weights_adapter_and_the_inputs_of_checkpointed_blocks(kontext):
+def test_what_is_held_is_what_the_files_hold_and_what_training_adds(kontext):
     flux = load_flux(tiny.part(kontext, "transformer"), CPU, FP32).requires_grad_(False)
-    vae = load_vae(tiny.part(kontext, "vae"), CPU, FP32)
-    files = [
-        sum(t.numel() * 4 for t in tiny.read_part(kontext / name).values()) / GB for name in ("transformer", "vae")
-    ]
-    tokens = 1_000_000  # of 64 channels, in 4 blocks
+    file = sum(tensor.numel() * 4 for tensor in tiny.read_part(kontext / "transformer").values())
     parameters = sum(p.numel() for p in add_lora(flux, ["transformer_blocks.0.attn.to_q"], 16, 16))
-    kept = inputs(flux, tokens, FP32)
-    lines = predicted(held(flux, 1000, FP32) | kept, vae, True)
-    transformer, adapter, activations, autoencoder, total = gigabytes(lines)
-    assert [transformer, autoencoder] == pytest.approx(files, abs=0.0006)
-    assert [adapter, activations] == pytest.approx([parameters * 1000 / GB, 4 * 64 * 4 * tokens / GB], abs=0.0006)
-    assert total == pytest.approx(sum([*files, adapter, activations]), abs=0.003)
-    assert "what one block computes: measured" in lines[-1]
-    plain = predicted(held(flux, 0, FP32), vae, False)
-    assert len(plain) == 4 and "all that is kept for backward" in plain[-1]
+    assert [*held(flux, 1000, FP32).values()] == [file, parameters * 1000]
 
 
 # ------------------------------------------------------------------------------------------------ recompute
@@ -128,29 +126,52 @@ def test_a_step_has_fewer_flops_than_diffusers_and_pefts(flops):
     assert flops["none"] < flops["keep_gemm"] <= 0.66
 
 
-def without_memory(name: str) -> nn.Module:
-    """An arm of the benchmark at full size, of tensors that have a shape and no memory. Inside FakeTensorMode."""
-    torch.set_default_dtype(torch.bfloat16)
+def on_meta(name: str, shape: arms.Shape, dtype: torch.dtype) -> tuple[nn.Module, dict]:
+    """An arm of the benchmark and its inputs, of tensors that have a shape and no values."""
+    torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model = arms.arm(name, arms.FULL.config)
+            model = arms.arm(name, shape.config)
     finally:
         torch.set_default_dtype(FP32)
-    for module in model.modules():
-        for key, p in module.named_parameters(recurse=False):
-            setattr(module, key, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=CPU), p.requires_grad))
-    return model
+    return model, {key: value.to("meta") for key, value in arms.inputs(shape, dtype).items()}
 
 
-@pytest.mark.slow  # a minute for each arm
+@pytest.mark.parametrize("policy", ["none", *POLICIES])
+def test_a_step_that_is_counted_takes_what_one_that_is_computed_takes(policy):
+    """And by torch's own counter of FLOPs, which knows no attention of the CPU's."""
+    shape = arms.Shape(arms.sized(2, 2, 3, 64), 40, (12, 12))
+    model, given = on_meta(policy, shape, FP32)
+    found = counted(lambda: arms.loss(model, given))
+    torch.manual_seed(0)
+    real, given = arms.arm(policy, shape.config), arms.inputs(shape, FP32)
+    with Counted() as computed:
+        arms.loss(real, given).backward()
+    assert found.flops == computed.flops
+    assert found.peak == pytest.approx(computed.peak, abs=40_000)  # of at least 11 MB; a kernel of the CPU's wants more
+    attention = [found.flops[op] for op in (FUSED, FUSED_BACKWARD)]
+    assert found.flops.total() - sum(attention) == arms.gemm_flops(real, given)
+    tokens, again = 40 + 2 * 144, 5 - 1 if policy == "block" else 0  # the last block is never computed again
+    once, last = 4 * tokens**2 * 256, 4 * tokens * 144 * 256  # of whose tokens only the target's ask
+    assert attention == [4 * once + last + again * once, 2.5 * (4 * once + last)]
+
+
+def test_the_forward_pass_at_1024_px_has_the_known_flops():
+    with torch.device("meta"):
+        flux = Flux(FULL.config)
+    given = {key: value.to("meta") for key, value in arms.inputs(FULL, FP32).items()}
+    with torch.no_grad():
+        found = counted(lambda: flux(**given))
+    assert found.flops.total() == pytest.approx(165.458e12, rel=1e-3)  # 2 a multiply-add, by hand from the shapes
+
+
+PEER = 4.672  # GB of diffusers' and peft's step beside its weights, by fake tensors
+
+
 def test_at_full_size_a_step_takes_no_more_memory_than_diffusers_and_pefts():
-    pytest.importorskip("peft")
-    peak = {}
-    for name in ("peer", *POLICIES):
-        with FakeTensorMode():
-            peak[name] = arms.step_bytes(without_memory(name), arms.inputs(arms.FULL, torch.bfloat16)) / GB
-    print(peak)
-    assert peak["block"] <= peak["peer"] and peak["keep_attn"] < 7.8 and peak["keep_gemm"] < 30
+    found = counted(partial(arms.loss, *on_meta("block", FULL, torch.bfloat16)))
+    assert found.peak / GB <= PEER
+    assert found.flops.total() == pytest.approx(531.4e12, rel=1e-3)  # the peer's: 578.8, by hand from the shapes
 
 
 def test_on_the_cpu_attention_has_the_kernels_that_it_always_has():

@@ -23,7 +23,7 @@ from kontext_min.data.buckets import Size, Transform
 from kontext_min.data.cache import Cache, digest, weights_id
 from kontext_min.data.degrade import degrade
 from kontext_min.data.pairs import Picture
-from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights
+from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights, tile
 from kontext_min.flow import Condition
 from kontext_min.models.vae import VAE
 
@@ -191,6 +191,7 @@ class Examples:
     mix: Mix = field(default_factory=Mix)
     vae: VAE | None = None  # needed for views that are made anew at every use
     prompts: tuple[str, ...] = ()  # texts that are needed beside the captions
+    tiled: bool = False  # latents are made in tiles
 
     def __post_init__(self):
         self.vae_id, *encoders = map(self.weights_of, ("vae", "text_encoder", "text_encoder_2"))
@@ -204,7 +205,8 @@ class Examples:
         return weights_id(self.checkpoint.components[part], self.texts.folder / "weights.json")
 
     def _latent_key(self, view: View) -> str:
-        return digest("mask" if view.mask else "latents", self.vae_id, view.key())
+        kind = "mask" if view.mask else "latents in tiles" if self.tiled else "latents"
+        return digest(kind, self.vae_id, view.key())
 
     def _text_key(self, caption: str) -> str:
         return digest("text", self.text_id, caption)
@@ -241,6 +243,7 @@ class Examples:
             free(device)
         if mine := parallel.own([*views.items()]):
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
+            vae = tile(vae) if self.tiled else vae
             for (cache, key), view in tqdm(mine, desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": encode_view(vae, view)})
             del vae

@@ -23,6 +23,7 @@ from kontext_min.training.card import write_card
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item, pair_item
 from kontext_min.training.optim import EMA
+from kontext_min.training.plan import Forecast
 from kontext_min.training.track import Tracker
 from kontext_min.training.trainer import train
 from kontext_min.training.validate import Validator
@@ -31,9 +32,11 @@ from kontext_min.training.validate import Validator
 class Run:
     """Trains, and leaves in output_dir what `run_folder` lists."""
 
-    def __init__(self, config: Config, flux: Flux, examples: Examples, validator: Validator, evaluator: Evaluator):
+    def __init__(
+        self, config: Config, flux: Flux, examples: Examples, validator: Validator, evaluator: Evaluator, seen: Forecast
+    ):
         self.config, self.flux, self.examples = config, flux, examples
-        self.validator, self.evaluator = validator, evaluator
+        self.validator, self.evaluator, self.forecast = validator, evaluator, seen
         self.folder = RunFolder(config.output_dir)
         self.trained = self.folder.lora if config.model_type == "lora" else self.folder.model
         first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), None)
@@ -46,12 +49,12 @@ class Run:
         config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
         self.kept = self.parts(optimizer)
-        self.done = start = 0
+        self.done = self.start = start = 0
         self.stop_when_told()
         if config.validation_on_startup or config.model_type == "full":  # later there is no base
             self.validator.prepare()
         if path := state.chosen(config):
-            self.done = start = state.restore(path, self.kept, self.identity, config.allow_changed_resume)
+            self.done = self.start = start = state.restore(path, self.kept, self.identity, config.allow_changed_resume)
             print(f"going on from {path}, after step {start}")
         if start >= config.max_train_steps:
             return f"max_train_steps {config.max_train_steps} is already reached; nothing to do"
@@ -66,16 +69,23 @@ class Run:
                     self.tracker.log(step, values)
                     if self.each_step(step):
                         break
-            except ValueError as error:  # nothing is lost: the LoRA as it was before the step that failed
-                self.write_adapter(self.done)
-                so_far = f"; {self.trained} is the LoRA so far" if self.trained == self.folder.lora else ""
-                raise ValueError(f"{error}\n{state.last(self.folder.path)}{so_far}") from error
+            except (ValueError, torch.OutOfMemoryError) as error:
+                raise ValueError(self.what_is_left(error)) from error
         if config.model_type == "lora":
             parallel.by_first(write_card)(config, {**self.recipe, "trained_steps": self.done}, self.examples)
         if self.interrupted.is_set():
             return f"stopped; {self.trained} is what is trained so far; go on with resume_from_checkpoint=latest"
         left = (self.trained, self.folder.average, self.folder.sheet(self.done))
         return "\n".join(str(file) for file in left if file.exists())
+
+    def what_is_left(self, error: Exception) -> str:
+        """A step has failed, and nothing is lost: the LoRA is as it was before it, if there is memory to write it."""
+        last = state.last(self.folder.path)
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"step {self.done + 1} needs more memory than there is: {self.forecast.remedies()}\n{last}"
+        self.write_adapter(self.done)
+        so_far = f"; {self.trained} is the LoRA so far" if self.trained == self.folder.lora else ""
+        return f"{error}\n{last}{so_far}"
 
     def parts(self, optimizer: torch.optim.Optimizer) -> state.Parts | parallel.Shards:
         """What a checkpoint holds."""
@@ -95,6 +105,8 @@ class Run:
         if parallel.total(self.interrupted.is_set()):  # on any rank
             self.interrupted.set()
         self.done, config, stop = step, self.config, self.interrupted.is_set()
+        if step == self.start + 10 and self.forecast.cuda and not parallel.rank():  # elsewhere memory is of all
+            tqdm.write(self.forecast.beside(read_lines(self.folder.metrics)[-9:]))
         if self.ema and due(step, config.ema_update_interval):
             self.ema.update()
         done, shown = step == config.max_train_steps, due(step, config.validation_steps)

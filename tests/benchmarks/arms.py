@@ -3,21 +3,17 @@
 Weights are random: nothing that is measured here depends on them.
 """
 
-import weakref
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kontext_min import flow
 from kontext_min.adapters.inject import TARGETS, add_lora, detach_all, matching_modules, updates
 from kontext_min.adapters.merge import merging
-from kontext_min.memory import apply_checkpointing
+from kontext_min.memory import Counted, apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
 
 RANK = 16  # on every linear of the blocks but the modulation
@@ -110,38 +106,9 @@ def gemm_flops(model: nn.Module, given: dict[str, Tensor]) -> int:
     return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (aten.mm, aten.addmm))
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made inside the context: `live` now, `peak` at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given | self.known:
-                self.add(tensor.untyped_storage())
-        return out
-
-    def add(self, storage: torch.UntypedStorage):
-        """Count a storage until it dies."""
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def dead():
-            self.known.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, dead)
-
-
 def step_bytes(model: nn.Module, given: dict[str, Tensor]) -> int:
     """The most bytes that live at once in a step beside weights and inputs; gradients of the LoRA are among them."""
-    with LiveBytes() as counted:
+    with Counted() as counted:
         loss(model, given).backward()
     return counted.peak
 

@@ -94,6 +94,23 @@ def test_values_that_would_train_garbage_are_refused_with_the_key(tmp_path, over
         read_config(path, [override])
 
 
+@pytest.mark.parametrize("override", ["memory=24", "modulation_on_cpu=true", "stream_blocks=false"])
+def test_a_model_in_shards_refuses_what_only_a_plan_decides(tmp_path, override):
+    path = write(tmp_path, '{"data_backend_config": [], "fsdp_enable": true}')
+    with pytest.raises(ValueError, match=f"in shards has no plan to choose; take out {override.partition('=')[0]}"):
+        read_config(path, [override])
+    assert read_config(path, ["recompute=keep_attn"]).memory == "auto"
+
+
+def test_memory_is_a_number_of_gb_or_auto(tmp_path):
+    path = write(tmp_path, '{"data_backend_config": []}')
+    assert (read_config(path, []).memory, read_config(path, ["memory=12"]).memory) == ("auto", 12)
+    with pytest.raises(ValueError, match="memory.*should be greater than 0"):
+        read_config(path, ["memory=0"])
+    with pytest.raises(ValueError, match="offload_activations needs gradient_checkpointing"):
+        read_config(path, ["offload_activations=true", "gradient_checkpointing=false"])
+
+
 def test_a_format_that_cannot_hold_the_adapter_is_refused_before_training(tmp_path):
     path = write(tmp_path, '{"data_backend_config": [], "use_dora": true, "lora_format": "comfyui"}')
     with pytest.raises(ValueError, match="lora_format: a comfyui file cannot hold"):

@@ -33,14 +33,15 @@ USED = {  # config keys with values as SimpleTuner's files and its documentation
     "output_dir": "out", "checkpointing_steps": "500", "checkpoint_step_interval": 500,
     "checkpoints_total_limit": "5", "resume_from_checkpoint": "latest",
     "num_eval_images": 4, "validation_guidance": 2.5, "validation_num_inference_steps": "20", "validation_seed": "42",
-    "validation_steps": "500", "use_dora": "true",
+    "validation_steps": "500", "use_dora": "true", "text_encoder_2_precision": "int8-quanto",
+    "vae_enable_tiling": "true",
 }
 IGNORED = {  # left out with a reason
     "fuse_qkv_projections": True, "fused_qkv_projections": False, "num_train_epochs": "0",
     "offload_during_startup": True,
-    "quantize_via": "cpu", "text_encoder_1_precision": "no_change", "text_encoder_2_precision": "int8-quanto",
+    "quantize_via": "cpu", "text_encoder_1_precision": "no_change",
     "base_model_default_dtype": "bf16", "gradient_precision": "fp32", "vae_dtype": "bf16", "vae_batch_size": 4,
-    "vae_enable_tiling": True, "vae_enable_slicing": "true", "image_processing_batch_size": 32, "write_batch_size": 128,
+    "vae_enable_slicing": "true", "image_processing_batch_size": 32, "write_batch_size": 128,
     "read_batch_size": 25, "max_workers": 32, "aspect_bucket_worker_count": 12, "aspect_bucket_rounding": 2,
     "tokenizer_max_length": 512, "override_dataset_config": True, "vae_cache_scan_behaviour": "recreate",
     "compress_disk_cache": True, "cache_dir_text": "cache/text", "cache_dir_vae": "cache/vae",

@@ -1,0 +1,252 @@
+"""What a run will take, counted before it begins, and what gives way where that is more than there is."""
+
+import math
+import re
+import statistics
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import json5
+import torch
+from torch import nn
+
+from kontext_min import flow, memory, parallel, presets
+from kontext_min.checkpoints import load
+from kontext_min.config import Config
+from kontext_min.data.buckets import Size
+from kontext_min.data.examples import Example
+from kontext_min.encoders import tile
+from kontext_min.memory import FUSED, FUSED_BACKWARD, GB, size_of
+from kontext_min.models.flux import Flux, FluxConfig
+from kontext_min.models.vae import VAE, VAEConfig
+from kontext_min.quantize import QuantisedLinear, form_of, is_quantised, parts_of
+from kontext_min.training.adapter import add_adapter
+from kontext_min.training.items import TOKEN
+from kontext_min.training.optim import make_optimizer
+
+CARDS = json5.loads((Path(__file__).parents[1] / "cards.json5").read_text(encoding="utf-8"))
+SPARE, WORKSPACE = 1.0, 0.9  # GB: left free of a budget; CUDA's own, and gaps between tensors
+RING = 3  # blocks on the device at once where they are streamed
+MODULATION = re.compile(r"mod\.lin|modulation\.|(time|guidance|vector)_in\.")  # what sees no tokens, but one vector
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What may be chosen of a run without changing what it learns."""
+
+    recompute: str = "block"  # a policy of `apply_checkpointing`, or none
+    modulation_on_cpu: bool = False
+    offload_activations: bool = False  # the checkpointed blocks' inputs wait in the host's memory
+    stream_blocks: bool = False  # so do the blocks' weights
+    vae_enable_tiling: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join([self.recompute, *(name for name, chosen in vars(self).items() if chosen is True)])
+
+
+POLICIES = ("keep_gemm", "keep_attn", "block")  # here and below, from the fastest to the smallest
+PLANS = [Plan(policy, cpu) for policy in POLICIES for cpu in (False, True)]
+PLANS += [Plan("block", True, True), *(Plan(policy, True, True, True) for policy in POLICIES)]
+CHANGES = [  # of a config, that save memory, those that cost the least time first
+    {"modulation_on_cpu": True}, {"gradient_checkpointing": True, "recompute": "keep_attn"},
+    {"offload_activations": True}, {"gradient_checkpointing": True, "recompute": "block"},
+    {"base_model_precision": "int8-torchao"}, {"base_model_precision": "nf4"}, {"stream_blocks": True},
+]  # fmt: skip
+
+
+class Forecast:
+    """What a config's run takes by any plan, by a batch of its largest use, counted on meta.
+
+    cuda: whether it runs there; plan: what is chosen; card: an entry of CARDS, or None.
+    """
+
+    def __init__(self, config: Config, examples: list[Example], cuda: bool, plan: Plan | None = None, card=None):
+        self.config, self.examples, self.cuda, self.card, self.counts = config, examples, cuda, card, {}
+        self.plan = plan or Plan(**named(config))
+        several = None if config.conditioning_multidataset_sampling == "combined" else -1
+        uses = [[e.target.size, *sorted((v.size for v in e.references), key=math.prod)[several:]] for e in examples]
+        self.sizes = max(uses, key=lambda sizes: sum(map(math.prod, sizes)))
+        self.text = presets.named(config.pretrained_model_name_or_path).text_shape[0]
+        self.tokens = config.train_batch_size * (self.text + sum(map(math.prod, self.sizes)) // TOKEN**2)
+        self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+        self.flux = flux = on_meta(config, self.dtype)
+        tensors = [*flux.named_parameters(), *flux.named_buffers()]
+        sizes = {name: size_of(tensor) for name, tensor in tensors if not tensor.requires_grad}
+        self.modulation = sum(size for name, size in sizes.items() if MODULATION.search(name))
+        blocks = {name: size for name, size in sizes.items() if "_blocks." in name and not MODULATION.search(name)}
+        self.blocks, width = sum(blocks.values()), flux.config.hidden_size
+        largest = sum(size for name, size in blocks.items() if name.startswith("double_blocks.0."))
+        self.away = max(0, self.blocks - RING * largest)
+        one = flux.config.depth * 12 + flux.config.depth_single_blocks * 3 + 2
+        self.on_cpu = one * width**2 * self.dtype.itemsize  # never quantised there
+        inputs = len([*flux.double_blocks, *flux.single_blocks][: -1 : config.gradient_checkpointing_interval or 1])
+        self.inputs = max(0, inputs - 2) * self.tokens * width * self.dtype.itemsize  # two are on the device
+
+    def work(self, policy: str) -> memory.Counted:
+        """A batch, forward and backward, by a policy of `apply_checkpointing`, or none."""
+        if policy not in self.counts:
+            flux = on_meta(self.config.model_copy(update={"model_type": "lora"}), self.dtype)
+            if policy != "none":
+                memory.apply_checkpointing(flux, policy, self.config.gradient_checkpointing_interval or 1)
+            sizes, uses = flux.config, self.config.train_batch_size
+            with torch.device("meta"):
+                shapes = [(uses, sizes.in_channels // 4, 2 * h // TOKEN, 2 * w // TOKEN) for w, h in self.sizes]
+                x, *references = map(torch.empty, shapes)
+                txt = torch.empty(uses, self.text, sizes.context_in_dim, dtype=self.dtype)
+                seen = flow.Condition(txt, torch.empty(uses, sizes.vec_in_dim, dtype=self.dtype), references)
+                t = torch.empty(uses)
+                step = memory.counted(lambda: flow.velocity(flux, x, t, seen, t).float().square().mean())
+            self.counts[policy] = step
+        return self.counts[policy]
+
+    def parts(self, plan: Plan) -> dict[str, float]:
+        """Bytes on the device, by what they are."""
+        config = self.config
+        vae, picture = decoding(config.pretrained_model_name_or_path, self.sizes[0], plan.vae_enable_tiling)
+        step = self.work(plan.recompute).peak - plan.offload_activations * self.inputs
+        parts = memory.held(self.flux, bytes_of_one(config), self.dtype, parallel.world(), config.sharded)
+        parts["transformer"] -= plan.modulation_on_cpu * self.modulation + plan.stream_blocks * self.away
+        parts |= {f"a batch of {self.tokens} tokens, forward and backward": step, "VAE": vae}
+        parts["a picture in the VAE, beyond a batch"] = max(0, picture - step)
+        return parts | {"CUDA's own, and gaps": self.cuda * WORKSPACE * GB}
+
+    def total(self, plan: Plan) -> float:
+        """GB on the device."""
+        return sum(self.parts(plan).values()) / GB
+
+    def host(self, plan: Plan) -> float:
+        """GB in the host's memory."""
+        moved = plan.offload_activations * self.inputs + plan.stream_blocks * self.blocks
+        return (plan.modulation_on_cpu * self.on_cpu + moved) / GB
+
+    def seconds(self, plan: Plan, card: dict) -> float:
+        """Of a step on a card of CARDS: its products, or its copies from and to the host if they take longer."""
+        flops, (kind, _, how) = self.work(plan.recompute).flops, self.config.base_model_precision.partition("-")
+        linears = flops.total() - flops[FUSED] - flops[FUSED_BACKWARD]
+        times = linears / ((how == "dynamic" and card[kind]) or card["bf16"])
+        times += flops[FUSED] / card["attention"] + flops[FUSED_BACKWARD] / card["attention_backward"]
+        copied = 2 * self.host(replace(plan, modulation_on_cpu=False)) / card["pcie"]
+        return max(times / 1e12, copied) * self.config.gradient_accumulation_steps
+
+    def fitting(self, budget: float) -> Plan | None:
+        """The first of PLANS, with what the config names, that fits so many GB."""
+        tried = [{"vae_enable_tiling": tiling} | named(self.config) for tiling in (False, True)]
+        plans = dict.fromkeys(replace(plan, **more) for plan in PLANS for more in tried)
+        return next((plan for plan in plans if self.total(plan) + SPARE <= budget), None)
+
+    def lines(self) -> list[str]:
+        """What the plan takes, line by line."""
+        lines = [f"{size / GB:8.3f} GB  {name}" for name, size in self.parts(self.plan).items() if size]
+        lines.append(f"{self.total(self.plan):8.3f} GB  in all, by {self.plan}")
+        lines += [f"{self.host(self.plan):8.3f} GB  of the host's memory"] * (self.host(self.plan) > 0)
+        return lines + ([self.time(self.plan, self.card)] if self.card else [])
+
+    def time(self, plan: Plan, card: dict) -> str:
+        """Of a step, and of the run, on a card."""
+        seconds = self.seconds(plan, card)
+        return f"{seconds:.2f} s a step, {seconds * self.config.max_train_steps / 3600:.1f} hours in all"
+
+    def cards(self) -> list[str]:
+        """What each of CARDS would do with the run."""
+        lines = [f"on one GPU, a batch of {self.tokens} tokens:"]
+        for name, card in CARDS.items():
+            plan = self.fitting(card["memory"])
+            said = plan and f"{self.total(plan):5.1f} GB, {self.time(plan, card)}, by {plan}"
+            lines.append(f"  {name}, {card['memory']:3} GB: {said or 'does not fit'}")
+        return lines
+
+    def beside(self, lines: list[dict]) -> str:
+        """What lines of metrics.jsonl say of tensors' memory and of time, beside what was predicted."""
+        told = f"{self.total(self.plan) - self.cuda * WORKSPACE:.1f} GB"
+        told += f", {self.seconds(self.plan, self.card):.2f} s a step" if self.card else ""
+        seconds = statistics.median(line["seconds"] for line in lines)
+        return f"measured {max(line['memory'] for line in lines):.1f} GB, {seconds:.2f} s a step; predicted {told}"
+
+    def remedies(self) -> str:
+        """The three cheapest changes of the config that would take less memory, and how much less."""
+        found, now = [], self.total(self.plan)
+        for change in CHANGES:
+            changed = {key: value for key, value in change.items() if getattr(self.config, key) != value}
+            config = self.config.model_copy(update=changed)
+            other = Forecast(config, self.examples, self.cuda, replace(self.plan, **named(config)))
+            other.counts = self.counts
+            if (saved := now - other.total(other.plan)) > 0.01 * now:
+                found.append(" ".join(f"{key}={value}" for key, value in changed.items()) + f" saves {saved:.2g} GB")
+            if len(found) == 3:
+                break
+        return ", ".join(found) or "use a smaller resolution"
+
+
+def named(config: Config) -> dict[str, str | bool]:
+    """The parts of a plan that a config names."""
+    said = config.model_dump(include=set(vars(Plan())))
+    said |= {} if config.gradient_checkpointing else {"recompute": "none"}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def choose(config: Config, examples: list[Example], device: torch.device) -> Forecast:
+    """What a config's run takes on a device, its plan fitting `memory`, auto being the card's; ValueError if none fits.
+
+    Where there is neither a number nor CUDA, and of a model in shards, nothing is chosen that is not named.
+    """
+    found, budget = Forecast(config, examples, device.type == "cuda"), config.memory
+    if found.cuda:
+        name, here = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory / GB
+        found.card = next((card for key, card in CARDS.items() if key in name), None)
+        budget = here if budget == "auto" else budget
+    if budget != "auto" and not config.sharded:
+        if not (plan := found.fitting(budget)):
+            found.plan = replace(PLANS[-1], vae_enable_tiling=True, **named(config))
+            least = f"{found.total(found.plan) + SPARE:.1f} GB by {found.plan}; {found.remedies()}"
+            raise ValueError(f"memory: {budget:.1f} GB are too few. The run needs {least}, a smaller resolution more")
+        found.plan = plan
+    return found
+
+
+@cache
+def decoding(model: str, size: Size, tiling: bool) -> tuple[int, int]:
+    """Bytes of a model's VAE, and of what it makes of a picture's latents."""
+    _, vae = networks(model)
+    latents = (1, vae.config.latent_channels, *(side // vae.config.factor for side in size))
+    decode = tile(vae).decode if tiling else vae.decode
+    with torch.no_grad():
+        peak = memory.counted(lambda: decode(torch.empty(latents, device="meta"))).peak
+    return sum(map(size_of, vae.parameters())), peak
+
+
+def networks(model: str) -> tuple[Flux, VAE]:
+    """A model's transformer and autoencoder without weights; of the published sizes if they are not here."""
+    try:
+        found = load.find(presets.locate(model), download=False)
+        return load.empty_flux(found)[0], load.on_meta(VAE, load.vae_config, *load.opened(found, "vae"))
+    except FileNotFoundError:
+        with torch.device("meta"):
+            return Flux(FluxConfig()), VAE(VAEConfig())
+
+
+def on_meta(config: Config, dtype: torch.dtype) -> Flux:
+    """The config's transformer without weights, as it would be trained."""
+    flux, form, parts = networks(config.pretrained_model_name_or_path)[0], form_of(config.base_model_precision), {}
+    if config.model_type == "full":
+        return flux
+    flux.to(dtype).requires_grad_(False)
+    for stem in [name.removesuffix(".weight") for name, _ in flux.named_parameters() if form and is_quantised(name)]:
+        linear = flux.get_submodule(stem)
+        shape = linear.weight.shape
+        parts[shape] = parts.get(shape) or parts_of(linear.weight, form)
+        own = {name: part.clone() for name, part in parts[shape].items()}
+        flux.set_submodule(stem, QuantisedLinear(linear, own, form.endswith("-dynamic")))
+    with torch.device("meta"):
+        add_adapter(config, flux)
+    return flux
+
+
+def bytes_of_one(config: Config) -> float:
+    """What a trained parameter takes with its gradient, the optimizer's state and the average: asked of a step."""
+    probe = nn.Parameter(torch.zeros(64, 64))  # where 8-bit moments begin
+    optimizer = make_optimizer(config.optimizer, [probe], 0.0, **config.optimizer_options())
+    probe.grad = torch.zeros_like(probe)
+    optimizer.step()
+    state = [value for value in optimizer.state[probe].values() if isinstance(value, torch.Tensor)]
+    return sum(map(size_of, (probe, probe.grad, *state))) / probe.numel() + 4 * config.use_ema
