@@ -23,14 +23,14 @@ from kontext_min.edit import Editor
 from kontext_min.encoders import tile
 from kontext_min.memory import apply_checkpointing, attention_kernels
 from kontext_min.models.flux import Flux, FluxConfig
-from kontext_min.quantize import open_flux
+from kontext_min.offload import Ahead, Inputs, open_apart, unneeded
 from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
 from kontext_min.training.adapter import add_adapter, sizes
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
-from kontext_min.training.plan import Forecast, choose
+from kontext_min.training.plan import Forecast, Plan, choose
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
 from kontext_min.training.start import per_rank, screen
@@ -88,15 +88,17 @@ def encode(config: Config, sets: Sets, items: list[Item], checkpoint: load.Check
     prompts = (*(item.prompt for item in items), *negatives)
     with parallel.first_alone():
         make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
-        tiled = bool(config.vae_enable_tiling)
-        examples = Examples(sets.training, checkpoint, texts, dtype, mix, tiled=tiled)
-        validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts, tiled=tiled)
+        how = {"tiled": bool(config.vae_enable_tiling), "t5": config.text_encoder_2_precision}
+        examples = Examples(sets.training, checkpoint, texts, dtype, mix, **how)
+        validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts, **how)
     captions, pictures = (sum(made) for made in zip(examples.encode(device), validation.encode(device), strict=True))
     print(f"encoded {captions} captions and {pictures} pictures; all else was cached")
     return [examples, validation]
 
 
-def load_model(config: Config, checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype) -> Flux:
+def load_model(
+    config: Config, checkpoint: load.Checkpoint, device: torch.device, dtype: torch.dtype, plan: Plan
+) -> tuple[Flux, Ahead]:
     """The transformer, frozen; if all of it is trained, its parameters are kept in fp32 and it computes in dtype."""
     full, offloaded = config.model_type == "full", config.fsdp_cpu_offload
     kept, home = torch.float32 if full else dtype, torch.device("cpu") if offloaded else device
@@ -104,9 +106,11 @@ def load_model(config: Config, checkpoint: load.Checkpoint, device: torch.device
         then = parallel.sharding(full, dtype, offloaded)
         flux = load.load_flux(checkpoint, home, kept, then).requires_grad_(full)
         parallel.shard(flux, dtype, offloaded)
-        return flux
+        return flux, unneeded
+    base = (config.base_model_precision, config.cache_dir / "base")
+    modulation = torch.device("cpu") if plan.modulation_on_cpu else None
     with parallel.first_alone():
-        return open_flux(checkpoint, device, dtype, config.base_model_precision, config.cache_dir / "base")
+        return open_apart(checkpoint, device, dtype, base, modulation, plan.stream_blocks)
 
 
 def main(argv: list[str]):
@@ -155,7 +159,7 @@ def run(config: Config, prune: bool = False):
     seen = choose(config, sets.training, device)
 
     # model: load, and quantise or shard, as it streams -> freeze -> adapt -> checkpoint
-    flux = load_model(config, checkpoint, device, dtype)
+    flux, ahead = load_model(config, checkpoint, device, dtype, seen.plan)
     torch.manual_seed(config.seed)
     parameters = [*flux.parameters()] if config.model_type == "full" else add_adapter(config, flux)
     if trained:
@@ -163,12 +167,16 @@ def run(config: Config, prune: bool = False):
         print(f"init_lora {trained.path}: {trained.title}")
     if seen.plan.recompute != "none":
         apply_checkpointing(flux, seen.plan.recompute, config.gradient_checkpointing_interval or 1)
+    if seen.plan.offload_activations:
+        Inputs(flux, device)
+    for block in (*flux.double_blocks, *flux.single_blocks) if config.torch_compile else ():
+        block.compile(dynamic=False)  # one graph for each kind of block and size of batch
 
     # loop
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
     if seen.plan.vae_enable_tiling:
         tile(vae)
-    editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder))
+    editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder), ahead)
     print(*screen(config, editor, examples, seen), sep="\n")
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, **config.optimizer_options())
     validator = Validator(editor, validation, items, sampling_of(config), folder)

@@ -19,8 +19,9 @@ from kontext_min.encoders import Text, decode_image, encode_image, encode_texts
 from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
+from kontext_min.offload import Ahead, open_apart, unneeded
 from kontext_min.presets import Preset
-from kontext_min.quantize import open_flux
+from kontext_min.quantize import form_of
 from kontext_min.sampler import Sampling
 
 Loras = list[tuple[AdapterFile, float]]
@@ -35,7 +36,7 @@ class Editor:
     vae: VAE
     shift: flow.Shift
     preset: Preset
-    ahead: Callable[[Tensor, Tensor, Tensor], object] = lambda *inputs: None  # is told of all steps' (t, vec, guidance)
+    ahead: Ahead = unneeded
 
     @property
     def device(self) -> torch.device:
@@ -68,10 +69,12 @@ def open_editor(
     encoded = encode_texts(checkpoint, texts, device, dtype)
     vae = load.load_vae(checkpoint, device, torch.float32)
     updates = [at_strength(update, strength) for lora, strength in loras for update in lora.updates if merge]
-    flux = open_flux(checkpoint, device, dtype, *base, merge=merging(updates, empty) if updates else None)
+    modulation = torch.device("cpu") if device.type == "cuda" and form_of(base[0]) else device
+    hook = merging(updates, empty) if updates else None
+    flux, ahead = open_apart(checkpoint, device, dtype, base, modulation, merge=hook)
     for lora, strength in loras if not merge else ():
         apply_updates(flux, lora.updates, strength, dtype)
-    return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder)), encoded
+    return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder), ahead), encoded
 
 
 def output_size(references: list[Size], size: str, reference_size: str, preset: Preset, multiple: int) -> Size:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
+from kontext_min.checkpoints.load import Checkpoint
 from kontext_min.models.flux import Flux
-from kontext_min.quantize import QuantisedLinear
+from kontext_min.quantize import Hook, QuantisedLinear, is_quantised, open_flux
+
+Ahead = Callable[[Tensor, Tensor, Tensor], object]  # is told timesteps (N,), y (N, vec_in_dim), guidance (N,)
 
 EMBEDDERS = ("time_in", "guidance_in", "vector_in")
 MODULATION = ("mod.lin", "modulation.lin", "adaLN_modulation.1")  # endings of the linears that see one token
@@ -33,9 +37,38 @@ def is_modulation(name: str) -> bool:
 
 def is_streamed(name: str) -> bool:
     """Whether a tensor is a weight of a block's other linears: 72 %."""
-    return (
-        name.startswith(("double_blocks.", "single_blocks.")) and name.endswith(".weight") and not is_modulation(name)
-    )
+    return is_quantised(name) and not is_modulation(name)
+
+
+def open_apart(
+    model: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: tuple[str, Path],
+    modulation: torch.device | None = None,
+    blocks: bool = False,
+    merge: Hook = None,
+) -> tuple[Flux, Ahead]:
+    """`open_flux` with parts of the model elsewhere. -> also what likes to know the next evaluations' inputs.
+
+    modulation: where it is computed, never quantised, for many evaluations at once; None: block by block as ever.
+    blocks: whether their weights are streamed. base: precision and cache; merge: as in `open_flux`.
+    """
+
+    def place(name: str) -> torch.device:
+        if modulation and is_modulation(name):
+            return modulation
+        return torch.device("cpu") if blocks and is_streamed(name) else device
+
+    flux = open_flux(model, place, dtype, *base, merge, is_streamed if modulation else is_quantised)
+    ahead = Modulation(flux, device).ahead if modulation else unneeded
+    if blocks:
+        Ring(flux, device)
+    return flux, ahead
+
+
+def unneeded(timesteps: Tensor, y: Tensor, guidance: Tensor):
+    """Of a model that computes everything when its turn comes."""
 
 
 # ------------------------------------------------------------------------------------------------ modulation
@@ -66,7 +99,8 @@ class Modulation:
 
     def __init__(self, flux: Flux, device: torch.device):
         self.device, self.embed, self.made, self.thread = device, flux.embed, {}, ThreadPoolExecutor(1)
-        self.home = flux.time_in.in_layer.weight
+        self.embedders = [flux.get_submodule(name) for name in EMBEDDERS if getattr(flux, name) is not None]
+        self.home = self.embedders[0].in_layer.weight
         self.linears = {name: module for name, module in flux.named_modules() if name.endswith(MODULATION)}
         self.now: dict[str, Tensor] = {}
         flux.embed = self.vec
@@ -93,6 +127,8 @@ class Modulation:
 
     def vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor) -> Tensor:
         """What `Flux.embed` gives; from now on the linears give what belongs to it."""
+        if any(p.requires_grad for embedder in self.embedders for p in embedder.parameters()):
+            raise ValueError(f"updates on {', '.join(EMBEDDERS)} need modulation_on_cpu=false")
         keys = self.ahead(timesteps, y, guidance)
         found = [(future.result(), i) for future, i in map(self.made.get, keys)]
         self.made = {key: value for key, value in self.made.items() if key not in keys}

@@ -141,6 +141,11 @@ def is_quantised(name: str) -> bool:
     return name.startswith(("double_blocks.", "single_blocks.")) and name.endswith(".weight")
 
 
+def any_linear(name: str) -> bool:
+    """Of T5 all are."""
+    return True
+
+
 def quantising(precision: str, chosen: Callable[[str], bool] = is_quantised) -> Hook:
     """For `then` of `load_flux` and `load_t5`: chosen linears are quantised as soon as their weight is there."""
     form = form_of(precision)

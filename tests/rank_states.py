@@ -14,7 +14,7 @@ from kontext_min.checkpoints import load
 from kontext_min.config import read_config
 from kontext_min.memory import held
 from kontext_min.training.optim import make_optimizer
-from kontext_min.training.plan import bytes_of_one
+from kontext_min.training.plan import Plan, bytes_of_one
 from train import load_model
 
 
@@ -28,7 +28,7 @@ def main(config_file: str, checkpoint: str, out: str):
     config = read_config(Path(config_file), ["model_type=full"])
     parallel.join(1.0, anyway=True)
     model = load.find(presets.locate(config.pretrained_model_name_or_path))
-    flux = load_model(config, model, torch.device("cpu"), torch.float32)
+    flux, _ = load_model(config, model, torch.device("cpu"), torch.float32, Plan())
     optimizer = make_optimizer(config.optimizer, [*flux.parameters()], 1e-4, **config.optimizer_options())
     parallel.Shards(flux, optimizer).load(Path(checkpoint))
     states = {}

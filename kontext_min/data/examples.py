@@ -26,6 +26,7 @@ from kontext_min.data.pairs import Picture
 from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights, tile
 from kontext_min.flow import Condition
 from kontext_min.models.vae import VAE
+from kontext_min.quantize import any_linear, form_of, quantising
 
 
 def draw(*parts: str | int) -> np.random.Generator:
@@ -192,12 +193,13 @@ class Examples:
     vae: VAE | None = None  # needed for views that are made anew at every use
     prompts: tuple[str, ...] = ()  # texts that are needed beside the captions
     tiled: bool = False  # latents are made in tiles
+    t5: str = "no_change"  # precision of that encoder
 
     def __post_init__(self):
         self.vae_id, *encoders = map(self.weights_of, ("vae", "text_encoder", "text_encoder_2"))
         folders = [self.checkpoint.folder / part for part in ("tokenizer", "tokenizer_2")]
         tokenizers = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.*"))]
-        self.text_id = digest(*encoders, *tokenizers, str(self.dtype))
+        self.text_id = digest(*encoders, *tokenizers, str(self.dtype), form_of(self.t5) or "")
         self.keys = {view: self._latent_key(view) for e in self.examples for view in e.views() if not view.fleeting}
 
     def weights_of(self, part: str) -> str:
@@ -235,7 +237,7 @@ class Examples:
         views = {(cache, self.keys[view]): view for cache, view in kept if not cache.whole(self.keys[view])}
         parallel.wait()
         if mine := parallel.own(captions):
-            encode = TextEncoder(self.checkpoint, device, self.dtype)
+            encode = TextEncoder(self.checkpoint, device, self.dtype, quantising(self.t5, any_linear))
             for caption in tqdm(mine, desc="encoding captions", unit=" captions"):
                 txt, vec = encode(caption)
                 self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})

@@ -67,7 +67,7 @@ class Forecast:
         several = None if config.conditioning_multidataset_sampling == "combined" else -1
         uses = [[e.target.size, *sorted((v.size for v in e.references), key=math.prod)[several:]] for e in examples]
         self.sizes = max(uses, key=lambda sizes: sum(map(math.prod, sizes)))
-        self.text = presets.named(config.pretrained_model_name_or_path).text_shape[0]
+        self.text = presets.preset_of(config.pretrained_model_name_or_path).text_shape[0]
         self.tokens = config.train_batch_size * (self.text + sum(map(math.prod, self.sizes)) // TOKEN**2)
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.flux = flux = on_meta(config, self.dtype)

@@ -65,7 +65,8 @@ class Run:
             if not start:
                 self.look(0, False, True)  # the base model's loss
             try:
-                for step, values in train(config, self.flux, optimizer, self.examples, shift, start, skipped):
+                what, ahead = (config, self.flux, optimizer, self.examples), self.validator.editor.ahead
+                for step, values in train(*what, shift, start, skipped, ahead):
                     self.tracker.log(step, values)
                     if self.each_step(step):
                         break

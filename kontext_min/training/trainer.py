@@ -5,7 +5,7 @@ Every random draw is a function of (seed, batch number, example), so that a run 
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, count, islice, pairwise
 from typing import NamedTuple
@@ -22,9 +22,8 @@ from kontext_min.config import Config
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Batch, Examples, Use
 from kontext_min.models.flux import Flux
+from kontext_min.offload import Ahead, unneeded
 from kontext_min.training.optim import rate_factor, set_rate
-
-Ahead = Callable[[Tensor, Tensor, Tensor], object]  # is told of (t, vec, guidance) before their turn
 
 
 def train(
@@ -35,7 +34,7 @@ def train(
     shift: flow.Shift,
     start: int = 0,
     skipped: int = 0,
-    ahead: Ahead = lambda *inputs: None,
+    ahead: Ahead = unneeded,
 ) -> Iterator[tuple[int, dict]]:
     """Optimizer steps start + 1 to max_train_steps, each yielded with its numbers when it is done.
 
