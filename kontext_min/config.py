@@ -192,12 +192,8 @@ class Config(Strict):
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
-    memory: Literal["auto"] | Positive = knob(
-        "auto", "GB that a run may take; auto: what its GPU has. It picks, unless set:"
-    )
-    recompute: Recompute | None = knob(
-        None, "all of a block; keep_attn, keep_gemm: but attention, but products: faster"
-    )
+    memory: Literal["auto"] | Positive = knob("auto", "GB to take, auto: the GPU's, by what is picked of the next five")
+    recompute: Recompute | None = knob(None, "all of a block; keep_attn, keep_gemm: less of it, faster")
     modulation_on_cpu: bool | None = knob(None, "a quarter of the weights, which see no tokens, on the CPU")
     offload_activations: bool | None = knob(None, "the inputs of blocks wait in the host's memory for backward")
     stream_blocks: bool | None = knob(None, "the blocks' weights stay in the host's memory, a few at a time come over")
@@ -340,20 +336,20 @@ class Config(Strict):
         idle = ", ".join(sorted(key for key in self.idle & self.model_fields_set if getattr(self, key)))
         lokr, form, split = self.lora_type == "lycoris", self.lora_format, self.validation_split
         flows, curve = self.flow_use_uniform_schedule + self.flow_use_beta_schedule, "constant" not in self.lr_scheduler
-        plan = ", ".join(
-            sorted(self.model_fields_set & {"memory", "modulation_on_cpu", "offload_activations", "stream_blocks"})
-        )
-        kept, precisions = self.gradient_checkpointing, (self.base_model_precision, self.mixed_precision)
+        precisions, fsdp = (self.base_model_precision, self.mixed_precision), self.fsdp_enable
+        planned = ("memory", "modulation_on_cpu", "offload_activations", "stream_blocks")
+        plan = ", ".join(key for key in planned if getattr(self, key) not in ("auto", None))
         full, quantised = self.model_type == "full", self.base_model_precision not in ("no_change", "bf16")
         contradictions = {
             f"model_type full has no adapter; take out {idle}": full and idle,
             "model_type full trains in fp32: set base_model_precision to no_change": full and quantised,
             "model_type full keeps no average: take out use_ema": full and self.use_ema,
-            "model_type full needs an optimizer but adamw_bf16": full and self.optimizer == "adamw_bf16",
-            "fsdp_enable needs base_model_precision no_change": self.fsdp_enable and quantised,
+            "model_type full needs another optimizer than adamw_bf16": full and self.optimizer == "adamw_bf16",
+            "fsdp_enable: a quantised base is kept whole; set base_model_precision to no_change": fsdp and quantised,
             f"a model in shards has no plan to choose; take out {plan}": self.sharded and plan,
-            "offload_activations needs gradient_checkpointing": self.offload_activations and not kept,
-            "use_dora needs whole weights: take out fsdp_enable": self.fsdp_enable and self.use_dora,
+            "offload_activations needs gradient_checkpointing": self.offload_activations
+            and not self.gradient_checkpointing,
+            "use_dora needs whole weights: take out fsdp_enable": fsdp and self.use_dora,
             "fsdp_cpu_offload needs model_type full": self.fsdp_cpu_offload and not full,
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,
             f"lora_type lycoris is described by lycoris_config; take out {idle}": lokr and idle,

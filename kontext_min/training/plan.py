@@ -96,8 +96,8 @@ class Forecast:
                 txt = torch.empty(uses, self.text, sizes.context_in_dim, dtype=self.dtype)
                 seen = flow.Condition(txt, torch.empty(uses, sizes.vec_in_dim, dtype=self.dtype), references)
                 t = torch.empty(uses)
-                step = memory.counted(lambda: flow.velocity(flux, x, t, seen, t).float().square().mean())
-            self.counts[policy] = step
+                found = memory.counted(lambda: flow.velocity(flux, x, t, seen, t).float().square().mean())
+            self.counts[policy] = found
         return self.counts[policy]
 
     def parts(self, plan: Plan) -> dict[str, float]:
@@ -233,9 +233,8 @@ def on_meta(config: Config, dtype: torch.dtype) -> Flux:
     flux.to(dtype).requires_grad_(False)
     for stem in [name.removesuffix(".weight") for name, _ in flux.named_parameters() if form and is_quantised(name)]:
         linear = flux.get_submodule(stem)
-        shape = linear.weight.shape
-        parts[shape] = parts.get(shape) or parts_of(linear.weight, form)
-        own = {name: part.clone() for name, part in parts[shape].items()}
+        of = parts[linear.weight.shape] = parts.get(linear.weight.shape) or parts_of(linear.weight, form)
+        own = {name: part.clone() for name, part in of.items()}
         flux.set_submodule(stem, QuantisedLinear(linear, own, form.endswith("-dynamic")))
     with torch.device("meta"):
         add_adapter(config, flux)

@@ -15,17 +15,16 @@ from kontext_min.training.plan import Forecast, bytes_of_one, on_meta
 
 def screen(config: Config, editor: Editor, examples: Examples, forecast: Forecast) -> list[str]:
     """One screen, line by line."""
-    flux = editor.flux
+    flux, ranks = editor.flux, parallel.world()
     frozen = sum(p.numel() for p in flux.parameters() if not p.requires_grad)
     frozen += sum(m.in_features * m.out_features for m in flux.modules() if isinstance(m, QuantisedLinear))
     trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
     kinds = Counter(update.kind for update in updates(flux)).items()
     batches = examples.epoch(0, config.train_batch_size)
-    share = config.gradient_accumulation_steps * parallel.world()
+    share = config.gradient_accumulation_steps * ranks
     steps, uses = math.ceil(len(batches) / share), sum(map(len, batches))
     pairs, epochs = sum(bool(e.references) for e in examples.examples), config.max_train_steps / steps
     adapter = ", ".join(f"{kind} on {n} modules" for kind, n in kinds) or "none"
-    ranks = parallel.world()
     return [
         f"model    {config.pretrained_model_name_or_path}: {frozen:,} frozen parameters, on {editor.device}",
         *[f"ranks    {ranks}, each with batches of its own"] * (ranks > 1),
