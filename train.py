@@ -20,7 +20,6 @@ from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary
 from kontext_min.data.examples import Examples, make_all
 from kontext_min.edit import Editor
-from kontext_min.encoders import tile
 from kontext_min.memory import apply_checkpointing, attention_kernels
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.offload import Ahead, Inputs, open_apart, unneeded
@@ -88,9 +87,9 @@ def encode(config: Config, sets: Sets, items: list[Item], checkpoint: load.Check
     prompts = (*(item.prompt for item in items), *negatives)
     with parallel.first_alone():
         make_all([view for e in (*sets.training, *sets.validation) for view in e.views()])
-        how = {"tiled": bool(config.vae_enable_tiling), "t5": config.text_encoder_2_precision}
-        examples = Examples(sets.training, checkpoint, texts, dtype, mix, **how)
-        validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts, **how)
+        t5 = config.text_encoder_2_precision
+        examples = Examples(sets.training, checkpoint, texts, dtype, mix, t5=t5)
+        validation = Examples(sets.validation, checkpoint, texts, dtype, mix.complete(), prompts=prompts, t5=t5)
     captions, pictures = (sum(made) for made in zip(examples.encode(device), validation.encode(device), strict=True))
     print(f"encoded {captions} captions and {pictures} pictures; all else was cached")
     return [examples, validation]
@@ -174,8 +173,6 @@ def run(config: Config, prune: bool = False):
 
     # loop
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)
-    if seen.plan.vae_enable_tiling:
-        tile(vae)
     editor = Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder), ahead)
     print(*screen(config, editor, examples, seen), sep="\n")
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, **config.optimizer_options())

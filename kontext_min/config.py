@@ -197,7 +197,6 @@ class Config(Strict):
     modulation_on_cpu: bool | None = knob(None, "a quarter of the weights, which see no tokens, on the CPU")
     offload_activations: bool | None = knob(None, "the inputs of blocks wait in the host's memory for backward")
     stream_blocks: bool | None = knob(None, "the blocks' weights stay in the host's memory, a few at a time come over")
-    vae_enable_tiling: bool | None = knob(None, "pictures above 512 px go through the VAE in overlapping tiles")
     torch_compile: bool = knob(False, "compile each kind of block")
     fsdp_enable: bool = knob(False, "each of torchrun's ranks keeps a part of the frozen base; with full always so")
     fsdp_cpu_offload: bool = knob(False, "of model_type full: these parts, gradients and moments in the host's memory")

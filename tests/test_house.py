@@ -14,7 +14,7 @@ OPTIONAL = {"torchao", "tensorboard", "wandb"}  # imported where they are used, 
 LAYERS = {  # arrows go down or stay on their floor; a folder stands for all of its modules
     5: ["train", "infer", "report", "adapters.__main__", "study.__main__"],
     4: ["training"],
-    3: ["edit", "quantize", "study.experiment", "presets", "data.examples", "data.cache", "data.check"],
+    3: ["edit", "offload", "quantize", "study.experiment", "presets", "data.examples", "data.cache", "data.check"],
     2: ["encoders", "sampler", "checkpoints.load", "checkpoints.save", "checkpoints.tensors", "adapters.inject",
         "adapters.read", "adapters.write", "adapters.merge", "memory", "parallel", "study.hooks"],
     1: ["models", "flow", "adapters.layers", "adapters.rows", "checkpoints.keys", "compare",

@@ -23,7 +23,7 @@ from kontext_min.data.buckets import Size, Transform
 from kontext_min.data.cache import Cache, digest, weights_id
 from kontext_min.data.degrade import degrade
 from kontext_min.data.pairs import Picture
-from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights, tile
+from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights
 from kontext_min.flow import Condition
 from kontext_min.models.vae import VAE
 from kontext_min.quantize import any_linear, form_of, quantising
@@ -192,7 +192,6 @@ class Examples:
     mix: Mix = field(default_factory=Mix)
     vae: VAE | None = None  # needed for views that are made anew at every use
     prompts: tuple[str, ...] = ()  # texts that are needed beside the captions
-    tiled: bool = False  # latents are made in tiles
     t5: str = "no_change"  # precision of that encoder
 
     def __post_init__(self):
@@ -207,8 +206,7 @@ class Examples:
         return weights_id(self.checkpoint.components[part], self.texts.folder / "weights.json")
 
     def _latent_key(self, view: View) -> str:
-        kind = "mask" if view.mask else "latents in tiles" if self.tiled else "latents"
-        return digest(kind, self.vae_id, view.key())
+        return digest("mask" if view.mask else "latents", self.vae_id, view.key())
 
     def _text_key(self, caption: str) -> str:
         return digest("text", self.text_id, caption)
@@ -245,7 +243,6 @@ class Examples:
             free(device)
         if mine := parallel.own([*views.items()]):
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
-            vae = tile(vae) if self.tiled else vae
             for (cache, key), view in tqdm(mine, desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": encode_view(vae, view)})
             del vae

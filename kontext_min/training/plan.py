@@ -16,7 +16,6 @@ from kontext_min.checkpoints import load
 from kontext_min.config import Config
 from kontext_min.data.buckets import Size
 from kontext_min.data.examples import Example
-from kontext_min.encoders import tile
 from kontext_min.memory import FUSED, FUSED_BACKWARD, GB, size_of
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.vae import VAE, VAEConfig
@@ -39,7 +38,6 @@ class Plan:
     modulation_on_cpu: bool = False
     offload_activations: bool = False  # the checkpointed blocks' inputs wait in the host's memory
     stream_blocks: bool = False  # so do the blocks' weights
-    vae_enable_tiling: bool = False
 
     def __str__(self) -> str:
         return ", ".join([self.recompute, *(name for name, chosen in vars(self).items() if chosen is True)])
@@ -103,7 +101,7 @@ class Forecast:
     def parts(self, plan: Plan) -> dict[str, float]:
         """Bytes on the device, by what they are."""
         config = self.config
-        vae, picture = decoding(config.pretrained_model_name_or_path, self.sizes[0], plan.vae_enable_tiling)
+        vae, picture = decoding(config.pretrained_model_name_or_path, self.sizes[0])
         step = self.work(plan.recompute).peak - plan.offload_activations * self.inputs
         parts = memory.held(self.flux, bytes_of_one(config), self.dtype, parallel.world(), config.sharded)
         parts["transformer"] -= plan.modulation_on_cpu * self.modulation + plan.stream_blocks * self.away
@@ -131,8 +129,7 @@ class Forecast:
 
     def fitting(self, budget: float) -> Plan | None:
         """The first of PLANS, with what the config names, that fits so many GB."""
-        tried = [{"vae_enable_tiling": tiling} | named(self.config) for tiling in (False, True)]
-        plans = dict.fromkeys(replace(plan, **more) for plan in PLANS for more in tried)
+        plans = (replace(plan, **named(self.config)) for plan in PLANS)
         return next((plan for plan in plans if self.total(plan) + SPARE <= budget), None)
 
     def lines(self) -> list[str]:
@@ -197,7 +194,7 @@ def choose(config: Config, examples: list[Example], device: torch.device) -> For
         budget = here if budget == "auto" else budget
     if budget != "auto" and not config.sharded:
         if not (plan := found.fitting(budget)):
-            found.plan = replace(PLANS[-1], vae_enable_tiling=True, **named(config))
+            found.plan = replace(PLANS[-1], **named(config))
             least = f"{found.total(found.plan) + SPARE:.1f} GB by {found.plan}; {found.remedies()}"
             raise ValueError(f"memory: {budget:.1f} GB are too few. The run needs {least}, a smaller resolution more")
         found.plan = plan
@@ -205,13 +202,12 @@ def choose(config: Config, examples: list[Example], device: torch.device) -> For
 
 
 @cache
-def decoding(model: str, size: Size, tiling: bool) -> tuple[int, int]:
+def decoding(model: str, size: Size) -> tuple[int, int]:
     """Bytes of a model's VAE, and of what it makes of a picture's latents."""
     _, vae = networks(model)
     latents = (1, vae.config.latent_channels, *(side // vae.config.factor for side in size))
-    decode = tile(vae).decode if tiling else vae.decode
     with torch.no_grad():
-        peak = memory.counted(lambda: decode(torch.empty(latents, device="meta"))).peak
+        peak = memory.counted(lambda: vae.decode(torch.empty(latents, device="meta"))).peak
     return sum(map(size_of, vae.parameters())), peak
 
 
@@ -219,7 +215,7 @@ def networks(model: str) -> tuple[Flux, VAE]:
     """A model's transformer and autoencoder without weights; of the published sizes if they are not here."""
     try:
         found = load.find(presets.locate(model), download=False)
-        return load.empty_flux(found)[0], load.on_meta(VAE, load.vae_config, *load.opened(found, "vae"))
+        return load.empty_flux(found)[0], load.on_meta(VAE, load.vae_config, found.components["vae"])[0]
     except FileNotFoundError:
         with torch.device("meta"):
             return Flux(FluxConfig()), VAE(VAEConfig())

@@ -34,7 +34,6 @@ USED = {  # config keys with values as SimpleTuner's files and its documentation
     "checkpoints_total_limit": "5", "resume_from_checkpoint": "latest",
     "num_eval_images": 4, "validation_guidance": 2.5, "validation_num_inference_steps": "20", "validation_seed": "42",
     "validation_steps": "500", "use_dora": "true", "text_encoder_2_precision": "int8-quanto",
-    "vae_enable_tiling": "true",
 }
 IGNORED = {  # left out with a reason
     "fuse_qkv_projections": True, "fused_qkv_projections": False, "num_train_epochs": "0",

@@ -98,11 +98,11 @@ def test_a_smaller_budget_never_takes_more_and_what_is_named_is_kept(forecast):
 
 
 def test_what_a_config_names_is_so_in_every_plan(forecast):
-    named = {"recompute": "keep_attn", "modulation_on_cpu": False, "vae_enable_tiling": True}
+    named = {"recompute": "keep_attn", "modulation_on_cpu": False}
     config = forecast.config.model_copy(update=named)
     own = Forecast(config, forecast.examples, True)
     own.counts = forecast.counts
-    assert own.plan == own.fitting(80) == Plan("keep_attn", vae_enable_tiling=True)
+    assert own.plan == own.fitting(80) == Plan("keep_attn")
     assert not own.fitting(16).modulation_on_cpu and own.fitting(16).recompute == "keep_attn"
     assert Forecast(Config(**NOWHERE, gradient_checkpointing=False), pairs(64, 64), False).plan.recompute == "none"
 
