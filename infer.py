@@ -67,7 +67,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fingerprint(path: Path) -> str:
-    """Short content hash of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -87,7 +86,6 @@ def recall(path: Path, replaced: dict) -> dict:
 
 
 def valid(key: str, value) -> bool:
-    """Whether a file may say this of a setting."""
     default, _, more = OPTIONS[key]
     if isinstance(default, list):
         return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -44,7 +44,6 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
     problems, name = track.missing(config), config.pretrained_model_name_or_path
 
     def tried(make: Callable, *arguments, **more):
-        """What `make` gives; why it does not is one more problem."""
         try:
             return make(*arguments, **more)
         except (ValueError, OSError) as error:

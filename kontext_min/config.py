@@ -67,7 +67,6 @@ class Generator(BaseModel):
 
     @property
     def parameters(self) -> dict:
-        """What the generator function takes."""
         return {**(self.model_extra or {}), **self.params}
 
 
@@ -315,7 +314,6 @@ class Config(Strict):
 
     @property
     def sharded(self) -> bool:
-        """Whether the transformer lies in shards on all ranks."""
         return self.fsdp_enable or self.model_type == "full"
 
     @property

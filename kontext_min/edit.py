@@ -40,7 +40,6 @@ class Editor:
 
     @property
     def device(self) -> torch.device:
-        """Where the sampling runs."""
         return self.vae.decoder.conv_in.weight.device
 
 

@@ -31,7 +31,6 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, text: str) -> Text:
-        """One instruction, encoded, on the device."""
         if excess := self.tokenize_t5.excess(text):
             print(f"{text[:40]!r}… is longer than {self.tokenize_t5.length} tokens; its last {excess} are not seen")
         ids, ids_clip = (tokenize([text]).to(self.device) for tokenize in (self.tokenize_t5, self.tokenize_clip))
@@ -50,7 +49,6 @@ def encode_texts(
 
 
 def free(device: torch.device):
-    """Give memory that nothing refers to back to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

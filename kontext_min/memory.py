@@ -129,7 +129,6 @@ class Counted(TorchDispatchMode):
         return out
 
     def gone(self, key: int, size: int):
-        """A storage has died."""
         self.known.discard(key)
         self.live -= size
 

@@ -86,7 +86,6 @@ class Computed(nn.Module):
         return self.give()
 
     def onto(self, change: Tensor, _: Tensor) -> Tensor:
-        """The same with what updates add."""
         return change + self.give()
 
 
@@ -172,7 +171,6 @@ class Inputs(Copies):
                 setattr(block, part, partial(self.around, getattr(block, part)))
 
     def around(self, part: Callable, *inputs):
-        """What a checkpointed part gives."""
         with saved_tensors_hooks(self.pack, self.unpack):
             return part(*inputs)
 
@@ -231,7 +229,6 @@ class Ring(Copies):
         return torch.cat(pieces).pin_memory() if self.cuda else torch.cat(pieces)
 
     def parts(self, i: int, places: list[tuple[slice, torch.dtype, torch.Size]]) -> tuple[Tensor, Tensor | None]:
-        """A linear's weight, and its scale if it has one, on the device."""
         whole = self.block(i)
         weight, *scale = (whole[place].view(dtype).view(shape) for place, dtype, shape in places)
         return weight, *(scale or [None])

@@ -57,7 +57,6 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -98,14 +97,12 @@ def summed(values: Sequence[Tensor]):
 
 
 def total(value: float) -> float:
-    """The sum of all ranks' numbers."""
     sums = torch.tensor(value, dtype=torch.float64)
     summed([sums])
     return sums.item()
 
 
 def wait():
-    """Until all ranks are here."""
     total(0)
 
 
@@ -120,7 +117,6 @@ def first_alone() -> Iterator[None]:
 
 
 def gathered(value) -> list:
-    """What every rank has, in their order."""
     found = [value] * world()
     if world() > 1:
         dist.all_gather_object(found, value)
@@ -128,7 +124,6 @@ def gathered(value) -> list:
 
 
 def own(items: Sequence) -> Sequence:
-    """A rank's share of what all ranks have to do."""
     return items[rank() :: world()]
 
 
@@ -192,16 +187,13 @@ class Shards:
         self.model, self.optimizer = model, optimizer
 
     def states(self) -> dict:
-        """Of both, by the parameters' names."""
         both = get_state_dict(self.model, self.optimizer)
         return dict(zip(("model_state_dict", "optim_state_dict"), both, strict=True))
 
     def save(self, folder: Path):
-        """Write the ranks' files."""
         save(self.states(), storage_writer=FileSystemWriter(folder))
 
     def load(self, folder: Path):
-        """Read what this rank needs of them."""
         states = self.states()
         load(states, storage_reader=FileSystemReader(folder))
         set_state_dict(self.model, self.optimizer, **states)

@@ -142,7 +142,6 @@ def is_quantised(name: str) -> bool:
 
 
 def any_linear(name: str) -> bool:
-    """Of T5 all are."""
     return True
 
 
@@ -192,7 +191,6 @@ def open_flux(
 
 
 def kept(model: load.Checkpoint, place: Place, dtype: torch.dtype, form: str, chosen: Callable) -> Iterator:
-    """The names and tensors that are kept of a transformer, each quantised when it is asked for."""
     for name, tensor in assembled(*load.empty_flux(model), dtype, place):
         stem, _, leaf = name.rpartition(".")
         for part, value in (parts_of(tensor, form) if chosen(name) else {leaf: tensor}).items():

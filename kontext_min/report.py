@@ -59,7 +59,6 @@ def gather(folder: RunFolder) -> dict:
 
 
 def read(file: Path, without):
-    """JSON, or what it is without the file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else without
 
 
@@ -101,7 +100,6 @@ def thinned(points: list) -> list:
 
 
 def numbers(metrics: list[dict], psnr: list[dict]) -> list[tuple[str, str]]:
-    """The few figures at the top."""
     found, seconds = {}, [line["seconds"] for line in metrics]
     if metrics:
         found["training, without validation"] = str(timedelta(seconds=round(sum(seconds))))

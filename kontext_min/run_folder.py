@@ -33,11 +33,9 @@ class RunFolder:
         self.items, self.psnr, self.eval = (self.validation / n for n in ("items.json", "psnr.jsonl", "eval.jsonl"))
 
     def sheet(self, step: int) -> Path:
-        """All items after a step on one picture."""
         return self.validation / f"{step:06d}.png"
 
     def picture(self, kind: str, i: int) -> Path:
-        """One picture of item i."""
         return self.validation / kind / f"{i:02d}.png"
 
     def pictures(self, i: int) -> dict[str, Path]:
@@ -70,7 +68,6 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def append(file: Path, line: dict):
-    """Add a JSON line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")

@@ -49,7 +49,6 @@ def matching_modules(config: FluxConfig, patterns: Sequence[str]) -> list[str]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module's name fits a pattern."""
     return fnmatchcase(name, pattern) if "*" in pattern else f".{name}".endswith(f".{pattern}")
 
 
@@ -136,7 +135,6 @@ def start_from(flux: Flux, given: Sequence[Update]):
 
 
 def updates(flux: Flux) -> Iterator[Update]:
-    """Every update in the model, in the model's order."""
     return (module for module in flux.modules() if isinstance(module, Update))
 
 

@@ -45,7 +45,6 @@ class LoRA(Update):
 
     @property
     def kind(self) -> str:
-        """What it is, in words."""
         return f"{'LoRA' if self.magnitude is None else 'DoRA'} of rank {self.rank}"
 
     def delta(self) -> Tensor:
@@ -93,7 +92,6 @@ class LoKr(Update):
 
     @property
     def kind(self) -> str:
-        """What it is, in words: w1's shape and w2's, with the rank between where one has two factors."""
         shapes = ([*(len(factor) for factor in side), side[-1].shape[1]] for side in (self.w1, self.w2))
         return "LoKr of " + " and ".join("x".join(map(str, shape)) for shape in shapes)
 

@@ -53,7 +53,6 @@ def flux_modules(config: FluxConfig) -> dict[str, list[Part]]:
 
 @cache
 def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
-    """The same of every linear."""
     return {ours: parts for ours, parts in flux_modules(config).items() if not ours.endswith(".scale")}
 
 
@@ -83,7 +82,6 @@ class Source:
 
 
 def flux_diffusers(config: FluxConfig) -> dict[str, Source]:
-    """Our transformer tensors in diffusers' layout."""
     table = {}
     for ours, parts in flux_modules(config).items():
         for kind in ("",) if ours.endswith(".scale") else (".weight", ".bias"):

@@ -140,7 +140,6 @@ def flux_config(config: dict, shapes: Shapes) -> FluxConfig:
 
 
 def count(shapes: Shapes, stem: str) -> int:
-    """How many blocks are called `stem.N.`."""
     return len({match[1] for name in shapes if (match := re.match(rf"{re.escape(stem)}\.(\d+)\.", name))})
 
 
@@ -188,7 +187,6 @@ def clip_config(config: dict, shapes: Shapes) -> CLIPConfig:
 
 
 def same_names(module: nn.Module) -> dict[str, Source]:
-    """The table of a file that uses our own names."""
     return {name: Source((name,)) for name, _ in module.named_parameters()}
 
 
@@ -231,7 +229,6 @@ def load_flux(
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
-    """The autoencoder, frozen and in eval mode."""
     vae, tensors = on_meta(VAE, vae_config, checkpoint.components["vae"])
     diffusers = "encoder.conv_norm_out.weight" in tensors.names()
     table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else same_names(vae)

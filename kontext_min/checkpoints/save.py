@@ -106,11 +106,9 @@ def save_trained(flux: Flux, checkpoint: Checkpoint, folder: Path, dtype: torch.
 
 
 def write_json(path: Path, value: dict):
-    """Indented JSON, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def in_file(config, table: dict[str, str]) -> dict:
-    """Our settings under the file's names."""
     return {theirs: getattr(config, ours) for theirs, ours in table.items()}

@@ -72,7 +72,6 @@ class Tensors:
                 self.scales[weight] = self.where.pop(name)
 
     def names(self) -> set[str]:
-        """Every name there is."""
         return set(self.where)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -104,7 +103,6 @@ def release(tensor: Tensor):
 
 
 def refuse(title: str, problem: str, names: Iterable[str]):
-    """Raise with the number of names and the first five."""
     names = sorted(names)
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -56,7 +56,6 @@ class Geometry:
     downsample: tuple[float, float] | None = None  # pictures above the first size are brought to the second beforehand
 
     def bucket(self, size: Size) -> Size:
-        """The training size of a picture."""
         edge = (self.resolution * 1e6) ** 0.5 if self.unit == "area" else self.resolution
         aspect = 1 if self.square else round(size.width / size.height, 2) or 0.01
         if self.unit == "pixel":

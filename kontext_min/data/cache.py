@@ -58,7 +58,6 @@ class Cache:
     folder: Path
 
     def path(self, key: str) -> Path:
-        """Where an entry lies."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def whole(self, key: str) -> bool:
@@ -82,7 +81,6 @@ class Cache:
             raise ValueError(f"{self.path(key)} is gone or damaged ({error}); start again: it is made anew") from error
 
     def put(self, key: str, value: Mapping[str, Tensor]):
-        """Keep an entry."""
         value = {name: tensor.cpu().contiguous() for name, tensor in value.items()}
         with whole_file(self.path(key)) as file:
             save_file(value, file, metadata={"checksum": checksum(value)})

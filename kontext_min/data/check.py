@@ -95,7 +95,6 @@ def summary(examples: list[Example], text: tuple[int, int, int] = (512, 4096, 2)
 
 
 def histogram(examples: list[Example]) -> list[str]:
-    """How many targets every training size has, and which sizes the references have."""
     sizes = Counter(e.target.size for e in examples)
     most = max(sizes.values())
     lines = [f"training sizes of {len(examples)} targets:"]

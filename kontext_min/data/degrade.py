@@ -75,7 +75,6 @@ def noise(image: Picture, rng: np.random.Generator, p: BaseModel, where: np.ndar
 
 
 def block_noise(image: Picture, rng: np.random.Generator, p: BaseModel) -> Picture:
-    """Noise on the first row and column of every block."""
     rows, columns = np.ogrid[: image.height, : image.width]
     return noise(image, rng, p, ((rows % GRID == 0) | (columns % GRID == 0))[..., None])
 
@@ -152,7 +151,6 @@ def degrade(image: Picture, name: str, parameters: Mapping, rng: np.random.Gener
 
 
 def run(image: Picture, rng: np.random.Generator, p: BaseModel) -> Picture:
-    """A picture through a step, or through those of a generator."""
     if p.type in STEPS:
         return STEPS[p.type](image, rng, p)
     for part in filter(None, GENERATORS[p.type](p)):

@@ -58,7 +58,6 @@ class View:
 
     @property
     def size(self) -> Size:
-        """In pixels."""
         return self.transform.size
 
     @property
@@ -91,7 +90,6 @@ class View:
         return folder and folder / f"{self.picture.path.stem}-{self.key()[:12]}.png"
 
     def make(self):
-        """Write the degraded picture that is to be kept."""
         with whole_file(self.file()) as file:
             self.open().save(file, "PNG")
 
@@ -202,7 +200,6 @@ class Examples:
         self.keys = {view: self._latent_key(view) for e in self.examples for view in e.views() if not view.fleeting}
 
     def weights_of(self, part: str) -> str:
-        """The identity of one of the model's networks."""
         return weights_id(self.checkpoint.components[part], self.texts.folder / "weights.json")
 
     def _latent_key(self, view: View) -> str:
@@ -215,7 +212,6 @@ class Examples:
         return len(self.examples)
 
     def captions(self) -> list[str]:
-        """Every caption that may be shown, once."""
         shown = [c for e in self.examples for group in (e.captions, *e.reference_captions) for c in group]
         return list(dict.fromkeys([*shown, *self.prompts, *([""] if self.mix.caption_dropout else [])]))
 
@@ -273,7 +269,6 @@ class Examples:
         return entry["txt"], entry["vec"]
 
     def batch(self, uses: list[Use], device: torch.device) -> Batch:
-        """Uses of equal shapes as one batch on the device."""
         rows = ([self.latents(use.example, view) for view in use.views()] for use in uses)
         texts = zip(*(self.text(use.caption) for use in uses), strict=True)
         columns = (*texts, *zip(*rows, strict=True))
@@ -291,7 +286,6 @@ class Examples:
         return weight / weight.mean().clamp(min=1e-6)
 
     def uses(self, number: int) -> list[Use]:
-        """Everything that an epoch shows, in the examples' order."""
         return [
             use_of(index, example, self.mix, number, repeat)
             for index, example in enumerate(self.examples)

@@ -31,11 +31,9 @@ class Problems:
         self.facts: list[str] = []  # what else was found, said with the problems or without
 
     def add(self, kind: str, text: str):
-        """One finding, naming the file or the key."""
         self.found[kind].append(text)
 
     def count(self) -> int:
-        """How many there are."""
         return sum(len(entries) for entries in self.found.values())
 
     def raise_any(self):
@@ -113,7 +111,6 @@ def check_readable(sets: list[Pictures], problems: Problems):
 
 
 def check_captions(folder: Path, pictures: Pictures, problems: Problems):
-    """Caption files that no picture stands beside."""
     for path in sorted(folder.rglob("*.txt")) if folder.is_dir() else []:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name not in pictures and path.name.lower() not in ("readme.txt", "license.txt"):

@@ -43,7 +43,6 @@ def instruction(r: np.random.Generator, edit: str, **words: str) -> str:
 
 
 def gray(picture: Picture) -> Picture:
-    """Luma on all three channels."""
     return np.repeat(picture @ np.array([[0.299], [0.587], [0.114]], np.float32), 3, axis=-1)
 
 
@@ -58,12 +57,10 @@ def from_image(image: Image.Image) -> Picture:
 
 
 def blurred(picture: Picture, share: int = 26) -> Picture:
-    """A Gaussian of 1/share of the short side."""
     return from_image(to_image(picture).filter(ImageFilter.GaussianBlur(min(picture.shape[:2]) / share)))
 
 
 def framed(picture: Picture, colour: str) -> Picture:
-    """A frame of 1/14 of the short side, inside the picture."""
     picture, width = picture.copy(), round(min(picture.shape[:2]) / 14)
     for edge in (np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:]):
         picture[edge] = COLOURS[colour]
@@ -77,7 +74,6 @@ def sketch(picture: Picture) -> Picture:
 
 
 def mosaic(picture: Picture) -> Picture:
-    """Flat squares, twelve along the short side."""
     image = to_image(picture)
     cell = min(image.size) / 12
     small = image.resize((round(image.width / cell), round(image.height / cell)), Image.BOX)
@@ -102,7 +98,6 @@ def hollow(r: np.random.Generator, size: Size) -> Example:
 
 
 def inset(picture: Picture, second: Picture) -> Picture:
-    """The second picture at half its size in the lower right corner of the first."""
     height, width = picture.shape[:2]
     result, small = picture.copy(), to_image(second).resize((width // 2, height // 2), Image.BOX)
     result[height - height // 2 :, width - width // 2 :] = from_image(small)

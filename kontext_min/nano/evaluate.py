@@ -29,7 +29,6 @@ GUIDANCES |= {f"true CFG {scale:g}": replace(SAMPLING, cfg_scale=scale) for scal
 
 
 def cases(name: str, count: int) -> list[Example]:
-    """Validation examples of an edit, learnt or held out."""
     return [example("validation", 10_000 + i, SIZES[i % len(SIZES)], name) for i in range(count)]
 
 

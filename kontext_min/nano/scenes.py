@@ -61,12 +61,10 @@ class Scene:
     frequency: float = 10.0
 
     def free_cells(self) -> list[tuple[int, int]]:
-        """Cells of the grid that hold no object."""
         return [cell for cell in PLACES if cell not in {thing.cell for thing in self.objects}]
 
 
 def pick(r: np.random.Generator, options):
-    """One of `options`, uniformly."""
     options = list(options)
     return options[r.integers(len(options))]
 
@@ -154,7 +152,6 @@ def call(r: np.random.Generator, thing: Object, scene: Scene) -> str:
 
 
 def exchange(scene: Scene, old: Object, *new: Object) -> Scene:
-    """The scene with another object in place of one, or none."""
     return replace(scene, objects=tuple(it for thing in scene.objects for it in (new if thing is old else [thing])))
 
 
@@ -170,7 +167,6 @@ CHANGES = {  # of one object: every way, as words of the instruction and new val
 
 
 def change(r: np.random.Generator, scene: Scene, edit: str) -> Task:
-    """One of CHANGES, done to one object."""
     thing = pick(r, scene.objects)
     words, fields = pick(r, CHANGES[edit](thing, scene))
     new = [] if fields is None else [replace(thing, **fields)]
@@ -194,7 +190,6 @@ def background(r: np.random.Generator, scene: Scene) -> Task:
 
 
 def swap(r: np.random.Generator, scene: Scene) -> Task:
-    """Two objects exchange their places."""
     one, two = (scene.objects[i] for i in r.permutation(len(scene.objects))[:2])
     half = exchange(scene, one, replace(one, cell=two.cell, offset=two.offset))
     changed = exchange(half, two, replace(two, cell=one.cell, offset=one.offset))
@@ -240,5 +235,4 @@ def heap_of_leaves(r: np.random.Generator, size: Size) -> Picture:
 
 
 def rgb8(colour: np.ndarray) -> tuple[int, ...]:
-    """0..1 to 0..255, clipped."""
     return tuple((np.clip(colour, 0, 1) * 255).astype(int).tolist())

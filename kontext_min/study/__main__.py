@@ -86,7 +86,6 @@ def ablate(edit: Experiment, args: argparse.Namespace) -> Sections:
 
 
 def lora(edit: Experiment, args: argparse.Namespace) -> Sections:
-    """Tables of every update, and how far the result moves without a block's updates."""
     norm, rank, effect = experiment.anatomy(edit)
     moved, _, _ = experiment.ablation(edit, {(block, "latents"): muted(edit.flux, block) for block in norm})
     yield "norm", "||dW||, the Frobenius norm of what is added to the weight.", heat_map(norm)
@@ -96,7 +95,6 @@ def lora(edit: Experiment, args: argparse.Namespace) -> Sections:
 
 
 def path(edit: Experiment, args: argparse.Namespace) -> Sections:
-    """The strip of predictions, and what is at work at every step."""
     predicted, table = experiment.follow(edit)
     strip = dict(zip(table["speed"], map(edit.picture, predicted), strict=True))
     caption = "Speed: root mean square of v. What text, reference and LoRA change: ||v - v without|| / ||v||."
@@ -105,7 +103,6 @@ def path(edit: Experiment, args: argparse.Namespace) -> Sections:
 
 
 def drift(edit: Experiment, args: argparse.Namespace) -> Sections:
-    """Every round's picture and its numbers."""
     pictures, table = experiment.repeat(edit, args.rounds)
     strip = {f"round {i}" if i else "given": picture for i, picture in enumerate(pictures)}
     caption = "Beside the given picture: PSNR in dB, shift in pixels (sure with a confidence of 1), colours of 255."

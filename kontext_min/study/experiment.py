@@ -66,7 +66,6 @@ class Experiment:
 
     @property
     def condition(self) -> flow.Condition:
-        """Of the first instruction."""
         return next(iter(self.conditions.values()))
 
     @property
@@ -82,7 +81,6 @@ class Experiment:
         return {"text": slice(0, text), "target": target, "reference": reference}
 
     def field(self, condition: flow.Condition) -> sampler.Field:
-        """The velocity field of a condition."""
         return sampler.guided(self.flux, condition, None, sampler.Sampling(guidance=self.guidance))
 
     def run(self, condition: flow.Condition | None = None) -> Tensor:
@@ -91,7 +89,6 @@ class Experiment:
         return x
 
     def picture(self, latents: Tensor) -> Image.Image:
-        """Latents as a picture."""
         return decode_image(self.vae, latents)
 
 

@@ -37,7 +37,6 @@ def sizes(config: Config, model: FluxConfig) -> dict[str, tuple[int, float] | Kr
 
 
 def patterns(config: Config) -> tuple[str, ...] | list[str]:
-    """What the names of the adapted modules match."""
     preset, target = config.lycoris_config and config.lycoris_config.apply_preset, config.flux_lora_target
     if preset and preset.target_module:
         return [pattern for kind in (*preset.target_module, *preset.module_algo_map) for pattern in CLASSES[kind]]

@@ -79,5 +79,4 @@ class Evaluator:
 
 
 def ignored(probe: dict[str, float | None] | None) -> bool:
-    """Whether references make no clear difference."""
     return probe is not None and probe["own"] >= CLEARLY * (probe["shuffled"] or probe["none"])

@@ -27,20 +27,17 @@ class Item:
     unseen: bool | None = None  # of a pair: whether it is kept from training
 
     def record(self) -> dict:
-        """Its entry in items.json."""
         said = {key: getattr(self, key) for key in ("name", "prompt", "negative", "seed", "unseen")}
         counts = {"references": len(self.references), "target": self.target is not None}
         return {**said, "size": str(self.size), **counts}
 
     def title(self) -> str:
-        """Its line on a sheet."""
         kind = {True: " (unseen)", False: " (trained on)", None: "" if self.references else " (text-to-image)"}
         name = "" if self.prompt.startswith(self.name) else f"{self.name}: "
         return f"{name}{self.prompt}{kind[self.unseen]}"
 
 
 def pair_item(config: Config, use: Use, unseen: bool | None) -> Item:
-    """A pair of the data, in its training size."""
     settings = (use.caption, config.validation_negative_prompt, config.validation_seed, use.target.size)
     return Item(use.example.name, *settings, use.references, use.target, unseen)
 

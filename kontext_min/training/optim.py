@@ -84,7 +84,6 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self):
-        """Take in the parameters as they are now."""
         decay = min(self.decay, (1 + self.updates.item()) / (10 + self.updates.item()))
         for average, parameter in zip(self.shadow, self.averaged, strict=True):
             average.lerp_(parameter.float(), 1 - decay)
@@ -92,7 +91,6 @@ class EMA(nn.Module):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the context the parameters are the average."""
         kept = [(parameter, parameter.data) for parameter in self.averaged]
         for average, parameter in zip(self.shadow, self.averaged, strict=True):
             parameter.data = average.to(parameter.dtype)

@@ -133,19 +133,16 @@ class Forecast:
         return next((plan for plan in plans if self.total(plan) + SPARE <= budget), None)
 
     def lines(self) -> list[str]:
-        """What the plan takes, line by line."""
         lines = [f"{size / GB:8.3f} GB  {name}" for name, size in self.parts(self.plan).items() if size]
         lines.append(f"{self.total(self.plan):8.3f} GB  in all, by {self.plan}")
         lines += [f"{self.host(self.plan):8.3f} GB  of the host's memory"] * (self.host(self.plan) > 0)
         return lines + ([self.time(self.plan, self.card)] if self.card else [])
 
     def time(self, plan: Plan, card: dict) -> str:
-        """Of a step, and of the run, on a card."""
         seconds = self.seconds(plan, card)
         return f"{seconds:.2f} s a step, {seconds * self.config.max_train_steps / 3600:.1f} hours in all"
 
     def cards(self) -> list[str]:
-        """What each of CARDS would do with the run."""
         lines = [f"on one GPU, a batch of {self.tokens} tokens:"]
         for name, card in CARDS.items():
             plan = self.fitting(card["memory"])
@@ -176,7 +173,6 @@ class Forecast:
 
 
 def named(config: Config) -> dict[str, str | bool]:
-    """The parts of a plan that a config names."""
     said = config.model_dump(include=set(vars(Plan())))
     said |= {} if config.gradient_checkpointing else {"recompute": "none"}
     return {name: value for name, value in said.items() if value is not None}

@@ -89,7 +89,6 @@ class Run:
         return f"{error}\n{last}{so_far}"
 
     def parts(self, optimizer: torch.optim.Optimizer) -> state.Parts | parallel.Shards:
-        """What a checkpoint holds."""
         if self.config.model_type == "full":
             return parallel.Shards(self.flux, optimizer)
         ema = {"ema": self.ema} if self.ema else {}
@@ -121,7 +120,6 @@ class Run:
         return stop
 
     def look(self, step: int, shown: bool, measured: bool):
-        """The pictures and the eval loss after a step."""
         self.flux.eval()
         with self.ema.applied() if self.ema and self.config.ema_validation == "ema_only" else nullcontext():
             said = [self.validator.run(step) if shown else "", self.evaluator.run(step) if measured else ""]
@@ -131,14 +129,12 @@ class Run:
             self.tracker.validated(step)
 
     def write(self, step: int):
-        """What is trained as it is after a step, in the dtype of the computation."""
         if self.config.model_type == "full":
             save_trained(self.flux, self.examples.checkpoint, self.folder.model, self.examples.dtype)
         self.write_adapter(step)
 
     @parallel.by_first
     def write_adapter(self, step: int):
-        """The adapter, if there is one, and its average."""
         if self.config.model_type == "full":
             return
         recipe, dtype, adapter = {**self.recipe, "trained_steps": step}, self.examples.dtype, list(updates(self.flux))

@@ -38,7 +38,6 @@ class Source:
 
 
 def mix_of(config: Config) -> Mix:
-    """What an epoch shows."""
     dropout = (config.caption_dropout_probability, config.reference_dropout_probability)
     masks = (config.masked_loss_probability, config.masked_loss_weight)
     return Mix(config.seed, config.conditioning_multidataset_sampling, *dropout, *masks)
@@ -113,7 +112,6 @@ class Reader:
                 self.wrong("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
 
     def of(self, *roles: str) -> list[Dataset]:
-        """The entries of these roles."""
         return [entry for entry in self.entries if entry.role in roles]
 
     def plan(self, entry: Dataset) -> list[Example]:
@@ -158,7 +156,6 @@ class Reader:
         return pictures, self.captions(entry, pictures), beside
 
     def captions(self, entry: Dataset, pictures: Pictures) -> Captions:
-        """The captions of a set's pictures by its strategy."""
         how = (entry.strategy, tuple(entry.instance_prompt), self.problems)
         return {name: pairs.captions_of(picture.path, *how) for name, picture in pictures.items()}
 
@@ -224,7 +221,6 @@ class Reader:
                 self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
 
     def geometry(self, entry: Dataset) -> Geometry:
-        """How a set's pictures are brought to size."""
         unit, largest, downsampled = entry.resolution_type, entry.maximum_image_size, entry.target_downsample_size
         if (largest is None) != (downsampled is None):
             self.wrong("incomplete entries", f"{entry.id}: maximum_image_size needs target_downsample_size too")
@@ -237,7 +233,6 @@ class Reader:
         return Geometry(entry.resolution, unit, self.step, square, style, largest and (largest, downsampled))
 
     def example(self, entry: Dataset, targets: Source, others: list[Source], name: str) -> Example:
-        """One target with one view per reference set, and its mask."""
         seed = (self.config.seed, entry.id, name)
         target = view(entry, targets.pictures[name], targets.geometry, seed)
         views = {source: self.other(entry, source, target, name) for source in others}

@@ -50,11 +50,9 @@ class Parts(dict):
 
     @parallel.by_first
     def save(self, folder: Path):
-        """Write one file."""
         torch.save({name: part.state_dict() for name, part in self.items()}, folder / "tensors.pt")
 
     def load(self, folder: Path):
-        """Bring all parts to the state of the file."""
         saved = torch.load(folder / "tensors.pt", map_location="cpu", weights_only=True)
         for name, part in self.items():
             part.load_state_dict(saved[name])
@@ -109,13 +107,11 @@ def sync(path: Path):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
     numbered = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     return [numbered[step] for step in sorted(numbered)]
 
 
 def last(folder: Path) -> str:
-    """What a run can go on from, in words."""
     kept = checkpoints(folder)
     return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
 

@@ -92,7 +92,6 @@ def learn(
 
 
 def batches(examples: Examples, config: Config) -> Iterator[list[Use]]:
-    """Batch 0, 1, 2, …: epoch after epoch."""
     return chain.from_iterable(examples.epoch(epoch, config.train_batch_size) for epoch in count())
 
 
@@ -121,7 +120,6 @@ def seeded(*parts: str | int) -> torch.Generator:
 
 
 def density(config: Config) -> flow.Density:
-    """How times are drawn."""
     if config.flow_use_uniform_schedule:
         return flow.uniform()
     if config.flow_use_beta_schedule:

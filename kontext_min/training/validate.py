@@ -33,7 +33,6 @@ def items_of(config: Config, sets: Sets, preset: Preset) -> list[Item]:
 
 
 def sampling_of(config: Config) -> Sampling:
-    """How validation pictures are sampled, but for the seed."""
     steps, start = config.validation_num_inference_steps, config.validation_no_cfg_until_timestep
     return Sampling(steps, config.validation_guidance, config.validation_guidance_real, (start / steps, 1.0))
 
@@ -74,7 +73,6 @@ class Validator:
                 save(view.open(), self.folder.picture(kind, i))
 
     def text(self, prompt: str) -> Text:
-        """An encoded prompt on the model's device."""
         return tuple(part.to(self.editor.device) for part in self.examples.text(prompt))
 
     @torch.no_grad()
@@ -86,7 +84,6 @@ class Validator:
         return made
 
     def made(self, item: Item) -> Image.Image:
-        """One item's picture."""
         negative = self.text(item.negative) if self.sampling.cfg_scale != 1 else None
         text, references = self.text(item.prompt), [view.open() for view in item.references]
         return edit(self.editor, text, references, item.size, replace(self.sampling, seed=item.seed), negative)
@@ -121,6 +118,5 @@ class Validator:
 
 
 def save(image: Image.Image, file: Path):
-    """Write a picture, and the folder it belongs to."""
     file.parent.mkdir(parents=True, exist_ok=True)
     image.save(file)
