@@ -69,8 +69,7 @@ class Shift(NamedTuple):
     confidence: float  # of at least 1: it can be believed
 
     @property
-    def wrong(self) -> bool:
-        """Whether the two are surely not one frame."""
+    def wrong(self) -> bool:  # whether the two are surely not one frame
         return self.confidence >= 1 and math.hypot(self.dx, self.dy) >= MISALIGNED
 
     def __str__(self) -> str:

@@ -16,13 +16,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from kontext_min.foreign import TABLES, Strict
 
 
-def knob(default, meaning: str, **limits):
-    """A key with its meaning, as `--explain` and the schema tell it."""
+def knob(default, meaning: str, **limits):  # a key with its meaning, as `--explain` and the schema tell it
     return Field(default, description=meaning, **limits)
 
 
-def as_list(value):
-    """One of something may stand without brackets, and none as null."""
+def as_list(value):  # one of something may stand without brackets, and none as null
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
@@ -116,8 +114,7 @@ class Dataset(Strict):
     default: Literal[True] = knob(True, "text_embeds: there is one such entry at most")
 
     @property
-    def role(self) -> str:
-        """image, eval, conditioning or text_embeds."""
+    def role(self) -> str:  # image, eval, conditioning or text_embeds
         return "conditioning" if self.conditioning_type and self.dataset_type == "image" else self.dataset_type
 
     @property
@@ -317,8 +314,7 @@ class Config(Strict):
         return self.fsdp_enable or self.model_type == "full"
 
     @property
-    def idle(self) -> set[str]:
-        """Keys that say nothing of the kind of adapter that is trained."""
+    def idle(self) -> set[str]:  # keys that say nothing of the kind of adapter that is trained
         if self.model_type == "full":
             named = {key for key in Config.model_fields if key.startswith("lora_")}
             return named | {"use_dora", "lycoris_config", "init_lora", "flux_lora_target"}
@@ -385,8 +381,7 @@ class Config(Strict):
             entries = [checked(Dataset, entry, f"{file}, entry {i}") for i, entry in enumerate(entries, 1)]
         return [self.completed(entry) for entry in entries]
 
-    def completed(self, entry: Dataset) -> Dataset:
-        """A set with this config's values for what it does not say itself."""
+    def completed(self, entry: Dataset) -> Dataset:  # a set with this config's values for what it does not say itself
         shared = {"resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size"}
         shared |= {"caption_strategy"} if entry.role in ("image", "eval") else set()
         return entry.model_copy(update=self.model_dump(include=shared - entry.model_fields_set, exclude_none=True))

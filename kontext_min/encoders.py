@@ -85,6 +85,5 @@ def mask_weights(image: Image.Image, factor: int) -> Tensor:
     return F.avg_pool2d(white[None, None], factor)
 
 
-def pixels_per_token(vae: VAE) -> int:
-    """Width of a token in pixels: 2 latents, 16 pixels for FLUX."""
+def pixels_per_token(vae: VAE) -> int:  # width of a token in pixels: 2 latents, 16 pixels for FLUX
     return 2 * vae.config.factor

@@ -26,8 +26,7 @@ class Strict(BaseModel):
     _ignored: dict[str, str] = {}
 
     @property
-    def ignored(self) -> dict[str, str]:
-        """The keys that were given and left out, and why."""
+    def ignored(self) -> dict[str, str]:  # the keys that were given and left out, and why
         return self._ignored
 
     @model_validator(mode="wrap")

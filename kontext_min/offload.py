@@ -35,8 +35,7 @@ def is_modulation(name: str) -> bool:
     return stem.endswith(MODULATION) or name.startswith(EMBEDDERS)
 
 
-def is_streamed(name: str) -> bool:
-    """Whether a tensor is a weight of a block's other linears: 72 %."""
+def is_streamed(name: str) -> bool:  # whether a tensor is a weight of a block's other linears: 72 %
     return is_quantised(name) and not is_modulation(name)
 
 
@@ -242,8 +241,7 @@ class Ring(Copies):
         wait()
         return self.slots[slot]
 
-    def load(self, i: int):
-        """Begin to copy a block, unless it is there, in the place of the one that was used first."""
+    def load(self, i: int):  # begin to copy a block, unless it is there, in the place of the one that was used first
         if i in self.there:
             return
         slot = len(self.there) if len(self.there) < SLOTS else self.there.pop(next(iter(self.there)))[0]

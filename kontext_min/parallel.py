@@ -42,8 +42,7 @@ def join(minutes: float, anyway: bool = False):
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-def leave():
-    """End the group, and a process of torchrun's: left to Python, torch's threads abort one in forty."""
+def leave():  # end the group, and a process of torchrun's: left to Python, torch's threads abort one in forty
     if dist.is_initialized():
         dist.destroy_process_group()
     if "RANK" in os.environ:
@@ -51,8 +50,7 @@ def leave():
         os._exit(0)
 
 
-def rank() -> int:
-    """This process's number, from 0."""
+def rank() -> int:  # this process's number, from 0
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -89,8 +87,7 @@ def by_first(function: Callable) -> Callable:
     return done
 
 
-def summed(values: Sequence[Tensor]):
-    """Make every tensor the sum of all ranks', in place; those of shards are already."""
+def summed(values: Sequence[Tensor]):  # make every tensor the sum of all ranks', in place; those of shards are already
     if world() > 1:
         for work in [dist.all_reduce(value, async_op=True) for value in values if not isinstance(value, DTensor)]:
             work.wait()
@@ -107,8 +104,7 @@ def wait():
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """Rank 0 goes first; the others come to what it has made."""
+def first_alone() -> Iterator[None]:  # rank 0 goes first; the others come to what it has made
     if rank():
         wait()
     yield
@@ -167,16 +163,14 @@ def shard(module: nn.Module, dtype: torch.dtype, offloaded: bool):
     module.set_force_sum_reduction_for_comms(True)
 
 
-def place(model: nn.Module) -> torch.device:
-    """Where a model computes; the shards of an offloaded one lie elsewhere."""
+def place(model: nn.Module) -> torch.device:  # where a model computes; the shards of an offloaded one lie elsewhere
     parameter = next(model.parameters())
     if isinstance(parameter, DTensor) and parameter.device_mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return parameter.device
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that lies in shards, on every rank; others as they are."""
+def whole(tensor: Tensor) -> Tensor:  # a tensor that lies in shards, on every rank; others as they are
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

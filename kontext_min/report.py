@@ -85,8 +85,7 @@ def curves(metrics: list[dict], psnr: list[dict], held_out: list[dict]) -> dict:
     return {name: thinned(points) for name, points in made.items()} | {"times": timed[:1] + timed[1:][-1:]}
 
 
-def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The running mean over about fifty steps."""
+def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:  # the running mean over about fifty steps
     total, weight, made = 0.0, 0.0, []
     for step, value in points:
         total, weight = 0.98 * total + value, 0.98 * weight + 1
@@ -94,8 +93,7 @@ def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return made
 
 
-def thinned(points: list) -> list:
-    """At most about POINTS of them, evenly taken, the last one always."""
+def thinned(points: list) -> list:  # at most about POINTS of them, evenly taken, the last one always
     return points[:: -(-len(points) // POINTS) or 1] + (points[-1:] if len(points) > POINTS else [])
 
 

@@ -85,8 +85,7 @@ def add(flux: Flux, names: list[str], fresh: Callable, dropout: float, dora: boo
     return parameters
 
 
-def attach(flux: Flux, ours: str, update: Update):
-    """Wrap one of our linears (once) and add an update to it."""
+def attach(flux: Flux, ours: str, update: Update):  # wrap one of our linears (once) and add an update to it
     linear = flux.get_submodule(ours)
     if not isinstance(linear, Adapted):
         linear = Adapted(linear)
@@ -104,8 +103,7 @@ def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: t
             attach(flux, whole.name, update)
 
 
-def at_strength(update: Update, strength: float) -> Update:
-    """A copy whose change is so many times as large."""
+def at_strength(update: Update, strength: float) -> Update:  # a copy whose change is so many times as large
     update = deepcopy(update)
     if update.magnitude is None:
         update.scale *= strength
@@ -138,8 +136,7 @@ def updates(flux: Flux) -> Iterator[Update]:
     return (module for module in flux.modules() if isinstance(module, Update))
 
 
-def detach_all(flux: Flux):
-    """Take every update off: the model is the very one that it was."""
+def detach_all(flux: Flux):  # take every update off: the model is the very one that it was
     for name, module in list(flux.named_modules()):
         if isinstance(module, Adapted):
             flux.set_submodule(name, module.base)

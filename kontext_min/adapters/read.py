@@ -86,8 +86,7 @@ class AdapterFile:
     header: dict[str, str]
 
     @property
-    def title(self) -> str:
-        """'kohya LoRA, 76 modules'."""
+    def title(self) -> str:  # 'kohya LoRA, 76 modules'
         kinds = {type(u).__name__ + (" with DoRA" if u.magnitude is not None else "") for u in self.updates}
         return f"{self.format} {' and '.join(sorted(kinds))}, {len(self.updates)} modules"
 

@@ -96,8 +96,7 @@ def find_component(folder: Path, part: str) -> Component:
     raise FileNotFoundError(f"{folder} has no {part}: expected {part}/*.safetensors or {SINGLE_FILES[part][0]}{found}")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file with an object, or one sentence naming it."""
+def read_json(path: Path) -> dict:  # a JSON file with an object, or one sentence naming it
     return json_object(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
@@ -209,8 +208,7 @@ def on_meta(
         return kind(config), tensors
 
 
-def bare(name: str) -> str:
-    """The name of a transformer's tensor without ComfyUI's prefix, a norm's as BFL has it now."""
+def bare(name: str) -> str:  # the name of a transformer's tensor without ComfyUI's prefix, a norm's as BFL has it now
     return re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", name.removeprefix("model.diffusion_model."))
 
 

@@ -77,8 +77,7 @@ def stream(path: Path, tensors: Iterable[tuple[str, Tensor]]):
         file.write(len(text).to_bytes(8, "little") + text)
 
 
-def checksum(tensor: Tensor) -> int:
-    """Of form and bytes."""
+def checksum(tensor: Tensor) -> int:  # of form and bytes
     data = tensor.contiguous().flatten().view(torch.uint8).numpy()
     return zlib.crc32(data, zlib.crc32(f"{tensor.shape} {tensor.dtype}".encode()))
 

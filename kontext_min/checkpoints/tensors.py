@@ -20,8 +20,7 @@ UNUSED_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant
 PICKLES_BEGIN = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # of torch.save, whatever the name
 
 
-def open_safetensors(path: Path):
-    """A memory-mapped safetensors file, or one sentence saying why it is none."""
+def open_safetensors(path: Path):  # a memory-mapped safetensors file, or one sentence saying why it is none
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; is the download complete?")
     with open(path, "rb") as file:
@@ -74,8 +73,7 @@ class Tensors:
     def names(self) -> set[str]:
         return set(self.where)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape from the file's header; nothing is read."""
+    def shape(self, name: str) -> tuple[int, ...]:  # shape from the file's header; nothing is read
         handle, key = self.where[name]
         return tuple(handle.get_slice(key).get_shape())
 

@@ -21,8 +21,7 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
-    def floored(self, multiple: int) -> "Size":
-        """Both sides floored to a multiple, at least one multiple."""
+    def floored(self, multiple: int) -> "Size":  # both sides floored to a multiple, at least one multiple
         return Size(*(max(multiple, side // multiple * multiple) for side in self))
 
 
@@ -80,8 +79,7 @@ class Transform:
     box: tuple[float, float, float, float]
     first: Size | None = None  # resize the whole picture to this beforehand
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Apply to an RGB picture."""
+    def __call__(self, image: Image.Image) -> Image.Image:  # apply to an RGB picture
         if self.first is not None:
             image = image.resize(self.first, LANCZOS)
         if image.size == self.size and self.box == (0, 0, 1, 1):
@@ -91,8 +89,7 @@ class Transform:
         return image.resize(self.size, LANCZOS, box=(left * width, upper * height, right * width, lower * height))
 
 
-def extent(size: Size, unit: str) -> float:
-    """How large a picture is, in the unit of `Geometry.resolution`."""
+def extent(size: Size, unit: str) -> float:  # how large a picture is, in the unit of `Geometry.resolution`
     area = size.width * size.height
     return {"pixel": min(size), "area": area / 1e6, "pixel_area": area**0.5}[unit]
 
@@ -103,8 +100,7 @@ def bucket_size(aspect: float, edge: float, step: int) -> Size:
     return rounded(edge * aspect**0.5, edge / aspect**0.5, step)
 
 
-def rounded(width: float, height: float, step: int) -> Size:
-    """Both sides rounded to multiples of `step`, at least one."""
+def rounded(width: float, height: float, step: int) -> Size:  # both sides rounded to multiples of `step`, at least one
     return Size(*(max(step, round(side / step) * step) for side in (width, height)))
 
 
@@ -131,8 +127,7 @@ def fit(image: Image.Image, size: Size) -> Image.Image:
     return Transform(size, crop_box(Size(*image.size), size))(image)
 
 
-def share_cut(size: Size, aspect: Size) -> float:
-    """The share of a picture's area that `fit` cuts off, 0 to 1."""
+def share_cut(size: Size, aspect: Size) -> float:  # the share of a picture's area that `fit` cuts off, 0 to 1
     left, upper, right, lower = crop_box(size, aspect)
     return 1 - (right - left) * (lower - upper)
 
@@ -157,7 +152,6 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} is not a readable picture ({str(error) or type(error).__name__})") from error
 
 
-def oriented_size(path: Path) -> Size:
-    """The size of a picture as `open_image` would give it, from its header alone."""
+def oriented_size(path: Path) -> Size:  # the size of a picture as `open_image` would give it, from its header alone
     with Image.open(path) as image:
         return Size(*image.size[:: -1 if image.getexif().get(ORIENTATION) in (5, 6, 7, 8) else 1])

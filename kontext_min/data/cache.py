@@ -19,8 +19,7 @@ VERSION = "1"  # of what is kept and how it is made: a change makes new entries
 ENTRY = re.compile(r"[0-9a-f]{40}\.(safetensors|\d+\.tmp)")
 
 
-def digest(*parts: str | bytes) -> str:
-    """One key for several parts, none of which can run into the next."""
+def digest(*parts: str | bytes) -> str:  # one key for several parts, none of which can run into the next
     h = hashlib.sha256(VERSION.encode())
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -45,8 +44,7 @@ def weights_id(component: Component, memo: Path) -> str:
     return digest(*parts)
 
 
-def checksum(value: Mapping[str, Tensor]) -> str:
-    """Of names and bytes."""
+def checksum(value: Mapping[str, Tensor]) -> str:  # of names and bytes
     parts = [part for name in sorted(value) for part in (name, value[name].view(torch.uint8).numpy().tobytes())]
     return digest(*parts)
 

@@ -24,8 +24,7 @@ BLURS = {  # blur_type -> filters in order, each with its share of blur_radius
 }
 
 
-def ascending(ends: tuple[int, int]) -> tuple[int, int]:
-    """The ends of a range as they are."""
+def ascending(ends: tuple[int, int]) -> tuple[int, int]:  # the ends of a range as they are
     if ends[0] > ends[1]:
         raise ValueError("it should be [lowest, highest]")
     return ends
@@ -102,8 +101,7 @@ def jpeg(image: Picture, rng: np.random.Generator, p: BaseModel) -> Picture:
     return Image.open(buffer).convert("RGB").crop((across, down, across + image.width, down + image.height))
 
 
-def superresolution(p: BaseModel) -> list:
-    """Steps, of which what is off is None or False: downscale, blur, noise, JPEG."""
+def superresolution(p: BaseModel) -> list:  # steps, of which what is off is None or False: downscale, blur, noise, JPEG
     return [
         p.downscale_factor and {"type": "downscale", "downscale_factor": p.downscale_factor},
         {"type": "blur", "blur_type": p.blur_type, "blur_radius": p.blur_radius},

@@ -29,8 +29,7 @@ from kontext_min.models.vae import VAE
 from kontext_min.quantize import any_linear, form_of, quantising
 
 
-def draw(*parts: str | int) -> np.random.Generator:
-    """A generator whose seed is made of all the parts together."""
+def draw(*parts: str | int) -> np.random.Generator:  # a generator whose seed is made of all the parts together
     return np.random.default_rng(int(digest(*map(str, parts)), 16))
 
 
@@ -65,13 +64,11 @@ class View:
         """Whether it differs from epoch to epoch, so that keeping its latents would be of no use."""
         return self.crop is not None or (self.degradation is not None and self.degradation.folder is None)
 
-    def at(self, epoch: int) -> "View":
-        """The view of an epoch: itself unless it is made anew at every use."""
+    def at(self, epoch: int) -> "View":  # the view of an epoch: itself unless it is made anew at every use
         transform = self.crop(epoch) if self.crop else self.transform
         return replace(self, epoch=epoch, transform=transform) if self.fleeting else self
 
-    def key(self) -> str:
-        """Content and everything that shapes the pixels."""
+    def key(self) -> str:  # content and everything that shapes the pixels
         how = self.degradation
         made = () if how is None else (how.name, repr(how.parameters), repr(how.seed))
         return digest(self.picture.path.read_bytes(), self.picture.half, repr(self.transform), *made)
@@ -84,8 +81,7 @@ class View:
         image = self.transform(self.picture.open())
         return degrade(image, how.name, how.parameters, draw(*how.seed, self.epoch)) if how else image
 
-    def file(self) -> Path | None:
-        """Where a kept degradation lies; its name changes with source and parameters."""
+    def file(self) -> Path | None:  # where a kept degradation lies; its name changes with source and parameters
         folder = self.degradation and self.degradation.folder
         return folder and folder / f"{self.picture.path.stem}-{self.key()[:12]}.png"
 
@@ -110,8 +106,7 @@ class Example:
     regularise: bool = False
     mask: View | None = None  # where the loss counts; None: everywhere
 
-    def views(self) -> tuple[View, ...]:
-        """Target, then references, then the mask."""
+    def views(self) -> tuple[View, ...]:  # target, then references, then the mask
         return (self.target, *self.references, *([self.mask] if self.mask else []))
 
 
@@ -126,8 +121,7 @@ class Mix:
     masked: float = 1.0  # share of uses in which a mask counts
     black: float = 0.0  # weight of a mask's black part, white being 1
 
-    def complete(self) -> "Mix":
-        """The same with nothing left out."""
+    def complete(self) -> "Mix":  # the same with nothing left out
         return replace(self, caption_dropout=0.0, reference_dropout=0.0, masked=1.0)
 
 
@@ -144,12 +138,10 @@ class Use:
     mask: View | None = None
 
     @property
-    def shape(self) -> tuple:
-        """Uses of one shape can stand in one batch."""
+    def shape(self) -> tuple:  # uses of one shape can stand in one batch
         return self.target.size, tuple(view.size for view in self.references), self.example.regularise
 
-    def views(self) -> tuple[View, ...]:
-        """Target, then the references shown."""
+    def views(self) -> tuple[View, ...]:  # target, then the references shown
         return (self.target, *self.references)
 
 

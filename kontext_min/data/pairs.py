@@ -61,8 +61,7 @@ class Picture:
     path: Path
     half: str = ""
 
-    def open(self) -> Image.Image:
-        """RGB, turned upright."""
+    def open(self) -> Image.Image:  # RGB, turned upright
         image = open_image(self.path)
         if self.half and image.width < 2:
             raise ValueError(f"{self.path} is too narrow to hold two pictures")
@@ -70,8 +69,7 @@ class Picture:
         left = image.width - width if self.half == "right" else 0
         return image.crop((left, 0, left + width, image.height)) if self.half else image
 
-    def size(self) -> Size:
-        """Of the opened picture, from the file's header."""
+    def size(self) -> Size:  # of the opened picture, from the file's header
         size = oriented_size(self.path)
         return Size(size.width // 2, size.height) if self.half else size
 

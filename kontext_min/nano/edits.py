@@ -46,13 +46,11 @@ def gray(picture: Picture) -> Picture:
     return np.repeat(picture @ np.array([[0.299], [0.587], [0.114]], np.float32), 3, axis=-1)
 
 
-def to_image(picture: Picture) -> Image.Image:
-    """0..1 to an 8-bit PIL image."""
+def to_image(picture: Picture) -> Image.Image:  # 0..1 to an 8-bit PIL image
     return Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def from_image(image: Image.Image) -> Picture:
-    """An 8-bit PIL image to 0..1."""
+def from_image(image: Image.Image) -> Picture:  # an 8-bit PIL image to 0..1
     return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
@@ -131,8 +129,7 @@ HELD_OUT = (*TARGETS, "hollow", "inset", *DEGRADATIONS)  # never in pretraining,
 
 
 @cache
-def photographs(split: str) -> list[Image.Image]:
-    """All photographs of "train" or "validation", sorted by name."""
+def photographs(split: str) -> list[Image.Image]:  # all photographs of "train" or "validation", sorted by name
     folder = PHOTOS / {"train": "reference", "validation": "validation_reference"}[split]
     return [Image.open(file).convert("RGB") for file in sorted(folder.glob("*.jpg"))]
 

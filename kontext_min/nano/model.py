@@ -77,8 +77,7 @@ def corpus() -> list[str]:
     return prompts + held_out + 3 * words + [word.capitalize() for word in words]
 
 
-def write_t5(folder: Path) -> None:
-    """SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2."""
+def write_t5(folder: Path) -> None:  # SentencePiece's unigram with T5's special ids: pad 0, </s> 1, <unk> 2
     settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": LENGTH, "extra_ids": 0, "legacy": False}
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     write_json(folder / "tokenizer_config.json", settings | special)
@@ -108,8 +107,7 @@ def clip_merges(count: int) -> list[tuple[str, str]]:
     return merges
 
 
-def write_clip(folder: Path) -> None:
-    """CLIP's files in CLIP's order: bytes, bytes that end a word, merges, begin, end."""
+def write_clip(folder: Path) -> None:  # CLIP's files in CLIP's order: bytes, bytes that end a word, merges, begin, end
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = clip_merges(CLIP_TOKENS - 2 * len(alphabet) - 2)
     tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *("".join(merge) for merge in merges), BEGIN, END]

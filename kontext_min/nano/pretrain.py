@@ -161,8 +161,7 @@ def training_picture(index: int) -> Picture:
     return pick(r, TARGETS.values())[1](picture).astype(np.float32) if r.random() < 0.1 else picture
 
 
-def pictures_of(step: int) -> Tensor:
-    """Those of one step of the autoencoder. (VAE_BATCH, 3, 64, 64) in -1..1"""
+def pictures_of(step: int) -> Tensor:  # those of one step of the autoencoder. (VAE_BATCH, 3, 64, 64) in -1..1
     return to_tensor([training_picture(step * VAE_BATCH + i) for i in range(VAE_BATCH)])
 
 

@@ -44,8 +44,7 @@ class Object:
     radius: float = RADIUS
 
     @property
-    def name(self) -> str:
-        """As instructions call it, e.g. "red circle"."""
+    def name(self) -> str:  # as instructions call it, e.g. "red circle".
         return f"{self.colour} {self.shape}"
 
 
@@ -92,8 +91,7 @@ SHAPES: dict[str, np.ndarray] = {
 }
 
 
-def cover(thing: Object, size: Size) -> Picture:
-    """How much of each pixel the object covers. (H, W, 1)"""
+def cover(thing: Object, size: Size) -> Picture:  # how much of each pixel the object covers. (H, W, 1)
     fine = Size(size.width * SUPERSAMPLING, size.height * SUPERSAMPLING)
     middle = (np.array(thing.cell) * CELL + thing.offset + 1) / 2 * fine
     corners = middle + SHAPES[thing.shape] * thing.radius * min(fine) / 2
@@ -173,8 +171,7 @@ def change(r: np.random.Generator, scene: Scene, edit: str) -> Task:
     return {"thing": call(r, thing, scene), **words}, [scene, exchange(scene, thing, *new)]
 
 
-def add(r: np.random.Generator, scene: Scene) -> Task:
-    """A new object of the canonical colour and radius in a free cell."""
+def add(r: np.random.Generator, scene: Scene) -> Task:  # a new object of the canonical colour and radius in a free cell
     cell, taken = pick(r, scene.free_cells()), {thing.name for thing in scene.objects}
     kinds = [(s, c) for s in SHAPES for c in COLOURS if c != scene.colour and f"{c} {s}" not in taken]
     shape, colour = pick(r, kinds)

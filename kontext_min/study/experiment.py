@@ -69,13 +69,11 @@ class Experiment:
         return next(iter(self.conditions.values()))
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the target's tokens, and of the reference's."""
+    def grid(self) -> tuple[int, int]:  # rows and columns of the target's tokens, and of the reference's
         return self.noise.shape[-2] // 2, self.noise.shape[-1] // 2
 
     @property
-    def streams(self) -> dict[str, slice]:
-        """Where text, target and reference lie in the joint sequence."""
+    def streams(self) -> dict[str, slice]:  # where text, target and reference lie in the joint sequence
         text, tokens = self.condition.txt.shape[1], self.grid[0] * self.grid[1]
         target, reference = slice(text, text + tokens), slice(text + tokens, text + 2 * tokens)
         return {"text": slice(0, text), "target": target, "reference": reference}

@@ -57,8 +57,7 @@ class Evaluator:
         means = {kind: torch.stack(found).mean().item() if found else None for kind, found in groups.items()}
         return means if uses else None
 
-    def other(self, use: Use) -> Use | None:
-        """The next pair with other references, rather one of the same sizes."""
+    def other(self, use: Use) -> Use | None:  # the next pair with other references, rather one of the same sizes
         ring = self.uses[use.index + 1 :] + self.uses[: use.index]
         ring = [u for u in ring if u.references and self.shown[u.index] != self.shown[use.index]]
         return min(ring, key=lambda u: u.shape != use.shape, default=None)

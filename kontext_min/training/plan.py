@@ -98,8 +98,7 @@ class Forecast:
             self.counts[policy] = found
         return self.counts[policy]
 
-    def parts(self, plan: Plan) -> dict[str, float]:
-        """Bytes on the device, by what they are."""
+    def parts(self, plan: Plan) -> dict[str, float]:  # bytes on the device, by what they are
         config = self.config
         vae, picture = decoding(config.pretrained_model_name_or_path, self.sizes[0])
         step = self.work(plan.recompute).peak - plan.offload_activations * self.inputs
@@ -109,12 +108,10 @@ class Forecast:
         parts["a picture in the VAE, beyond a batch"] = max(0, picture - step)
         return parts | {"CUDA's own, and gaps": self.cuda * WORKSPACE * GB}
 
-    def total(self, plan: Plan) -> float:
-        """GB on the device."""
+    def total(self, plan: Plan) -> float:  # GB on the device
         return sum(self.parts(plan).values()) / GB
 
-    def host(self, plan: Plan) -> float:
-        """GB in the host's memory."""
+    def host(self, plan: Plan) -> float:  # GB in the host's memory
         moved = plan.offload_activations * self.inputs + plan.stream_blocks * self.blocks
         return (plan.modulation_on_cpu * self.on_cpu + moved) / GB
 

@@ -95,8 +95,7 @@ class Run:
         return state.Parts({"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer, **ema})
 
     @parallel.by_first
-    def begin(self, start: int):
-        """The run's settings; logs end where it goes on."""
+    def begin(self, start: int):  # the run's settings; logs end where it goes on
         self.folder.config.write_text(self.config.record(), encoding="utf-8")
         self.folder.rewind(start)
 
@@ -146,9 +145,7 @@ class Run:
             with self.ema.applied():
                 write_adapter(self.folder.average, adapter, recipe, dtype, form)
 
-    def stop_when_told(self):
-        """Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once."""
-
+    def stop_when_told(self):  # Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once
         def handle(number: int, frame):
             self.interrupted.set()
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -58,8 +58,7 @@ class Parts(dict):
             part.load_state_dict(saved[name])
 
 
-def checksum(folder: Path) -> str:
-    """Of all files' names and bytes but the state's own."""
+def checksum(folder: Path) -> str:  # of all files' names and bytes but the state's own
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.iterdir() if path.name != STATE):
         with open(file, "rb") as opened:
@@ -99,8 +98,7 @@ def finish(temporary: Path, final: Path, state: dict, limit: int):
         shutil.rmtree(old)
 
 
-def sync(path: Path):
-    """Have the operating system write a file or a folder's entries to the disk."""
+def sync(path: Path):  # have the operating system write a file or a folder's entries to the disk
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

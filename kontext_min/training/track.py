@@ -41,8 +41,7 @@ class Tracker(AbstractContextManager):
             close()
 
     @parallel.by_first
-    def log(self, step: int, values: dict[str, float | None]):
-        """One optimizer step; a skipped one has no loss."""
+    def log(self, step: int, values: dict[str, float | None]):  # one optimizer step; a skipped one has no loss
         values = {**values, **in_use(self.device)}
         append(self.folder.metrics, {"step": step, **values})
         for report, _ in self.reporters:
@@ -107,8 +106,7 @@ def to_wandb(config: Config, folder: Path, start: int) -> Reporter:
 REPORTERS = {"tensorboard": to_tensorboard, "wandb": to_wandb}
 
 
-def missing(config: Config) -> list[str]:
-    """One sentence for each library that report_to needs and that is not there."""
+def missing(config: Config) -> list[str]:  # one sentence for each library that report_to needs and that is not there
     asked = (name for name in REPORTERS if config.report_to in ("all", name))
     absent = [name for name in asked if not getattr(find_spec(name), "origin", None)]  # a mere folder has none
     return [f"report_to {config.report_to} needs a library: pip install {name}" for name in absent]

@@ -114,8 +114,7 @@ def draw(batch: Batch, uses: list[Use], number: int, config: Config, shift: flow
     return Draw(*(torch.cat(column).to(batch.target.device) for column in zip(*columns, strict=True)))
 
 
-def seeded(*parts: str | int) -> torch.Generator:
-    """A generator whose seed is made of all the parts together."""
+def seeded(*parts: str | int) -> torch.Generator:  # a generator whose seed is made of all the parts together
     return torch.Generator().manual_seed(int(digest(*map(str, parts))[:15], 16))
 
 

@@ -63,8 +63,7 @@ class Validator:
             write(note, made_from)
 
     @parallel.by_first
-    def clear(self):
-        """Remove what was made of other items, and write what these are made from."""
+    def clear(self):  # remove what was made of other items, and write what these are made from
         for old in self.folder.validation.glob("*/"):
             shutil.rmtree(old)
         for i, item in enumerate(self.items):
