@@ -23,6 +23,7 @@ from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing, attention_kernels
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.offload import Ahead, Inputs, open_apart, unneeded
+from kontext_min.quantize import open_flux
 from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
 from kontext_min.training.adapter import add_adapter, sizes
@@ -105,10 +106,9 @@ def load_model(
         flux = load.load_flux(checkpoint, home, kept, then).requires_grad_(full)
         parallel.shard(flux, dtype, offloaded)
         return flux, unneeded
-    base = (config.base_model_precision, config.cache_dir / "base")
-    modulation = torch.device("cpu") if plan.modulation_on_cpu else None
+    base = (checkpoint, device, dtype, config.base_model_precision, config.cache_dir / "base")
     with parallel.first_alone():
-        return open_apart(checkpoint, device, dtype, base, modulation, plan.stream_blocks)
+        return open_apart(torch.device("cpu"), *base) if plan.modulation_on_cpu else (open_flux(*base), unneeded)
 
 
 def main(argv: list[str]):
@@ -178,7 +178,7 @@ def run(config: Config, prune: bool = False):
     validator = Validator(editor, validation, items, sampling_of(config), folder)
     evaluator = Evaluator(config, flux, validation, sets.unseen)
     with attention_kernels(device):
-        print(Run(config, flux, examples, validator, evaluator, seen).go(optimizer, checkpoint.shift))
+        print(Run(config, flux, examples, validator, evaluator, seen).go(optimizer))
     print(parallel.by_first(report.write)(config.output_dir))
 
 

@@ -44,13 +44,7 @@ class Editor:
 
 
 def open_editor(
-    model: str,
-    loras: Loras,
-    texts: list[str],
-    device: torch.device,
-    dtype: torch.dtype,
-    base: tuple[str, Path] = PLAIN,
-    merge: bool = False,
+    model: str, loras: Loras, texts: list[str], device: torch.device, dtype: torch.dtype, base=PLAIN, merge=False
 ) -> tuple[Editor, dict[str, Text]]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec).
 
@@ -70,7 +64,7 @@ def open_editor(
     updates = [at_strength(update, strength) for lora, strength in loras for update in lora.updates if merge]
     modulation = torch.device("cpu") if device.type == "cuda" and form_of(base[0]) else device
     hook = merging(updates, empty) if updates else None
-    flux, ahead = open_apart(checkpoint, device, dtype, base, modulation, merge=hook)
+    flux, ahead = open_apart(modulation, checkpoint, device, dtype, *base, merge=hook)
     for lora, strength in loras if not merge else ():
         apply_updates(flux, lora.updates, strength, dtype)
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder), ahead), encoded

@@ -1,73 +1,47 @@
-"""What a GPU need not hold: modulation on the CPU, inputs of blocks in the host's memory, blocks' weights streamed.
-
-Each is put on the plain model. Copies have a CUDA stream of their own, beside the computation; on a CPU they are just
-copies, so that all of this can be tried there.
-"""
+"""What a GPU need not hold: modulation on the CPU, the inputs of blocks in the host's memory."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import _disable_current_modes
 
 from kontext_min.checkpoints.load import Checkpoint
 from kontext_min.models.flux import Flux
-from kontext_min.quantize import Hook, QuantisedLinear, is_quantised, open_flux
+from kontext_min.quantize import is_quantised, open_flux
 
 Ahead = Callable[[Tensor, Tensor, Tensor], object]  # is told timesteps (N,), y (N, vec_in_dim), guidance (N,)
 
 EMBEDDERS = ("time_in", "guidance_in", "vector_in")
 MODULATION = ("mod.lin", "modulation.lin", "adaLN_modulation.1")  # endings of the linears that see one token
 LARGE = 2**20  # bytes from which an input of a block is worth a copy
-SLOTS = 3  # blocks on the device: the one at work, the next one, and the one before, which backward begins with
-ALIGNED = 256  # bytes
 
 
 def is_modulation(name: str) -> bool:
     """Whether a tensor of the transformer, by our name, sees only time, guidance and pooled text: 27 % of Kontext."""
-    stem = name.rpartition(".")[0]
-    return stem.endswith(MODULATION) or name.startswith(EMBEDDERS)
+    return name.startswith(EMBEDDERS) or any(f"{ending}." in name for ending in MODULATION)
 
 
-def is_streamed(name: str) -> bool:  # whether a tensor is a weight of a block's other linears: 72 %
+def sees_tokens(name: str) -> bool:  # whether a tensor is a weight of a block's other linears: 72 %
     return is_quantised(name) and not is_modulation(name)
 
 
-def open_apart(
-    model: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    base: tuple[str, Path],
-    modulation: torch.device | None = None,
-    blocks: bool = False,
-    merge: Hook = None,
-) -> tuple[Flux, Ahead]:
-    """`open_flux` with parts of the model elsewhere. -> also what likes to know the next evaluations' inputs.
-
-    modulation: where it is computed, never quantised, for many evaluations at once; None: block by block as ever.
-    blocks: whether their weights are streamed. base: precision and cache; merge: as in `open_flux`.
-    """
+def open_apart(modulation: torch.device, model: Checkpoint, device: torch.device, *base, **more) -> tuple[Flux, Ahead]:
+    """`open_flux` with the modulation on a device of its own, not quantised. -> also who is told of what is to come."""
 
     def place(name: str) -> torch.device:
-        if modulation and is_modulation(name):
-            return modulation
-        return torch.device("cpu") if blocks and is_streamed(name) else device
+        return modulation if is_modulation(name) else device
 
-    flux = open_flux(model, place, dtype, *base, merge, is_streamed if modulation else is_quantised)
-    ahead = Modulation(flux, device).ahead if modulation else unneeded
-    if blocks:
-        Ring(flux, device)
-    return flux, ahead
+    flux = open_flux(model, place, *base, **more, only=sees_tokens)
+    return flux, Modulation(flux, device).ahead
 
 
 def unneeded(timesteps: Tensor, y: Tensor, guidance: Tensor):
-    """Of a model that computes everything when its turn comes."""
+    pass
 
 
 # ------------------------------------------------------------------------------------------------ modulation
@@ -105,16 +79,15 @@ class Modulation:
         for name, linear in self.linears.items():
             flux.set_submodule(name, Computed(linear, partial(lambda name: self.now[name], name)))
 
-    def ahead(self, timesteps: Tensor, y: Tensor, guidance: Tensor):
-        """Begin with what evaluations with these (N,), (N, vec_in_dim), (N,) will need."""
+    def ahead(self, timesteps: Tensor, y: Tensor, guidance: Tensor) -> list[bytes]:
+        """Begin with what evaluations with these (N,), (N, vec_in_dim), (N,) will need. -> a key of each."""
         columns = [column.detach().float().cpu() for column in (timesteps[:, None], guidance[:, None], y)]
         rows = torch.cat(columns, dim=1)
-        new = {row.numpy().tobytes(): i for i, row in enumerate(rows)}
-        new = {key: i for key, i in new.items() if key not in self.made}
-        if new:
-            future = self.thread.submit(self.compute, rows[[*new.values()]])
-            self.made |= {key: (future, i) for i, key in enumerate(new)}
-        return [row.numpy().tobytes() for row in rows]
+        keys = [row.numpy().tobytes() for row in rows]
+        new = {key: i for i, key in enumerate(keys) if key not in self.made}
+        future = new and self.thread.submit(self.compute, rows[[*new.values()]])
+        self.made |= {key: (future, i) for i, key in enumerate(new)}
+        return keys
 
     @torch.no_grad()
     def compute(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,31 +112,15 @@ class Modulation:
 # ------------------------------------------------------------------------------------------------ copies
 
 
-class Copies:
-    """Copies between a device and the host, on a stream of their own where the device is a GPU."""
+class Inputs:
+    """Large inputs of checkpointed blocks, kept in the host's memory from forward to backward.
 
-    def __init__(self, device: torch.device):
-        self.device, self.cuda = device, device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
-
-    def beside(self) -> AbstractContextManager:
-        """Within the context work is queued on the own stream, after all that is queued on the current one."""
-        if not self.cuda:
-            return nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self.stream)
-
-    def done(self) -> Callable[[], None]:
-        """-> what makes the current stream wait for all that is queued here by now."""
-        event = self.stream.record_event() if self.cuda else None
-        return lambda: torch.cuda.current_stream(self.device).wait_event(event) if event else None
-
-
-class Inputs(Copies):
-    """Large inputs of checkpointed blocks, kept in the host's memory from forward to backward."""
+    Copies run on a CUDA stream of their own, beside the computation; on a CPU they are just copies.
+    """
 
     def __init__(self, flux: Flux, device: torch.device):
-        super().__init__(device)
+        self.device, self.cuda = device, device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
         self.count, self.kept, self.coming = 0, {}, {}
         for block in (*flux.double_blocks, *flux.single_blocks):
             for part in {"branch", "forward"} & block.__dict__.keys():  # what `apply_checkpointing` has put there
@@ -191,60 +148,17 @@ class Inputs(Copies):
         for number in (packed, packed - 1):
             if number in self.kept:
                 with self.beside():
-                    self.coming[number] = self.kept.pop(number).to(self.device, non_blocking=True), self.done()
-        x, wait = self.coming.pop(packed)
-        wait()
+                    x = self.kept.pop(number).to(self.device, non_blocking=True)
+                    self.coming[number] = x, self.cuda and self.stream.record_event()
+        x, event = self.coming.pop(packed)
         if self.cuda:
+            torch.cuda.current_stream(self.device).wait_event(event)
             x.record_stream(torch.cuda.current_stream(self.device))
         return x
 
-
-class Ring(Copies):
-    """The weights of blocks in the host's memory, of which SLOTS are on the device: one at work, the next one coming.
-
-    Nothing is ever copied back. `QuantisedLinear` asks for its parts in forward, recomputation and backward.
-    """
-
-    def __init__(self, flux: Flux, device: torch.device):
-        super().__init__(device)
-        for name, module in list(flux.named_modules()):
-            if isinstance(module, nn.Linear) and is_streamed(f"{name}.weight"):
-                flux.set_submodule(name, QuantisedLinear(module, {"weight": module.weight.detach()}))
-        self.hosts = [self.taken(i, block) for i, block in enumerate((*flux.double_blocks, *flux.single_blocks))]
-        size = max(map(len, self.hosts))
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self.there: dict[int, tuple[int, Callable]] = {}  # block -> slot, what waits for it; the last one used last
-
-    def taken(self, i: int, block: nn.Module) -> Tensor:
-        """The weights and scales of a block's streamed linears, in one piece of the host's memory, (bytes,)."""
-        pieces, end = [], 0
-        for linear in (module for module in block.modules() if isinstance(module, QuantisedLinear)):
-            places = []
-            for part in (part for part in linear.stored() if part is not None):
-                pieces.append(F.pad(part.flatten().view(torch.uint8), (0, -part.nbytes % ALIGNED)).cpu())
-                places.append((slice(end, end + part.nbytes), part.dtype, part.shape))
-                end += len(pieces[-1])
-            linear.stored, linear.weight, linear.scale = partial(self.parts, i, places), None, None
-        return torch.cat(pieces).pin_memory() if self.cuda else torch.cat(pieces)
-
-    def parts(self, i: int, places: list[tuple[slice, torch.dtype, torch.Size]]) -> tuple[Tensor, Tensor | None]:
-        whole = self.block(i)
-        weight, *scale = (whole[place].view(dtype).view(shape) for place, dtype, shape in places)
-        return weight, *(scale or [None])
-
-    def block(self, i: int) -> Tensor:
-        """A block's bytes on the device; the next one's, in the order of forward or backward, begin to come."""
-        backward = torch._C._current_graph_task_id() != -1
-        self.load(i)
-        slot, wait = self.there[i] = self.there.pop(i)  # used last
-        self.load((i + (-1 if backward else 1)) % len(self.hosts))
-        wait()
-        return self.slots[slot]
-
-    def load(self, i: int):  # begin to copy a block, unless it is there, in the place of the one that was used first
-        if i in self.there:
-            return
-        slot = len(self.there) if len(self.there) < SLOTS else self.there.pop(next(iter(self.there)))[0]
-        with _disable_current_modes(), self.beside():  # selective checkpoints must not see when a block comes
-            self.slots[slot][: len(self.hosts[i])].copy_(self.hosts[i], non_blocking=True)
-            self.there[i] = slot, self.done()
+    def beside(self) -> AbstractContextManager:
+        """Within the context work is queued on the own stream, after all that is queued on the current one."""
+        if not self.cuda:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self.stream)

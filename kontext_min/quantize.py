@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kontext_min.checkpoints import load
 from kontext_min.checkpoints.save import checksum, stream
-from kontext_min.checkpoints.tensors import assembled, open_safetensors, release
+from kontext_min.checkpoints.tensors import Place, assembled, open_safetensors, release
 from kontext_min.data.cache import digest, weights_id
 from kontext_min.models.flux import Flux
 
@@ -27,7 +27,6 @@ NF4 = (  # 16 quantiles of the normal distribution (Dettmers et al. 2023, QLoRA,
     0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
 )  # fmt: skip
 Hook = Callable[[nn.Module, str], None] | None  # what `fill` calls after each tensor
-Place = torch.device | Callable[[str], torch.device]
 
 
 def form_of(precision: str) -> str | None:
@@ -74,14 +73,13 @@ def rounded_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 class QuantisedLinear(nn.Module):
     """A frozen linear with a low-bit form of its weight, which stands for W' (out, in) in the model's dtype.
 
-    Products with W' are exact. A dynamic one rounds tokens to 8 bits, too. Without a scale the weight is W' itself.
+    Products with W' are exact. A dynamic one rounds tokens to 8 bits, too.
     """
 
     def __init__(self, linear: nn.Linear, parts: dict[str, Tensor], dynamic: bool = False):
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.dynamic = dynamic
-        self.stored = lambda: (self.weight, self.scale)  # or where else they are to be had, each time anew
         for name in ("weight", "scale", "pairs"):
             self.register_buffer(name, parts.get(name))
 
@@ -94,10 +92,7 @@ class QuantisedLinear(nn.Module):
 
     def dequantised(self, rows: slice = slice(None)) -> Tensor:
         """These rows of W', in the scale's dtype, rounded once; both levels of a byte are looked up as one number."""
-        (weight, scale), pairs = self.stored(), self.pairs
-        if scale is None:
-            return weight[rows]
-        weight, scale = weight[rows], scale[rows]
+        weight, scale, pairs = self.weight[rows], self.scale[rows], self.pairs
         if pairs is not None:
             whole = pairs.view(torch.int32 if pairs.itemsize == 2 else torch.int64).flatten()
             weight = whole.index_select(0, weight.flatten().int()).view(pairs.dtype).view(len(scale), -1)
@@ -121,8 +116,7 @@ class Product(torch.autograd.Function):
             if more is None or more.ndim == 1:
                 return F.linear(x, linear.dequantised(), more)
             return torch.addmm(more.flatten(0, -2), x.flatten(0, -2), linear.dequantised().t()).view(more.shape)
-        weight, scale = linear.stored()
-        y = rounded_product(x.float(), weight.t(), scale.t().float()).to(x.dtype)
+        y = rounded_product(x.float(), linear.weight.t(), linear.scale.t().float()).to(x.dtype)
         return y if more is None else y + more
 
     @staticmethod
@@ -130,9 +124,8 @@ class Product(torch.autograd.Function):
         more = dy if ctx.needs_input_grad[2] else None
         if not ctx.linear.rounds(dy):
             return dy @ ctx.linear.dequantised(), None, more
-        weight, scale = ctx.linear.stored()
+        weight, scale = ctx.linear.weight, ctx.linear.scale.t().float()  # (1, out): of the axis that is summed over
         weight = weight if weight.dtype == torch.int8 else weight.t().contiguous().t()  # fp8: column by column
-        scale = scale.t().float()  # (1, out): of the axis that is summed over
         return rounded_product(dy.float() * scale, weight, scale.new_ones(1, weight.shape[1])).to(dy.dtype), None, more
 
 
@@ -145,13 +138,13 @@ def any_linear(name: str) -> bool:
     return True
 
 
-def quantising(precision: str, chosen: Callable[[str], bool] = is_quantised) -> Hook:
-    """For `then` of `load_flux` and `load_t5`: chosen linears are quantised as soon as their weight is there."""
+def quantising(precision: str, only: Callable[[str], bool] = is_quantised) -> Hook:
+    """For `then` of `load_flux` and `load_t5`: the chosen linears are quantised as soon as their weight is there."""
     form = form_of(precision)
 
     def then(model: nn.Module, name: str):
         stem, linear = name.removesuffix(".weight"), model.get_submodule(name.rpartition(".")[0])
-        if chosen(name) and isinstance(linear, nn.Linear) and name != stem:
+        if only(name) and isinstance(linear, nn.Linear) and name != stem:
             parts = parts_of(linear.weight, form)
             model.set_submodule(stem, QuantisedLinear(linear, parts, form.endswith("-dynamic")))
 
@@ -159,52 +152,46 @@ def quantising(precision: str, chosen: Callable[[str], bool] = is_quantised) -> 
 
 
 def open_flux(
-    model: load.Checkpoint,
-    place: Place,
-    dtype: torch.dtype,
-    precision: str,
-    cache: Path,
-    merge: Hook = None,
-    chosen: Callable[[str], bool] = is_quantised,
+    model: load.Checkpoint, place: Place, dtype: torch.dtype, precision: str, cache: Path, merge=None, only=is_quantised
 ) -> Flux:
     """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
     where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own.
 
-    place: a device, or one for each tensor's name. chosen: the weights that are quantised, by name.
+    place: a device, or one for each tensor's name. only: the weights that are quantised, by name.
     merge: changes each weight when it is there, before it is quantised; what is made of changed weights is not kept.
     """
     form = form_of(precision)
     if not form or merge:
-        steps = [step for step in (merge, quantising(precision, chosen)) if step]
+        steps = [step for step in (merge, quantising(precision, only)) if step]
         return load.load_flux(model, place, dtype, then=lambda *tensor: [step(*tensor) for step in steps])
     weights = weights_id(model.components["transformer"], cache / "weights.json")
     kind = form.partition("-")[0]  # -dynamic has the same weights
-    file = cache / f"{digest(weights, kind, str(dtype), chosen.__name__)}.safetensors"
+    file = cache / f"{digest(weights, kind, str(dtype), only.__name__)}.safetensors"
     print(f"the blocks' weights in {form}, from {file}{'' if file.is_file() else ', which is made first'}")
     if file.is_file():
         try:
-            return read_kept(load.empty_flux(model)[0], form, file, place, chosen)
+            return read_kept(load.empty_flux(model)[0], form, file, place, only)
         except (ValueError, SafetensorError) as error:
             print(f"{file} is damaged ({error}); it is made anew")
-    stream(file, kept(model, place, dtype, form, chosen))
-    return read_kept(load.empty_flux(model)[0], form, file, place, chosen)
+    stream(file, kept(model, place, dtype, form, only))
+    return read_kept(load.empty_flux(model)[0], form, file, place, only)
 
 
-def kept(model: load.Checkpoint, place: Place, dtype: torch.dtype, form: str, chosen: Callable) -> Iterator:
+def kept(model: load.Checkpoint, place: Place, dtype: torch.dtype, form: str, only: Callable) -> Iterator:
     for name, tensor in assembled(*load.empty_flux(model), dtype, place):
         stem, _, leaf = name.rpartition(".")
-        for part, value in (parts_of(tensor, form) if chosen(name) else {leaf: tensor}).items():
+        for part, value in (parts_of(tensor, form) if only(name) else {leaf: tensor}).items():
             yield f"{stem}.{part}", value.cpu()
 
 
-def read_kept(flux: Flux, form: str, file: Path, place: Place, chosen: Callable) -> Flux:
+def read_kept(flux: Flux, form: str, file: Path, place: Place, only: Callable) -> Flux:
     """Fill a transformer on `meta` from what was kept. Raises ValueError or SafetensorError on damage."""
     handle = open_safetensors(file)
     for name, wanted in json.loads((handle.metadata() or {}).get("checksums", "")).items():
         (stem, _, leaf), tensor = name.rpartition("."), handle.get_tensor(name)
         if checksum(tensor) != wanted:
             raise ValueError(f"{name} is not as it was written")
-        if chosen(name):
+        if only(name):
             flux.set_submodule(stem, QuantisedLinear(flux.get_submodule(stem), {}, form.endswith("-dynamic")))
         owner, copy = flux.get_submodule(stem), tensor.to(place(name) if callable(place) else place, copy=True)
         release(tensor)

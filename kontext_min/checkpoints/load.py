@@ -17,7 +17,7 @@ from torch import nn
 from kontext_min import flow
 from kontext_min.checkpoints import keys
 from kontext_min.checkpoints.keys import Source
-from kontext_min.checkpoints.tensors import Tensors, fill, json_object
+from kontext_min.checkpoints.tensors import Place, Tensors, fill, json_object
 from kontext_min.models.clip import ACTIVATIONS, CLIPConfig, CLIPText
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.t5 import T5Config, T5Encoder
@@ -219,9 +219,7 @@ def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]
     return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else same_names(flux)
 
 
-def load_flux(
-    checkpoint: Checkpoint, device: torch.device | Callable, dtype: torch.dtype, then: Callable | None = None
-) -> Flux:
+def load_flux(checkpoint: Checkpoint, device: Place, dtype: torch.dtype, then: Callable | None = None) -> Flux:
     """The transformer, frozen and in eval mode, in `dtype`; device and then as in `fill`, to quantise on the way."""
     return fill(*empty_flux(checkpoint), dtype, device, then=then)
 

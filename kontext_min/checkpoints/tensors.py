@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kontext_min.checkpoints.keys import Source
 
+Place = torch.device | Callable[[str], torch.device]
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")  # fp8 checkpoints of ComfyUI: weight = fp8 value * scale
 UNUSED_BESIDE_FP8 = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
@@ -108,11 +109,7 @@ def refuse(title: str, problem: str, names: Iterable[str]):
 
 
 def assembled(
-    module: nn.Module,
-    tensors: Tensors,
-    table: Mapping[str, Source],
-    dtype: torch.dtype,
-    device: torch.device | Callable[[str], torch.device],
+    module: nn.Module, tensors: Tensors, table: Mapping[str, Source], dtype: torch.dtype, device: Place
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a module built on `meta`, by our names, one at a time, all names and shapes checked beforehand.
 

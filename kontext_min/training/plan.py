@@ -1,7 +1,6 @@
 """What a run will take, counted before it begins, and what gives way where that is more than there is."""
 
 import math
-import re
 import statistics
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +18,7 @@ from kontext_min.data.examples import Example
 from kontext_min.memory import FUSED, FUSED_BACKWARD, GB, size_of
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.vae import VAE, VAEConfig
+from kontext_min.offload import is_modulation
 from kontext_min.quantize import QuantisedLinear, form_of, is_quantised, parts_of
 from kontext_min.training.adapter import add_adapter
 from kontext_min.training.items import TOKEN
@@ -26,8 +26,6 @@ from kontext_min.training.optim import make_optimizer
 
 CARDS = json5.loads((Path(__file__).parents[1] / "cards.json5").read_text(encoding="utf-8"))
 SPARE, WORKSPACE = 1.0, 0.9  # GB: left free of a budget; CUDA's own, and gaps between tensors
-RING = 3  # blocks on the device at once where they are streamed
-MODULATION = re.compile(r"mod\.lin|modulation\.|(time|guidance|vector)_in\.")  # what sees no tokens, but one vector
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,18 @@ class Plan:
     recompute: str = "block"  # a policy of `apply_checkpointing`, or none
     modulation_on_cpu: bool = False
     offload_activations: bool = False  # the checkpointed blocks' inputs wait in the host's memory
-    stream_blocks: bool = False  # so do the blocks' weights
 
     def __str__(self) -> str:
         return ", ".join([self.recompute, *(name for name, chosen in vars(self).items() if chosen is True)])
 
 
-POLICIES = ("keep_gemm", "keep_attn", "block")  # here and below, from the fastest to the smallest
-PLANS = [Plan(policy, cpu) for policy in POLICIES for cpu in (False, True)]
-PLANS += [Plan("block", True, True), *(Plan(policy, True, True, True) for policy in POLICIES)]
+# from the fastest to the smallest
+PLANS = [Plan(policy, cpu) for policy in ("keep_gemm", "keep_attn", "block") for cpu in (False, True)]
+PLANS += [Plan("block", True, True)]
 CHANGES = [  # of a config, that save memory, those that cost the least time first
     {"modulation_on_cpu": True}, {"gradient_checkpointing": True, "recompute": "keep_attn"},
     {"offload_activations": True}, {"gradient_checkpointing": True, "recompute": "block"},
-    {"base_model_precision": "int8-torchao"}, {"base_model_precision": "nf4"}, {"stream_blocks": True},
+    {"base_model_precision": "int8-torchao"}, {"base_model_precision": "nf4"},
 ]  # fmt: skip
 
 
@@ -70,12 +67,8 @@ class Forecast:
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.flux = flux = on_meta(config, self.dtype)
         tensors = [*flux.named_parameters(), *flux.named_buffers()]
-        sizes = {name: size_of(tensor) for name, tensor in tensors if not tensor.requires_grad}
-        self.modulation = sum(size for name, size in sizes.items() if MODULATION.search(name))
-        blocks = {name: size for name, size in sizes.items() if "_blocks." in name and not MODULATION.search(name)}
-        self.blocks, width = sum(blocks.values()), flux.config.hidden_size
-        largest = sum(size for name, size in blocks.items() if name.startswith("double_blocks.0."))
-        self.away = max(0, self.blocks - RING * largest)
+        width = flux.config.hidden_size
+        self.modulation = sum(size_of(t) for name, t in tensors if is_modulation(name) and not t.requires_grad)
         one = flux.config.depth * 12 + flux.config.depth_single_blocks * 3 + 2
         self.on_cpu = one * width**2 * self.dtype.itemsize  # never quantised there
         inputs = len([*flux.double_blocks, *flux.single_blocks][: -1 : config.gradient_checkpointing_interval or 1])
@@ -103,7 +96,7 @@ class Forecast:
         vae, picture = decoding(config.pretrained_model_name_or_path, self.sizes[0])
         step = self.work(plan.recompute).peak - plan.offload_activations * self.inputs
         parts = memory.held(self.flux, bytes_of_one(config), self.dtype, parallel.world(), config.sharded)
-        parts["transformer"] -= plan.modulation_on_cpu * self.modulation + plan.stream_blocks * self.away
+        parts["transformer"] -= plan.modulation_on_cpu * self.modulation
         parts |= {f"a batch of {self.tokens} tokens, forward and backward": step, "VAE": vae}
         parts["a picture in the VAE, beyond a batch"] = max(0, picture - step)
         return parts | {"CUDA's own, and gaps": self.cuda * WORKSPACE * GB}
@@ -112,8 +105,7 @@ class Forecast:
         return sum(self.parts(plan).values()) / GB
 
     def host(self, plan: Plan) -> float:  # GB in the host's memory
-        moved = plan.offload_activations * self.inputs + plan.stream_blocks * self.blocks
-        return (plan.modulation_on_cpu * self.on_cpu + moved) / GB
+        return (plan.modulation_on_cpu * self.on_cpu + plan.offload_activations * self.inputs) / GB
 
     def seconds(self, plan: Plan, card: dict) -> float:
         """Of a step on a card of CARDS: its products, or its copies from and to the host if they take longer."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kontext_min import flow, parallel
+from kontext_min import parallel
 from kontext_min.adapters.inject import updates
 from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.save import save_trained
@@ -44,7 +44,7 @@ class Run:
         self.identity = state.identity(config, examples)
         self.interrupted = Event()
 
-    def go(self, optimizer: torch.optim.Optimizer, shift: flow.Shift) -> str:
+    def go(self, optimizer: torch.optim.Optimizer) -> str:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
         config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
@@ -65,8 +65,7 @@ class Run:
             if not start:
                 self.look(0, False, True)  # the base model's loss
             try:
-                what, ahead = (config, self.flux, optimizer, self.examples), self.validator.editor.ahead
-                for step, values in train(*what, shift, start, skipped, ahead):
+                for step, values in train(config, self.validator.editor, optimizer, self.examples, start, skipped):
                     self.tracker.log(step, values)
                     if self.each_step(step):
                         break

@@ -21,20 +21,13 @@ from kontext_min.adapters.inject import muted
 from kontext_min.config import Config
 from kontext_min.data.cache import digest
 from kontext_min.data.examples import Batch, Examples, Use
+from kontext_min.edit import Editor
 from kontext_min.models.flux import Flux
-from kontext_min.offload import Ahead, unneeded
 from kontext_min.training.optim import rate_factor, set_rate
 
 
 def train(
-    config: Config,
-    flux: Flux,
-    optimizer: Optimizer,
-    examples: Examples,
-    shift: flow.Shift,
-    start: int = 0,
-    skipped: int = 0,
-    ahead: Ahead = unneeded,
+    config: Config, editor: Editor, optimizer: Optimizer, examples: Examples, start: int = 0, skipped: int = 0
 ) -> Iterator[tuple[int, dict]]:
     """Optimizer steps start + 1 to max_train_steps, each yielded with its numbers when it is done.
 
@@ -45,10 +38,10 @@ def train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own, share = config.gradient_accumulation_steps, config.gradient_accumulation_steps * parallel.world()
     curve = (config.lr_end / config.learning_rate, config.lr_power, config.lr_num_cycles)
-    ready = (one for one, _ in pairwise(prepared(config, examples, shift, start * share, parallel.place(flux), ahead)))
+    ready = (one for one, _ in pairwise(prepared(config, editor, examples, start * share)))
     for step in range(start + 1, config.max_train_steps + 1):
         began = time.perf_counter()
-        losses, seen = zip(*(learn(config, flux, *one, share) for one in islice(ready, own)), strict=True)
+        losses, seen = zip(*(learn(config, editor.flux, *one, share) for one in islice(ready, own)), strict=True)
         loss = parallel.total(sum(losses))
         parallel.summed([parameter.grad for parameter in parameters])
         norm = float(parallel.whole(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)))
@@ -69,14 +62,12 @@ def train(
         yield step, {**values, "seconds": time.perf_counter() - began}
 
 
-def prepared(
-    config: Config, examples: Examples, shift: flow.Shift, first: int, device: torch.device, ahead: Ahead
-) -> Iterator[tuple[int, list[Use], Batch, "Draw"]]:
-    """This rank's batches from number `first` on, without end, each with all that is random in it."""
+def prepared(config: Config, editor: Editor, examples: Examples, first: int) -> Iterator[tuple]:
+    """This rank's batches from number `first` on, without end: number, uses, the batch on its device, and its draw."""
     for number, uses in islice(enumerate(batches(examples, config)), first + parallel.rank(), None, parallel.world()):
-        batch = examples.batch(uses, device)
-        drawn = draw(batch, uses, number, config, shift)
-        ahead(drawn.t, batch.condition.vec, drawn.guidance)
+        batch = examples.batch(uses, parallel.place(editor.flux))
+        drawn = draw(batch, uses, number, config, editor.shift)
+        editor.ahead(drawn.t, batch.condition.vec, drawn.guidance)
         yield number, uses, batch, drawn
 
 

@@ -94,7 +94,7 @@ def test_values_that_would_train_garbage_are_refused_with_the_key(tmp_path, over
         read_config(path, [override])
 
 
-@pytest.mark.parametrize("override", ["memory=24", "modulation_on_cpu=true", "stream_blocks=false"])
+@pytest.mark.parametrize("override", ["memory=24", "modulation_on_cpu=true", "offload_activations=false"])
 def test_a_model_in_shards_refuses_what_only_a_plan_decides(tmp_path, override):
     path = write(tmp_path, '{"data_backend_config": [], "fsdp_enable": true}')
     with pytest.raises(ValueError, match=f"in shards has no plan to choose; take out {override.partition('=')[0]}"):

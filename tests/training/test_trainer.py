@@ -16,8 +16,10 @@ from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.config import Config, Dataset
 from kontext_min.data.examples import Batch, Examples
+from kontext_min.edit import Editor
 from kontext_min.flow import Shift, mix, velocity
 from kontext_min.memory import apply_checkpointing
+from kontext_min.presets import NANO
 from kontext_min.training.sets import mix_of, read_sets, text_cache
 from kontext_min.training.trainer import Draw, batches, density, draw, flow_loss, shift_factor, train
 
@@ -42,6 +44,10 @@ def config(kontext, tmp_path):
     )  # fmt: skip
 
 
+def editor(flux):
+    return Editor(flux, None, Shift(), NANO)
+
+
 def prepared(config):
     """The model with fresh adapters, and the encoded examples."""
     checkpoint = find(config.pretrained_model_name_or_path)
@@ -60,7 +66,7 @@ def adamw(config, parameters) -> torch.optim.Optimizer:
 
 def losses(config, flux, parameters, examples) -> list[float]:
     """Train to the end."""
-    return [values["loss"] for _, values in train(config, flux, adamw(config, parameters), examples, Shift())]
+    return [values["loss"] for _, values in train(config, editor(flux), adamw(config, parameters), examples)]
 
 
 def peft_twin(config, flux):
@@ -155,7 +161,7 @@ def test_accumulated_batches_give_the_mean_of_their_gradients(config):
     norm = torch.stack([p.grad.norm() for p in parameters]).norm().item()
     flux, parameters, examples = prepared(config)
     run = config.model_copy(update={"gradient_accumulation_steps": 2, "max_train_steps": 1})
-    ((step, values),) = train(run, flux, adamw(run, parameters), examples, Shift())
+    ((step, values),) = train(run, editor(flux), adamw(run, parameters), examples)
     assert step == 1 and values["loss"] == pytest.approx(sum(parts) / 2, rel=1e-6)
     assert values["grad_norm"] == pytest.approx(norm, rel=1e-6)
 
@@ -192,14 +198,14 @@ def test_as_many_steps_as_asked_are_skipped_and_counted_and_not_one_more(config,
     run = config.model_copy(update={"skip_nonfinite_steps": 2, "max_train_steps": 5})
     flux, parameters, examples = prepared(run)
     spoil(flux, {2, 4})
-    steps = [(*line, parameters[1].tolist()) for line in train(run, flux, adamw(run, parameters), examples, Shift())]
+    steps = [(*line, parameters[1].tolist()) for line in train(run, editor(flux), adamw(run, parameters), examples)]
     seen = [values for *_, values in steps]
     assert seen[0] == seen[1] != seen[2] == seen[3] != seen[4]
     assert [step for step, values, _ in steps if values.get("skipped") and values["loss"] is None] == [2, 4]
     assert "skipped, 2 of 2" in capsys.readouterr().out
     spoil(flux, {1})
     with pytest.raises(ValueError, match="step 5: the loss"):
-        next(train(run, flux, adamw(run, parameters), examples, Shift(), start=4, skipped=2))
+        next(train(run, editor(flux), adamw(run, parameters), examples, start=4, skipped=2))
 
 
 def test_the_door_leaves_lora_metrics_config_and_pictures(config, tmp_path, capsys):
