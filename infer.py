@@ -4,7 +4,6 @@ Every setting comes from the command line, else from --again's picture, else fro
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -66,23 +65,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ settings
 
 
-def fingerprint(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def recall(path: Path, replaced: dict) -> dict:
-    """The settings of a picture of this program; files it was made from, unless replaced, must be the same still."""
+def recall(path: Path) -> dict:
+    """The settings of a picture of this program."""
     try:
-        settings = json.loads(Image.open(path).info[CHUNK])
+        return {key: value for key, value in json.loads(Image.open(path).info[CHUNK]).items() if key in DEFAULTS}
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings") from error
-    hashes = settings.pop("sha256")
-    files = {"image": settings["image"], "lora": [str(split_lora(text)[0]) for text in settings["lora"]]}
-    for name in [name for key, names in files.items() if key not in replaced for name in names]:
-        if not Path(name).is_file() or fingerprint(Path(name)) != hashes[name]:
-            what = f"{path} was made from {name}, which has changed or gone"
-            raise ValueError(f"{what}; restore it, or name another file")
-    return settings
 
 
 def valid(key: str, value) -> bool:
@@ -112,7 +100,7 @@ def sample_of(lora: AdapterFile, given: dict) -> dict:
 def gather(given: argparse.Namespace) -> dict:
     """All settings, from the most to the least particular source, with `adapters`: (LoRA, strength) of each."""
     given = vars(given).copy()
-    again = recall(Path(given.pop("again")), given) if "again" in given else {}
+    again = recall(Path(given.pop("again"))) if "again" in given else {}
     named = map(split_lora, given.get("lora", again.get("lora", [])))
     adapters = [(read_adapter(file), strength) for file, strength in named]
     recipe = {} if again else {key: value for lora, _ in adapters for key, value in sample_of(lora, given).items()}
@@ -196,7 +184,6 @@ def save(image: Image.Image, path: Path, settings: dict):
     if presets.locate(kept["model"]) == kept["model"] and Path(kept["model"]).is_dir():
         kept["model"] = str(Path(kept["model"]).resolve())
     kept |= {"image": files, "lora": [f"{file}:{scale:g}" for file, scale in loras], "num_images": 1}
-    kept["sha256"] = {file: fingerprint(Path(file)) for file in [*files, *(file for file, _ in loras)]}
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(kept, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,9 @@ from kontext_min.training.adapter import add_adapter, sizes
 from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.items import Item
 from kontext_min.training.optim import make_optimizer
-from kontext_min.training.plan import Forecast, Plan, choose
+from kontext_min.training.plan import Forecast, Plan, choose, per_rank, screen
 from kontext_min.training.run import Run
 from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
-from kontext_min.training.start import per_rank, screen
 from kontext_min.training.validate import Validator, items_of, sampling_of
 
 OPTIONS = {"--explain", "--check", "--prune-cache"}

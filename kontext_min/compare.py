@@ -16,7 +16,6 @@ MISALIGNED = 1.5  # pixels
 
 def card(lines: list[str], cells: list[tuple[str, Image.Image]], side=256, shrink=False, red=False) -> Image.Image:
     """Lines of text above labelled pictures; in red if something is wrong with them.
-
     Small ones are enlarged without smoothing, by one whole number, to `side` pixels at most; `shrink` shrinks others.
     """
     zoom = max(1, side // max(max(image.size) for _, image in cells))
@@ -86,7 +85,6 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 def shift_between(a: Image.Image, b: Image.Image) -> Shift:
     """Measure the shift between two pictures of one size by phase correlation, to a fraction of a pixel.
-
     Brightness, colours and inversion do not matter. Where an edit left too little of the picture, or it repeats
     itself, the confidence is below 1. Source: Kuglin and Hines 1975, "The phase correlation image alignment method".
     """

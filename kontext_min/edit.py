@@ -47,7 +47,6 @@ def open_editor(
     model: str, loras: Loras, texts: list[str], device: torch.device, dtype: torch.dtype, base=PLAIN, merge=False
 ) -> tuple[Editor, dict[str, Text]]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec).
-
     loras: each with its strength; ValueError names the one that does not fit, before anything is loaded.
     base: the transformer's precision, and the folder in which a quantised one is kept, as in `open_flux`.
     merge: add the loras to the weights themselves, before these are quantised: faster, and they cannot be taken off.
@@ -101,7 +100,6 @@ def edit(
     each_step: Callable[[Tensor], None] = lambda x: None,
 ) -> Image.Image:
     """One picture of `size` (multiples of a token) from an encoded instruction and prepared references.
-
     each_step is called with the latents (1, 16, h, w) after every step.
     """
     latents = [encode_image(editor.vae, image).to(editor.device) for image in references]

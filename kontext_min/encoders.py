@@ -18,7 +18,6 @@ Text = tuple[Tensor, Tensor]  # txt (1, L, context_in_dim), vec (1, vec_in_dim)
 
 class TextEncoder:
     """Both text encoders with their tokenizers. Large (9.8 GB for Kontext): use it, then `del` it.
-
     then: as in `checkpoints.tensors.fill`, for T5: to quantise its linears, which in nf4 take 2.5 GB.
     """
 

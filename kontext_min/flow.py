@@ -43,7 +43,6 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def position_ids(height: int, width: int, index: int = 0, offset: tuple[int, int] = (0, 0)) -> Tensor:
     """(index, row, column) of every token of latents height x width -> (h/2 * w/2, 3) fp32, on the CPU.
-
     index is 0 for the target and 1 for every reference; offset moves a further reference by (rows, columns) of tokens.
     """
     rows, columns = torch.arange(height // 2) + offset[0], torch.arange(width // 2) + offset[1]
@@ -52,7 +51,6 @@ def position_ids(height: int, width: int, index: int = 0, offset: tuple[int, int
 
 def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Where each reference's grid begins, in tokens (row, column), from latent sizes (height, width).
-
     The first begins at (0, 0); each next one is laid below or to the right of all before it, whichever keeps the
     longer side of the whole shorter (the scheme that ComfyUI calls "offset").
     """
@@ -74,7 +72,6 @@ def sequence_ids(target: Tensor, references: list[Tensor]) -> Tensor:
 
 def velocity(flux: Flux, x_t: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:
     """The whole Kontext idea: references are clean extra tokens beside the noisy target's.
-
     x_t (B, 16, h, w), t (B,) in [0, 1], guidance (B,) the distilled scale -> predicted noise - target, (B, 16, h, w).
     """
     tokens = [pack(latents).to(condition.txt.dtype) for latents in (x_t, *condition.references)]
@@ -97,7 +94,6 @@ def velocity(flux: Flux, x_t: Tensor, t: Tensor, condition: Condition, guidance:
 @dataclass(frozen=True)
 class Shift:
     """How times are pushed towards noise. `static` is a factor; without it, it is e^mu of the target's token count.
-
     The defaults are FLUX.1-dev's; a checkpoint's scheduler_config.json may say otherwise.
     """
 

@@ -41,7 +41,6 @@ FLOPS = flop_registry | {  # operator -> its FLOPs: torch's formulas, and those 
 
 def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
     """Compute what every n-th block did again in backward, but for what is kept of it. Gradients stay the same.
-
     policy: keeps of a block its input (`block`), what attention gives too (`keep_attn`), or what the linears give too,
     so that only what is cheap is computed again (`keep_gemm`). The last block, whose turn comes first, keeps all.
     """
@@ -92,7 +91,6 @@ def size_of(tensor: Tensor) -> int:
 
 def held(flux: Flux, per_trained: float, dtype: torch.dtype, ranks: int = 1, sharded: bool = False) -> dict[str, float]:
     """Bytes of weights and training state on each of so many ranks, by what they are, from shapes alone: meta will do.
-
     per_trained: bytes of a trained parameter, its gradient and its state; dtype: what blocks compute in. Shards are of
     the base and, where all of it is trained, of that state; an adapter is on every rank.
     """
@@ -135,7 +133,6 @@ class Counted(TorchDispatchMode):
 
 def counted(compute: Callable[[], Tensor]) -> Counted:
     """What `compute`, and the backward pass of a loss, take. On meta nothing is computed, and all of it counted.
-
     There, too, attention is one product as elsewhere, where torch would make a matrix of all pairs of tokens.
     """
     plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, lambda q, k, v: FUSED(q, k, v)[0]

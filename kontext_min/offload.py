@@ -64,7 +64,6 @@ class Computed(nn.Module):
 
 class Modulation:
     """All modulation of a model, computed where its weights lie, for many evaluations at once and ahead of them.
-
     A thread does it, so that a GPU goes on meanwhile. Updates on these linears work; on what embeds time and text they
     do not: what is computed ahead carries no gradient.
     """
@@ -114,7 +113,6 @@ class Modulation:
 
 class Inputs:
     """Large inputs of checkpointed blocks, kept in the host's memory from forward to backward.
-
     Copies run on a CUDA stream of their own, beside the computation; on a CPU they are just copies.
     """
 

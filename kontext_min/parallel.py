@@ -27,7 +27,6 @@ STORE: list[dist.Store] = []  # of this run's group, where the ranks see each ot
 
 def join(minutes: float, anyway: bool = False):
     """Join the group that torchrun describes in the environment; without torchrun none, or one of this rank `anyway`.
-
     A rank that waits for another for more than `minutes` gives up. Ranks but the first fall silent.
     """
     launched, backend = "RANK" in os.environ, "gloo"
@@ -138,7 +137,6 @@ def shared_out(work: Callable, items: Sequence) -> list:
 
 def sharding(trained: bool, dtype: torch.dtype, offloaded: bool) -> Callable[[nn.Module, str], None]:
     """For `load_flux(then=...)`: each block becomes shards on all ranks as soon as its last tensor is there.
-
     trained: whether the shards get gradients; dtype: what blocks compute in; offloaded: they lie in the host's memory.
     At last call `shard` on the whole.
     """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kontext_min.checkpoints import load
 from kontext_min.checkpoints.save import checksum, stream
-from kontext_min.checkpoints.tensors import Place, assembled, open_safetensors, release
+from kontext_min.checkpoints.tensors import Place, assembled, open_safetensors
 from kontext_min.data.cache import digest, weights_id
 from kontext_min.models.flux import Flux
 
@@ -72,7 +72,6 @@ def rounded_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 class QuantisedLinear(nn.Module):
     """A frozen linear with a low-bit form of its weight, which stands for W' (out, in) in the model's dtype.
-
     Products with W' are exact. A dynamic one rounds tokens to 8 bits, too.
     """
 
@@ -105,7 +104,6 @@ class QuantisedLinear(nn.Module):
 
 class Product(torch.autograd.Function):
     """x (…, in) -> x W'^T + more, (out,) or (…, out).
-
     Backward makes W' anew: no tensor is saved, for which a checkpoint would compute the product again.
     """
 
@@ -156,7 +154,6 @@ def open_flux(
 ) -> Flux:
     """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
     where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own.
-
     place: a device, or one for each tensor's name. only: the weights that are quantised, by name.
     merge: changes each weight when it is there, before it is quantised; what is made of changed weights is not kept.
     """
@@ -194,7 +191,6 @@ def read_kept(flux: Flux, form: str, file: Path, place: Place, only: Callable) -
         if only(name):
             flux.set_submodule(stem, QuantisedLinear(flux.get_submodule(stem), {}, form.endswith("-dynamic")))
         owner, copy = flux.get_submodule(stem), tensor.to(place(name) if callable(place) else place, copy=True)
-        release(tensor)
         buffer = isinstance(owner, QuantisedLinear) and leaf != "bias"
         setattr(owner, leaf, copy if buffer else nn.Parameter(copy, requires_grad=False))
     return flux.eval()

@@ -46,7 +46,6 @@ def guided(flux: Flux, condition: Condition, negative: Condition | None, samplin
 @torch.no_grad()
 def euler(field: Field, x: Tensor, times: Tensor) -> Iterator[Tensor]:
     """Integrate dx/dt = field from times[0] to times[-1], yielding x after every step.
-
     x (B, 16, h, w) fp32, noise at t = 1; times (steps + 1,), falling. The state stays in fp32.
     """
     for i, (t, after) in enumerate(pairwise(times.to(x.device))):

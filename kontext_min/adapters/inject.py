@@ -41,7 +41,6 @@ TARGETS = {  # `flux_lora_target` -> endings of module names, as SimpleTuner has
 
 def matching_modules(config: FluxConfig, patterns: Sequence[str]) -> list[str]:
     """Diffusers names of the linears that match, in the table's order.
-
     A pattern is the ending of a name in whole dotted words, or has `*` and matches a whole name.
     """
     names = [part.name for parts in flux_linears(config).values() for part in parts]
@@ -56,7 +55,6 @@ def add_lora(
     flux: Flux, names: list[str], rank: int, alpha: float, dropout: float = 0.0, dora: bool = False
 ) -> list[nn.Parameter]:
     """Put a fresh LoRA on every named module. -> the new parameters on the model's device, in the table's order.
-
     dropout: share of each update's inputs left out in training. The draws come from torch's global generator: seed it.
     dora: train the length of each row of the weight too, beside its direction.
     """
@@ -114,7 +112,6 @@ def at_strength(update: Update, strength: float) -> Update:  # a copy whose chan
 
 def start_from(flux: Flux, given: Sequence[Update]):
     """Give the fresh updates a trained adapter's values, those of a fused module to its parts.
-
     ValueError unless both have the same modules and ranks.
     """
     fresh, given = ({update.name: update for update in side} for side in (updates(flux), arrange(given, fused=False)))
@@ -145,7 +142,6 @@ def detach_all(flux: Flux):  # take every update off: the model is the very one 
 @contextmanager
 def muted(flux: Flux, pattern: str = "*"):
     """Within the context the updates at and below these modules (`single_blocks.1`, `*` for anything) are off.
-
     With all of them off the outputs are the base model's to the last bit.
     """
     named = ((f"{name}.", module) for name, module in flux.named_modules() if isinstance(module, Adapted))

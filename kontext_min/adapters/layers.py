@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 class Update(nn.Module):
     """The change of one module: a LoRA or a LoKr. Its rows are in our order.
-
     `name`: the module's in diffusers' layout, or one of our fused linears'; `shape`: (rows, in) of the weight;
     `rank`: of a LoRA, or of a LoKr's side in two factors, w2 before w1, else 1; `start`: the first row in our linear;
     `magnitude`: DoRA's, per row, or None; `strength`: of all that a DoRA changes (others have it in `scale`).
@@ -68,7 +67,6 @@ class Kronecker(NamedTuple):
 
 class LoKr(Update):
     """An update by a Kronecker product, kron(w1, w2), of which each side is full or the product of two factors.
-
     w1 (a, c) and w2 (b, d) update a weight of shape (a * b, c * d). Each is one tensor, or two: (a, r) and (r, c).
     """
 
@@ -123,7 +121,6 @@ def factors(size: int, factor: int) -> tuple[int, int]:
 
 class Shared(torch.autograd.Function):
     """x (..., in) and A (ranks, in) -> x, for the frozen linear, and A x (..., ranks).
-
     Backward adds A's part of the gradient of x to the linear's, in place: of such a size there is one tensor, not two.
     """
 
@@ -140,7 +137,6 @@ class Shared(torch.autograd.Function):
 
 class Adapted(nn.Module):
     """A frozen linear, or what stands for one, with any number of updates, each added to its own output rows.
-
     What stands for a linear has `onto(change, x)`, its product with x added to the change. An update's `dropout` is the
     share of its inputs left out, by draws of torch's global generator, wherever gradients are recorded.
     """
@@ -204,7 +200,6 @@ class Adapted(nn.Module):
 
     def decomposed(self, update: Update, delta: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
         """What DoRA adds: (gain - 1) W x + gain * delta, gain = magnitude / |W + delta W|, that length held constant.
-
         delta: the update's own output; y: the linear's for the same x, or None. Source: DoRA (Liu et al. 2024), section
         4.3, as in PEFT. At strength 0 nothing is left of it; PEFT, which weakens delta alone, keeps the magnitudes.
         """

@@ -45,7 +45,6 @@ def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dtype) -> float:
     """Write the base's transformer with the updates in its weights, under its names, in one file, tensor by tensor.
-
     base and out: both a single file, or both a folder; nothing appears before all is whole. -> the share of the change
     (its norm) that rounding to dtype loses. ValueError where the updates do not fit, or where the base is quantised.
     """
@@ -77,7 +76,6 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
 
 def merging(given: Sequence[Update], flux: Flux) -> Callable[[Flux, str], None]:
     """For `then` of `load_flux`: each weight takes up its updates as soon as it is there, and is rounded once.
-
     flux: the transformer on `meta`. ValueError where an update does not fit.
     """
     changes = {f"{whole.name}.weight": (whole, here) for whole, (_, here) in by_linear(given, flux).items()}

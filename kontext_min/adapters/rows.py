@@ -16,7 +16,6 @@ Placed = dict[Part, tuple[list[Part], list[Update]]]  # our linear, whole -> its
 
 def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
     """Our linears that are touched, in the model's order; every update learns its `start` there.
-
     ValueError if they are for another model. No model need be at hand: in a FLUX all else follows from the width.
     """
     linears, found = flux_linears(flux.config if flux else FluxConfig()), {}
@@ -50,7 +49,6 @@ def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
 
 def arrange(updates: Sequence[Update], fused: bool) -> list[Update]:
     """The same change, exactly, as one update for each of our linears (fused) or for each of their parts.
-
     Where several meet, A are stacked and B lie block by block, zero elsewhere; where one is cut, A is shared.
     ValueError where a Kronecker product or DoRA does not allow it.
     """

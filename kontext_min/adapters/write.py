@@ -37,7 +37,6 @@ def write_adapter(
     path: Path, updates: Sequence[Update], recipe: dict, dtype: torch.dtype, form: str = "diffusers"
 ) -> float:
     """Write updates in one of the formats WRITTEN, read them back and compare every linear's delta-W.
-
     recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error, kept there too.
     The file appears whole and verified or not at all: ValueError says what the format cannot hold, or what differs.
     """

@@ -193,7 +193,6 @@ def on_meta(
     kind: type[nn.Module], config_of: Callable, component: Component, rule: Callable[[str], str | None] = str
 ) -> tuple[nn.Module, Tensors]:
     """A network without weights, and the tensors of its files by the names that `rule` gives them.
-
     ValueError when a tensor or a setting that tells the network's sizes is not there.
     """
     tensors = Tensors(component.files, rule)

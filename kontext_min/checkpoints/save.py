@@ -60,7 +60,6 @@ def as_in_file(module: nn.Module, table: dict[str, Source], dtype: torch.dtype) 
 
 def stream(path: Path, tensors: Iterable[tuple[str, Tensor]]):
     """A safetensors file of tensors that come one after another, so that only one of them need be in memory.
-
     It appears whole or not at all, with a checksum of every tensor in its header.
     """
     header, sums, end = {}, {}, 0
@@ -84,7 +83,6 @@ def checksum(tensor: Tensor) -> int:  # of form and bytes
 
 def save_trained(flux: Flux, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype):
     """A model folder with this transformer in its file's layout, in one file; all else is linked from its checkpoint.
-
     All ranks call it, since the tensors may lie in shards. Rank 0 writes, one tensor after another.
     """
     *_, table = empty_flux(checkpoint)

@@ -1,8 +1,6 @@
 """Tensors by name over memory-mapped safetensors files, and a module on `meta` filled from them, strictly."""
 
-import ctypes
 import json
-import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,7 +54,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 class Tensors:
     """All tensors of one or more files, by the names that a rule makes of theirs; None leaves a tensor out.
-
     Nothing is read until `read`; scaled fp8 weights come back multiplied by their scale, exactly, in fp32.
     """
 
@@ -93,14 +90,6 @@ class Tensors:
         return tensor.float() if tensor.dtype in FP8 else tensor
 
 
-def release(tensor: Tensor):
-    """Give the whole pages of a tensor that is used no more back to the system, those of a mapped file too."""
-    first, last = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
-    if last > first and hasattr(mmap, "MADV_DONTNEED"):
-        place = (ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t((last - first) * mmap.PAGESIZE))
-        ctypes.CDLL(None).madvise(*place, mmap.MADV_DONTNEED)
-
-
 def refuse(title: str, problem: str, names: Iterable[str]):
     names = sorted(names)
     if names:
@@ -112,7 +101,6 @@ def assembled(
     module: nn.Module, tensors: Tensors, table: Mapping[str, Source], dtype: torch.dtype, device: Place
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a module built on `meta`, by our names, one at a time, all names and shapes checked beforehand.
-
     table: our name -> where it comes from; device: one for all, or device(our name).
     Raises ValueError on missing, unexpected or mis-shaped tensors.
     """
@@ -129,14 +117,11 @@ def assembled(
         parts = [tensors.read(name) for name in source.names]
         place = device(ours) if callable(device) else device
         tensor = source.assemble(parts).to(device=place, dtype=dtype, copy=True).contiguous()  # no view of the file
-        for part in parts:
-            release(part)
         yield ours, tensor
 
 
 def fill(module: nn.Module, *source, then: Callable[[nn.Module, str], None] | None = None) -> nn.Module:
     """Give a module built on `meta` its parameters, `source` being the other arguments of `assembled`.
-
     then(module, our name) is called after each tensor, to change its form. -> the module, frozen and in eval mode.
     """
     for ours, tensor in assembled(module, *source):

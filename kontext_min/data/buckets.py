@@ -42,7 +42,6 @@ def nearest_aspect(size: Size, choices: Sequence[Size]) -> Size:
 @dataclass(frozen=True)
 class Geometry:
     """How the pictures of a set are brought to training size.
-
     resolution: of `unit` pixel_area (square root of the area, in pixels), pixel (shorter side) or area (megapixels).
     Unless `square`, a picture keeps its aspect, to 2 decimals, and only what the bucket's rounding asks for is cut.
     """
@@ -113,7 +112,6 @@ def same_aspect(a: Size, b: Size) -> bool:
 
 def crop_box(size: Size, aspect: Size, at: tuple[float, float] = (0.5, 0.5)) -> tuple[float, float, float, float]:
     """The largest box of another size's aspect, exact: (left, upper, right, lower) as shares of the picture's sides.
-
     at: where what is cut off lies, 0 to 1 across and down: all of it right and below, in equal parts, left and above.
     """
     width = min(1.0, size.height * aspect.width / aspect.height / size.width)

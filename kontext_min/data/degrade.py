@@ -86,7 +86,6 @@ def downscale(image: Picture, rng: np.random.Generator, p: BaseModel) -> Picture
 
 def jpeg(image: Picture, rng: np.random.Generator, p: BaseModel) -> Picture:
     """Compress once, at `quality` or at one drawn from a range (both ends included) or a list, times the decay.
-
     `shift` moves the grid of blocks right and down: by 0 to 7 pixels, or true for 1 to 7 drawn for each direction.
     """
     quality = p.quality

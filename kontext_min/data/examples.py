@@ -215,7 +215,6 @@ class Examples:
 
     def encode(self, device: torch.device) -> tuple[int, int]:
         """Fill the caches, loading a network only if something is missing. -> how many captions and pictures.
-
         All ranks look what is missing, and each makes its share of that.
         """
         captions = [caption for caption in self.captions() if not self.texts.whole(self._text_key(caption))]

@@ -117,7 +117,6 @@ def check_captions(folder: Path, pictures: Pictures, problems: Problems):
 
 def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
     """The captions of a picture, of which one is drawn at every use; () for strategy None.
-
     textfile: NAME.txt, one caption a line · filename: NAME, blanks for underscores · instanceprompt: the set's prompts
     """
     if strategy in ("instanceprompt", None):

@@ -46,7 +46,6 @@ class FluxConfig:
 
 def timestep_embedding(s: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
     """Sinusoids of 1000 * s, cosines first. s (B,) in [0, 1] or a guidance scale -> (B, dim) in fp32.
-
     Computed in fp32 whatever the model's dtype: in bf16, 1000 * s would move in steps of 4.
     """
     half = dim // 2
@@ -272,7 +271,6 @@ class Flux(nn.Module):
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, *, timesteps, y, guidance, wanted=None
     ) -> Tensor:
         """One evaluation for a whole batch of sequences; text comes first in the joint sequence.
-
         img (B, L_img, in_channels) packed target tokens followed by reference tokens, img_ids (L_img, 3)
         txt (B, L_txt, context_in_dim), txt_ids (L_txt, 3); y (B, vec_in_dim) pooled text
         timesteps (B,) in [0, 1] with 1 = noise; guidance (B,), the distilled scale (ignored without guidance_embed)

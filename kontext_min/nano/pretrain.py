@@ -279,7 +279,6 @@ def distil_loss(nano: Nano, teacher: Nano, empty: Tensor, data: Bucket, generato
 
 def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int) -> None:
     """Train through all phases in `work`/flux.pt, then distil guidance in distilled.pt; each is exported to `folder`.
-
     The teacher is the model as the last phase left it.
     """
     torch.manual_seed(2)

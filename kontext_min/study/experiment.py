@@ -103,7 +103,6 @@ def word_slices(tokenizer: Tokenizer, prompt: str) -> dict[str, slice]:
 
 def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractContextManager]) -> tuple[Table, ...]:
     """Make the edit as it is, and once within each context, named by (row, column).
-
     -> how far the finished latents move, ||x - x'|| / ||x||; PSNR of the pictures in dB; the pictures, with "as it is".
     """
     plain = experiment.run()
@@ -120,7 +119,6 @@ def ablation(experiment: Experiment, contexts: dict[tuple[str, str], AbstractCon
 
 def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
     """What a LoRA's updates dW are, by block and module. Raises ValueError when there are none.
-
     -> ||dW||; its effective rank, e to the entropy of the singular values' shares (Roy and Vetterli 2007);
     ||dW x|| / ||W x|| on all inputs x of a run.
     """
@@ -176,7 +174,6 @@ def follow(experiment: Experiment) -> tuple[list[Tensor], Table]:
 
 def repeat(experiment: Experiment, rounds: int) -> tuple[list[Image.Image], Table]:
     """Apply the edit to the picture, to its result, and so on, each time from the same noise.
-
     -> the pictures, and beside the first one: PSNR in dB, the shift by phase correlation in pixels with its confidence
     (`compare`), and the change of the mean red, green and blue, of 255.
     """

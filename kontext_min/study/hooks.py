@@ -22,7 +22,6 @@ Steps = Collection[int] | None
 
 class Call(NamedTuple):
     """One call of a named module: `attend` takes q, k, v (B, H, L, D) and pe, and gives (B, L, H*D), text first.
-
     A double block takes img, txt, vec, pe and gives (img, txt); a single one x, vec, pe and x (B, L, hidden).
     """
 
@@ -95,7 +94,6 @@ def attention(
     queries: slice = slice(None), keys: slice = slice(None), mean: bool = False, chunk: int = 64
 ) -> Callable[[Call], Tensor]:
     """What `attend` looks at: softmax(q k^T / sqrt(D)) of some queries at some keys, (B, H, Q, K) fp32.
-
     mean: of the queries, (B, H, K). The softmax is over all L keys, for `chunk` queries at a time: exact, and beside
     the result at most two arrays of B * H * chunk * L numbers are held (and fp32 copies of q and k). At 1024 px with
     one reference (L = 8,704, 24 heads) that is 107 MB, where the whole matrix has 7.3 GB.

@@ -77,7 +77,6 @@ def sizes_of(text: str | None) -> list[Size | None]:
 
 def asked_items(config: Config, wanted: ValidationItem, first: Item, preset: Preset) -> list[Item]:
     """What was asked for, once per size. first: the validation pair whose references serve where none are named.
-
     Without a size, pictures are what infer.py makes. With one, references keep their aspect at its area; the picture
     is exactly of it if the item itself names it, or has the first reference's size.
     """

@@ -20,7 +20,6 @@ OPTIMIZERS = {  # name -> library, class, what differs from the library's defaul
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, /, **options) -> torch.optim.Optimizer:
     """An optimizer of OPTIMIZERS. options: arguments of its class, or beta1 and beta2 alone; ValueError on others.
-
     adamw_bf16 turns matrices to bf16, moments too, and keeps what bf16 rounds away of an update (Kahan). Its beta2 is
     0.99: bf16 cannot decay by 0.999. DoRA's magnitudes stay in fp32: rounded, they would change the untrained model.
     ao-adamw8bit keeps moments in 8 bits, where a parameter has 4096 values or more; it runs without a compiler.
@@ -56,7 +55,6 @@ def rate_factor(
     name: str, step: int, total: int, warmup: int = 0, end: float = 0.0, power: float = 1.0, cycles: int = 1
 ) -> float:
     """The factor of the learning rate in a step, counted from 0: up linearly in `warmup` steps, then by a curve.
-
     name: of lr_scheduler; end: what the curve comes down to; power: of polynomial; cycles: of cosines and sines.
     """
     if step < warmup:

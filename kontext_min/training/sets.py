@@ -51,7 +51,6 @@ def text_cache(config: Config) -> Cache:
 
 def read_sets(config: Config, step: int) -> Sets:
     """Find, check and plan every pair; step: training sizes are multiples of it, in pixels. ValueError says all.
-
     Validation takes eval sets and what validation_split holds out; without them, the first pairs that are trained on.
     """
     reader = Reader(config, config.aspect_bucket_alignment or step)
@@ -75,7 +74,6 @@ def read_sets(config: Config, step: int) -> Sets:
 
 def hold_out(examples: list[Example], config: Config, problems: Problems) -> list[Example]:
     """The pairs that validation_split keeps from training: a share of the names below 1, else so many.
-
     Which ones is a function of (seed, name), so a name is kept from every set, and further pairs change little.
     """
     examples = [e for e in examples if config.validation_split and not e.regularise]

@@ -125,7 +125,6 @@ def chosen(config: Config) -> Path | None:
 
 def restore(path: Path, kept: Parts | Shards, identity: dict, allow_changes: bool) -> int:
     """Bring a run to the state of a checkpoint. -> its step.
-
     Raises ValueError listing what changed since, or naming the checkpoint before a damaged one.
     """
     try:

@@ -30,7 +30,6 @@ def train(
     config: Config, editor: Editor, optimizer: Optimizer, examples: Examples, start: int = 0, skipped: int = 0
 ) -> Iterator[tuple[int, dict]]:
     """Optimizer steps start + 1 to max_train_steps, each yielded with its numbers when it is done.
-
     A step takes gradient_accumulation_steps batches on every rank. ValueError says when a loss or gradient is no longer
     finite: the parameters are then still those before it. Up to skip_nonfinite_steps such steps, `skipped` of them
     before the start, are left out instead: their loss is None.
@@ -134,7 +133,6 @@ def guidance(config: Config, generator: torch.Generator) -> Tensor:
 
 def flow_loss(flux: Flux, batch: Batch, drawn: Draw, loss_type: str = "l2", c: float = 0.1) -> Tensor:
     """The loss of the velocity over the target's latents, in fp32.
-
     The velocity to learn is noise - target; of regularisation data it is the base model's own, at the same x_t and t.
     With masks it is the mean, over the uses, of each one's weighted mean.
     """

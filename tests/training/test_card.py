@@ -12,7 +12,7 @@ from tiny import CPU, write_pairs
 import infer
 import train
 from kontext_min.adapters.read import read_adapter
-from kontext_min.training import card
+from kontext_min.training import run as card
 
 PROMPT = 'it\'s "réd" 🟥 | a photo of cat'
 
