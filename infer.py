@@ -50,7 +50,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what is not given is absent from the namespace."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     for name, (default, text, more) in OPTIONS.items():
         kind = {list: {"action": "append"}, bool: {"action": "store_true"}}.get(type(default), {"type": type(default)})
@@ -62,11 +61,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------------ settings
-
-
-def recall(path: Path) -> dict:
-    """The settings of a picture of this program."""
+def recall(path: Path) -> dict:  # the settings of a picture of this program
     try:
         return {key: value for key, value in json.loads(Image.open(path).info[CHUNK]).items() if key in DEFAULTS}
     except (OSError, KeyError) as error:
@@ -118,14 +113,12 @@ def gather(given: argparse.Namespace) -> dict:
 
 
 def other_base(lora: AdapterFile, precision: str) -> str:
-    """A warning, if a LoRA's file says that it was trained on a base of another precision."""
     trained = form_of(str(lora.recipe.get("base_model_precision", precision)))
     said = f"\nwarning: it was trained on a base as --precision {trained or 'auto'} gives it, not {precision}"
     return "" if trained == form_of(precision) else said
 
 
-def parse_range(text: str) -> tuple[float, float]:
-    """'0-0.5' -> (0.0, 0.5)."""
+def parse_range(text: str) -> tuple[float, float]:  # '0-0.5' -> (0.0, 0.5)
     try:
         first, last = map(float, text.split("-"))
     except ValueError:
@@ -142,9 +135,6 @@ def choose_device(name: str) -> torch.device:
     if not usable[name]:
         raise ValueError(f"--device {name}: this machine or this build of torch has none; use --device cpu")
     return torch.device(name)
-
-
-# ------------------------------------------------------------------------------------------------ work
 
 
 def prepare(settings: dict, editor: Editor) -> tuple[list[Image.Image], Size]:
@@ -176,8 +166,7 @@ def paths_for(out: Path, count: int) -> list[Path]:
     return [out / f"{max(used, default=0) + i + 1:04d}.png" for i in range(count)]
 
 
-def save(image: Image.Image, path: Path, settings: dict):
-    """A PNG with everything needed to make it again."""
+def save(image: Image.Image, path: Path, settings: dict):  # a PNG with everything needed to make it again
     files = [str(Path(p).resolve()) for p in settings["image"]]
     loras = [(str(lora.path.resolve()), strength) for lora, strength in settings["adapters"]]
     kept = {key: settings[key] for key in DEFAULTS}

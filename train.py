@@ -177,7 +177,7 @@ def run(config: Config, prune: bool = False):
     validator = Validator(editor, validation, items, sampling_of(config), folder)
     evaluator = Evaluator(config, flux, validation, sets.unseen)
     with attention_kernels(device):
-        print(Run(config, flux, examples, validator, evaluator, seen).go(optimizer))
+        print(Run(config, examples, validator, evaluator, seen).go(optimizer))
     print(parallel.by_first(report.write)(config.output_dir))
 
 

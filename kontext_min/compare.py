@@ -37,7 +37,6 @@ def card(lines: list[str], cells: list[tuple[str, Image.Image]], side=256, shrin
 
 
 def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, colour, size: int = 13):
-    """A line from its upper left corner, shortened to a width."""
     font = ImageFont.load_default(size)
     while font.getlength(text) > width and len(text) > 1:
         text = text[:-2].rstrip() + "…"

@@ -24,15 +24,13 @@ def as_list(value):  # one of something may stand without brackets, and none as 
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def as_mapping(value):
-    """`key=value,key=value` -> a mapping."""
+def as_mapping(value):  # `key=value,key=value` -> a mapping
     if not isinstance(value, str):
         return value or {}
     return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
 
 
-def read_object(value):
-    """A JSON file's path -> what it holds."""
+def read_object(value):  # a JSON file's path -> what it holds
     return read_json5(Path(value)) if isinstance(value, str | Path) else value
 
 
@@ -119,7 +117,6 @@ class Dataset(Strict):
 
     @property
     def strategy(self) -> str | None:
-        """The caption strategy in force: targets have text files unless something else is said."""
         stated = "caption_strategy" in self.model_fields_set
         return self.caption_strategy if stated or self.role == "conditioning" else "textfile"
 
@@ -358,7 +355,6 @@ class Config(Strict):
         return self
 
     def optimizer_options(self) -> dict[str, bool | float]:
-        """What is said of the optimizer beside its learning rate, the general after the particular."""
         adamw = {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
         adamw |= {"weight_decay": self.adam_weight_decay, "eps": self.adam_epsilon}
         betas = {"beta1": self.optimizer_beta1, "beta2": self.optimizer_beta2}
@@ -416,7 +412,6 @@ def read_config(path: Path, overrides: list[str]) -> Config:
 
 
 def checked(kind: type[Strict], values: dict, where: str):
-    """Validate; every problem becomes one line, unknown keys with their nearest match."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

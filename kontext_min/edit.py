@@ -85,7 +85,6 @@ def seen_size(original: Size, rule: str, output: Size, preset: Preset, multiple:
 
 
 def prepare_reference(image: Image.Image, output: Size, rule: str, preset: Preset, multiple: int) -> Image.Image:
-    """A reference as the model sees it. `keep` resizes without a crop, all others crop."""
     size = seen_size(Size(*image.size), rule, output, preset, multiple)
     return image.resize(size, LANCZOS) if rule == "keep" else fit(image, size)
 

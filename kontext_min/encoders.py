@@ -53,14 +53,12 @@ def free(device: torch.device):
         torch.cuda.empty_cache()
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture -> (1, 3, H, W) fp32 in [-1, 1]."""
+def to_tensor(image: Image.Image) -> Tensor:  # an RGB picture -> (1, 3, H, W) fp32 in [-1, 1]
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def to_image(x: Tensor) -> Image.Image:
-    """(3, H, W), about [-1, 1] -> a picture, values rounded."""
+def to_image(x: Tensor) -> Image.Image:  # (3, H, W), about [-1, 1] -> a picture, values rounded
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
@@ -73,8 +71,7 @@ def encode_image(vae: VAE, image: Image.Image) -> Tensor:
 
 
 @torch.no_grad()
-def decode_image(vae: VAE, latents: Tensor) -> Image.Image:
-    """(1, 16, h, w) -> a picture."""
+def decode_image(vae: VAE, latents: Tensor) -> Image.Image:  # (1, 16, h, w) -> a picture
     return to_image(vae.decode(latents.to(vae.decoder.conv_in.weight.dtype))[0])
 
 

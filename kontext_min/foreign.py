@@ -32,7 +32,6 @@ class Strict(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def leave_out(cls, values, validate):
-        """Take out the keys of LEFT_OUT, and those of REFUSED that ask for nothing, remembering them."""
         if not isinstance(values, dict):
             return validate(values)
         values = {cls.SAME.get(key, key): value for key, value in values.items()}

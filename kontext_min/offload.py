@@ -44,9 +44,6 @@ def unneeded(timesteps: Tensor, y: Tensor, guidance: Tensor):
     pass
 
 
-# ------------------------------------------------------------------------------------------------ modulation
-
-
 class Computed(nn.Module):
     """Stands for a linear of the modulation: gives what it made for the evaluation at hand."""
 
@@ -96,7 +93,6 @@ class Modulation:
         return vec, torch.cat([linear(F.silu(vec)) for linear in self.linears.values()], dim=-1)
 
     def vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor) -> Tensor:
-        """What `Flux.embed` gives; from now on the linears give what belongs to it."""
         if any(p.requires_grad for embedder in self.embedders for p in embedder.parameters()):
             raise ValueError(f"updates on {', '.join(EMBEDDERS)} need modulation_on_cpu=false")
         keys = self.ahead(timesteps, y, guidance)
@@ -106,9 +102,6 @@ class Modulation:
         widths = [linear.out_features for linear in self.linears.values()]
         self.now = dict(zip(self.linears, whole.split(widths, dim=-1), strict=True))
         return vec
-
-
-# ------------------------------------------------------------------------------------------------ copies
 
 
 class Inputs:

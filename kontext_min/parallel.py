@@ -58,7 +58,6 @@ def world() -> int:
 
 
 def lost(error: RuntimeError) -> bool:
-    """Whether an error is torch.distributed's way to say that another rank has died, or hangs."""
     return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 

@@ -128,7 +128,6 @@ class Product(torch.autograd.Function):
 
 
 def is_quantised(name: str) -> bool:
-    """Whether a tensor of the transformer, by our name, is a weight of a block's linears."""
     return name.startswith(("double_blocks.", "single_blocks.")) and name.endswith(".weight")
 
 

@@ -51,9 +51,7 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) if "*" in pattern else f".{name}".endswith(f".{pattern}")
 
 
-def add_lora(
-    flux: Flux, names: list[str], rank: int, alpha: float, dropout: float = 0.0, dora: bool = False
-) -> list[nn.Parameter]:
+def add_lora(flux: Flux, names: list[str], rank: int, alpha: float, dropout=0.0, dora=False) -> list[nn.Parameter]:
     """Put a fresh LoRA on every named module. -> the new parameters on the model's device, in the table's order.
     dropout: share of each update's inputs left out in training. The draws come from torch's global generator: seed it.
     dora: train the length of each row of the weight too, beside its direction.

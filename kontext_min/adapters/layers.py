@@ -23,8 +23,7 @@ class Update(nn.Module):
         self.dropout, self.strength = 0.0, 1.0
         self.magnitude: nn.Parameter | None = None
 
-    def lengths(self, weight: Tensor) -> Tensor:
-        """Lengths of the rows of weight + delta, (rows,) in fp32."""
+    def lengths(self, weight: Tensor) -> Tensor:  # lengths of the rows of weight + delta, (rows,) in fp32
         return torch.linalg.vector_norm(self.delta().add_(weight), dim=1)
 
 
@@ -46,12 +45,10 @@ class LoRA(Update):
     def kind(self) -> str:
         return f"{'LoRA' if self.magnitude is None else 'DoRA'} of rank {self.rank}"
 
-    def delta(self) -> Tensor:
-        """What it adds to the weight: scale * B A in fp32, (rows, in)."""
+    def delta(self) -> Tensor:  # what it adds to the weight: scale * B A in fp32, (rows, in)
         return self.scale * (self.B.float() @ self.A.float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> scale * B A x, (..., rows)."""
+    def forward(self, x: Tensor) -> Tensor:  # x (..., in) -> scale * B A x, (..., rows)
         return F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
 
 
@@ -93,12 +90,10 @@ class LoKr(Update):
         shapes = ([*(len(factor) for factor in side), side[-1].shape[1]] for side in (self.w1, self.w2))
         return "LoKr of " + " and ".join("x".join(map(str, shape)) for shape in shapes)
 
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """w1 (a, c) and w2 (b, d) in fp32."""
+    def sides(self) -> tuple[Tensor, Tensor]:  # w1 (a, c) and w2 (b, d) in fp32
         return tuple(reduce(torch.matmul, [factor.float() for factor in side]) for side in (self.w1, self.w2))
 
-    def delta(self) -> Tensor:
-        """What it adds to the weight: scale * kron(w1, w2) in fp32, (rows, in)."""
+    def delta(self) -> Tensor:  # what it adds to the weight: scale * kron(w1, w2) in fp32, (rows, in)
         return self.scale * torch.kron(*self.sides())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,7 +183,6 @@ class Adapted(nn.Module):
         return reduce(torch.add, (self.widened(start, run) for start, run in runs))
 
     def widened(self, start: int, run: list[Tensor]) -> Tensor:
-        """Changes of the rows from `start` on, side by side, with zeros for all other rows."""
         change = run[0] if len(run) == 1 else torch.cat(run, dim=-1)
         after = self.base.out_features - start - change.shape[-1]
         return F.pad(change, (start, after)) if start or after else change

@@ -105,12 +105,10 @@ def with_updates(weight: Tensor, part: Part, here: list[Update]) -> Tensor:
 
 
 def loss(weight: Tensor, merged: Tensor, rounded: Tensor) -> Tensor:
-    """Squared norms of what rounding loses and of what was to change."""
     return torch.stack([(rounded - merged).norm(), (merged - weight).norm()]).double().square()
 
 
-def share(squares: Tensor) -> float:
-    """(lost, whole), squared -> lost / whole."""
+def share(squares: Tensor) -> float:  # (lost, whole), squared -> lost / whole
     lost, whole = squares.tolist()
     return (lost / (whole or 1.0)) ** 0.5
 

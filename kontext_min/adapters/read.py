@@ -31,8 +31,7 @@ class Format(NamedTuple):
     a: str  # ending of a LoRA's A (rank, in)
     b: str  # ending of its B (rows, rank)
 
-    def stem(self, module: str) -> str:
-        """A module's name -> what its tensors' names begin with."""
+    def stem(self, module: str) -> str:  # a module's name -> what its tensors' names begin with
         return self.prefix + module.replace(".", self.separator)
 
 
@@ -91,8 +90,7 @@ class AdapterFile:
         return f"{self.format} {' and '.join(sorted(kinds))}, {len(self.updates)} modules"
 
 
-def split_lora(text: str) -> tuple[Path, float]:
-    """'FILE:0.5' -> (FILE, 0.5); without a number the strength is 1."""
+def split_lora(text: str) -> tuple[Path, float]:  # 'FILE:0.5' -> (FILE, 0.5); without a number the strength is 1
     file, _, scale = text.rpartition(":")
     try:
         return (Path(file), float(scale)) if file else (Path(text), 1.0)

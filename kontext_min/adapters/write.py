@@ -33,9 +33,7 @@ ERROR_KEY = "kontext_min_error"  # in the file's header: the largest relative er
 
 
 @torch.no_grad()
-def write_adapter(
-    path: Path, updates: Sequence[Update], recipe: dict, dtype: torch.dtype, form: str = "diffusers"
-) -> float:
+def write_adapter(path: Path, updates: Sequence[Update], recipe: dict, dtype: torch.dtype, form="diffusers") -> float:
     """Write updates in one of the formats WRITTEN, read them back and compare every linear's delta-W.
     recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error, kept there too.
     The file appears whole and verified or not at all: ValueError says what the format cannot hold, or what differs.

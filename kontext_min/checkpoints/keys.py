@@ -64,15 +64,13 @@ class Source:
     rows: tuple[int, ...] = ()
     form: str = "same"  # "swapped": halves of dim 0 change places; "linear": the file has (o, i), we have (o, i, 1, 1)
 
-    def assemble(self, parts: list[Tensor]) -> Tensor:
-        """The file's tensors -> ours."""
+    def assemble(self, parts: list[Tensor]) -> Tensor:  # the file's tensors -> ours
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.form == "swapped":
             return tensor.roll(len(tensor) // 2, 0)
         return tensor[..., None, None] if self.form == "linear" else tensor
 
-    def disassemble(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Our tensor -> the file's tensors by name."""
+    def disassemble(self, tensor: Tensor) -> dict[str, Tensor]:  # our tensor -> the file's tensors by name
         if self.form == "swapped":
             tensor = tensor.roll(len(tensor) // 2, 0)
         if self.form == "linear":

@@ -114,7 +114,6 @@ def read_shift(path: Path) -> flow.Shift:
 
 
 def settings(table: dict[str, str], config: dict) -> dict:
-    """The settings of a config.json under our names; what it leaves out keeps our default."""
     values = {ours: config[theirs] for theirs, ours in table.items() if config.get(theirs) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
@@ -230,9 +229,7 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
     return fill(vae, tensors, table, dtype, device)
 
 
-def load_t5(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then: Callable | None = None
-) -> T5Encoder:
+def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then=None) -> T5Encoder:
     """T5's encoder, frozen and in eval mode; `then` as in `fill`. Its embedding may have either name, or both."""
     part = checkpoint.components["text_encoder_2"]
     t5, tensors = on_meta(T5Encoder, t5_config, part, lambda name: name.replace("encoder.embed_tokens.", "shared."))

@@ -27,9 +27,7 @@ DTYPES = {  # as safetensors calls them
 HEADER = 2**20  # bytes kept free for a file's header, which is known last; Kontext's takes 0.3 MB
 
 
-def save_model(
-    folder: Path, *, flux: Flux, vae: VAE, t5: T5Encoder, clip: CLIPText, dtype: torch.dtype = torch.bfloat16
-):
+def save_model(folder: Path, *, flux: Flux, vae: VAE, t5: T5Encoder, clip: CLIPText, dtype=torch.bfloat16):
     """Write everything but the two tokenizer folders, which are files already. No scheduler setting but FLUX.1's."""
     write_json(folder / "model_index.json", keys.INDEX)
     shift = {**keys.FIXED["scheduler"], **in_file(flow.Shift(), keys.SETTINGS["scheduler"])}

@@ -33,7 +33,6 @@ def open_safetensors(path: Path):  # a memory-mapped safetensors file, or one se
 
 
 def json_object(text: str, path: Path) -> dict:
-    """The settings in a file's text or header, or one sentence naming the file."""
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:

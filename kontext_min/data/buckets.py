@@ -25,8 +25,7 @@ class Size(NamedTuple):
         return Size(*(max(multiple, side // multiple * multiple) for side in self))
 
 
-def parse_size(text: str) -> Size:
-    """'1024x768' -> Size(1024, 768)."""
+def parse_size(text: str) -> Size:  # '1024x768' -> Size(1024, 768)
     width, _, height = text.lower().partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 1024x768; got {text!r}")

@@ -65,7 +65,6 @@ def look(example: Example, mix: Mix, side: int) -> tuple[Image.Image, list[str]]
 
 
 def framed(original: Image.Image, view: View) -> Image.Image:
-    """The whole picture with what is cut off dimmed, and a line around what is used."""
     small = original.reduce(math.ceil(max(original.size) / 400))
     left, upper, right, lower = view.transform.box
     box = [left * small.width, upper * small.height, right * small.width - 1, lower * small.height - 1]

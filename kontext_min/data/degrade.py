@@ -110,7 +110,6 @@ def superresolution(p: BaseModel) -> list:  # steps, of which what is off is Non
 
 
 def jpeg_artifacts(p: BaseModel) -> list:
-    """Blur, noise, rounds of JPEG, each with a quality of its own by `quality_mode`, noise on the edges of blocks."""
     key = {"fixed": "quality", "range": "quality_range", "random": "quality_list"}[p.quality_mode]
     once = {"type": "jpeg", key: getattr(p, key), "subsampling": p.subsampling}
     return [

@@ -254,8 +254,7 @@ class Examples:
             return encode_view(self.vae, view).cpu()
         return Cache(example.cache_dir).get(self.keys[view])["latents"]
 
-    def text(self, caption: str) -> tuple[Tensor, Tensor]:
-        """txt (1, L, D) and vec (1, D') of a caption."""
+    def text(self, caption: str) -> tuple[Tensor, Tensor]:  # txt (1, L, D) and vec (1, D') of a caption
         entry = self.texts.get(self._text_key(caption))
         return entry["txt"], entry["vec"]
 

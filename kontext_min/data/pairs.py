@@ -48,7 +48,6 @@ class Problems:
 
 
 def near_miss(name: str, candidates: Iterable[str]) -> str:
-    """A hint at what was perhaps meant: another case, or nearly the same letters."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[near[0]]}?" if near else ""
@@ -136,7 +135,6 @@ def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], prob
 
 
 def match(targets: Pictures, references: Pictures, title: str, problems: Problems):
-    """Every target needs a partner among the references and the other way round. title: what the references are."""
     for name in sorted(targets.keys() - references.keys()):
         hint = near_miss(name, references.keys() - targets.keys())
         problems.add("targets without a reference", f"{targets[name].path}: no {name} in {title}{hint}")
@@ -183,7 +181,6 @@ def from_file(file: Path, problems: Problems) -> tuple[Pictures, Captions, list[
 
 
 def records(file: Path, problems: Problems) -> Iterable[tuple[int, str | dict]]:
-    """The numbers and contents of a file's lines: JSON as text, CSV by column."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

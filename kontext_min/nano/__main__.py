@@ -44,8 +44,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args(sys.argv[1:] or ["pretrain"])
 
 
-def main() -> None:
-    """One command."""
+def main() -> None:  # one command
     args = arguments()
     if args.command == "pairs":
         print(write_pairs(args.edit, args.output, args.count, args.replay))

@@ -35,7 +35,6 @@ class Example:
 
 
 def instruction(r: np.random.Generator, edit: str, **words: str) -> str:
-    """One of the edit's templates, filled in; at times with a capital letter or a full stop, as people write."""
     prompt = pick(r, MIX[edit][1:]).format(**words)
     prompt = re.sub(r"\ba (?=orange)", "an ", prompt)
     prompt = prompt[0].upper() + prompt[1:] if r.random() < 0.25 else prompt
@@ -86,7 +85,6 @@ def outline(picture: Picture) -> Picture:
 
 
 def hollow(r: np.random.Generator, size: Size) -> Example:
-    """One object of a scene becomes a ring through which one sees what is behind."""
     scene = random_scene(r)
     thing = pick(r, scene.objects)
     hole = cover(replace(thing, radius=0.62 * thing.radius), size)

@@ -86,7 +86,6 @@ def evaluate(
 
 
 def report(folder: Path, count: int) -> None:
-    """Print the table of a model folder, and of some guidances; write metrics.json and sheet.jpg into it."""
     table, sheet = evaluate(folder, MIX, count)
     effect = {}
     for name, sampling in GUIDANCES.items():
@@ -98,7 +97,6 @@ def report(folder: Path, count: int) -> None:
 
 
 def report_lora(folder: Path, lora: Path, edits: Iterable[str], count: int) -> None:
-    """Print what a LoRA does to each edit, beside the base; write LORA.json and LORA.jpg next to the file."""
     base, _ = evaluate(folder, edits, count)
     table, sheet = evaluate(folder, edits, count, lora=lora)
     for name, numbers in table.items():

@@ -103,10 +103,7 @@ class Muon(torch.optim.Optimizer):
             p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 
-def optimizers(
-    network: nn.Module, muon: float, adam: float, names: tuple[str, ...] = ()
-) -> list[torch.optim.Optimizer]:
-    """Muon for matrices, Adam for vectors and what has one of these names, each with its learning rate."""
+def optimizers(network: nn.Module, muon: float, adam: float, names=()) -> list[torch.optim.Optimizer]:
     matrices, others = [], []
     for place, p in network.named_parameters():
         (others if p.ndim < 2 or any(name in place for name in names) else matrices).append(p)
@@ -251,7 +248,6 @@ def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
 
 
 def flux_loss(nano: Nano, empty: Tensor, data: Bucket, generator: torch.Generator) -> Tensor:
-    """Weighted squared error of the velocity at random times and guidance 1; some captions are `empty`."""
     target, *references = data.latents.unbind(1)
     dropped = torch.rand(len(target), 1, 1, generator=generator) < CAPTION_DROPOUT
     ids = torch.where(dropped, empty, data.ids)

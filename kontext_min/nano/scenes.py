@@ -123,7 +123,6 @@ def draw(scene: Scene, size: Size) -> Picture:
 
 
 def jitter(r: np.random.Generator, colour: str) -> tuple[float, ...]:
-    """The colour's canonical value, moved by up to 0.04 per channel."""
     return tuple(np.clip(np.array(COLOURS[colour]) + r.uniform(-0.04, 0.04, 3), 0, 1).tolist())
 
 
@@ -144,7 +143,6 @@ Task = tuple[dict[str, str], list[Scene]]  # the words of an instruction; the re
 
 
 def call(r: np.random.Generator, thing: Object, scene: Scene) -> str:
-    """An object's name; at times only its shape, if no other object has it."""
     alone = [other.shape for other in scene.objects].count(thing.shape) == 1
     return thing.shape if alone and r.random() < 0.15 else thing.name
 
@@ -180,7 +178,6 @@ def add(r: np.random.Generator, scene: Scene) -> Task:  # a new object of the ca
 
 
 def background(r: np.random.Generator, scene: Scene) -> Task:
-    """A plain background of a colour that nothing in the scene has."""
     taken = {scene.colour, *(thing.colour for thing in scene.objects)}
     colour = pick(r, [name for name in COLOURS if name not in taken])
     return {"colour": colour}, [scene, Scene(scene.objects, "plain", colour, COLOURS[colour])]
@@ -194,7 +191,6 @@ def swap(r: np.random.Generator, scene: Scene) -> Task:
 
 
 def insert(r: np.random.Generator, scene: Scene) -> Task:
-    """The one object of a second picture goes into the first, in its own colour and the canonical radius."""
     other = random_scene(r, most=1)
     cell = pick(r, scene.free_cells())
     new = replace(other.objects[0], cell=cell, offset=(0, 0), radius=RADIUS)
@@ -202,7 +198,6 @@ def insert(r: np.random.Generator, scene: Scene) -> Task:
 
 
 def text_to_image(r: np.random.Generator, scene: Scene) -> Task:
-    """A caption and its picture: canonical objects on a plain background."""
     objects = tuple(Object(thing.shape, thing.colour, COLOURS[thing.colour], thing.cell) for thing in scene.objects)
     things = " and ".join(f"a {thing.name} in the {PLACES[thing.cell]}" for thing in objects)
     return {"things": things, "colour": scene.colour}, [Scene(objects, "plain", scene.colour, COLOURS[scene.colour])]

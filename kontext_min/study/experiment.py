@@ -81,8 +81,7 @@ class Experiment:
     def field(self, condition: flow.Condition) -> sampler.Field:
         return sampler.guided(self.flux, condition, None, sampler.Sampling(guidance=self.guidance))
 
-    def run(self, condition: flow.Condition | None = None) -> Tensor:
-        """The finished latents, (1, 16, h, w)."""
+    def run(self, condition: flow.Condition | None = None) -> Tensor:  # the finished latents, (1, 16, h, w)
         *_, x = sampler.euler(self.field(condition or self.condition), self.noise, self.times)
         return x
 

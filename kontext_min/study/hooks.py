@@ -84,8 +84,7 @@ def average(flux: Flux, pattern: str, what: Callable[[Call], Tensor]) -> Iterato
         yield means
 
 
-def norms(call: Call) -> Tensor:
-    """Root mean square of every token of the output, text first. (B, L)"""
+def norms(call: Call) -> Tensor:  # root mean square of every token of the output, text first. (B, L)
     x = torch.cat(call.output[::-1], dim=1) if isinstance(call.output, tuple) else call.output
     return x.float().square().mean(-1).sqrt()
 
@@ -123,8 +122,6 @@ def skip(flux: Flux, pattern: str, steps: Steps = None) -> AbstractContextManage
 
 
 def zero_head(flux: Flux, pattern: str, head: int, steps: Steps = None) -> AbstractContextManager:
-    """Within the context a head of these `attend` sites gives zeros."""
-
     def without(call: Call) -> Tensor:
         kept = torch.arange(call.inputs[0].shape[1], device=call.output.device) != head
         return call.output * kept.repeat_interleave(call.inputs[0].shape[-1])
@@ -134,7 +131,6 @@ def zero_head(flux: Flux, pattern: str, head: int, steps: Steps = None) -> Abstr
 
 @contextmanager
 def without_reference(flux: Flux, steps: Steps = None) -> Iterator[None]:
-    """Within the context the model sees the text and the target alone."""
     evaluations = count()
 
     def drop(_, args: tuple, inputs: dict) -> tuple[tuple, dict] | None:

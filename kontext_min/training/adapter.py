@@ -46,7 +46,6 @@ def patterns(config: Config) -> tuple[str, ...] | list[str]:
 
 
 def kronecker(config: LyCORIS, name: str) -> Kronecker:
-    """The size of a module's LoKr: for all modules, but for what is said of its class."""
     values = config.model_dump(include=set(Kronecker._fields))
     for kind, said in config.apply_preset.module_algo_map.items():
         if any(matches(name, pattern) for pattern in CLASSES[kind]):

@@ -47,7 +47,6 @@ class Evaluator:
         return text + (f"\nwarning: {WARNING}" if warned else "")
 
     def probe(self, own: Tensor) -> dict[str, float | None] | None:
-        """The mean loss of the pairs that have references, with their own, with another pair's, and with none."""
         uses = [use for use in self.uses if use.references]
         others = [self.other(use) for use in uses]
         groups = {"own": [own[use.index] for use in uses], "shuffled": []}

@@ -96,7 +96,6 @@ def asked_items(config: Config, wanted: ValidationItem, first: Item, preset: Pre
 
 
 def shown(picture: Picture, size: Size | None, preset: Preset) -> View:
-    """A reference in its own aspect: of about the area of a size, or of the model's preferred size."""
     whole = picture.size()
     own = nearest_aspect(whole, preset.sizes)
     if size is not None:

@@ -46,14 +46,11 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, /, **op
 
 
 def set_rate(optimizer: torch.optim.Optimizer, lr: float):
-    """The learning rate of the next step; torchao keeps it in a tensor."""
     for group in optimizer.param_groups:
         group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
-def rate_factor(
-    name: str, step: int, total: int, warmup: int = 0, end: float = 0.0, power: float = 1.0, cycles: int = 1
-) -> float:
+def rate_factor(name: str, step: int, total: int, warmup=0, end=0.0, power=1.0, cycles=1) -> float:
     """The factor of the learning rate in a step, counted from 0: up linearly in `warmup` steps, then by a curve.
     name: of lr_scheduler; end: what the curve comes down to; power: of polynomial; cycles: of cosines and sines.
     """

@@ -143,7 +143,6 @@ class Forecast:
         return lines
 
     def beside(self, lines: list[dict]) -> str:
-        """What lines of metrics.jsonl say of tensors' memory and of time, beside what was predicted."""
         told = f"{self.total(self.plan) - self.cuda * WORKSPACE:.1f} GB"
         told += f", {self.seconds(self.plan, self.card):.2f} s a step" if self.card else ""
         seconds = statistics.median(line["seconds"] for line in lines)
@@ -190,7 +189,6 @@ def choose(config: Config, examples: list[Example], device: torch.device) -> For
 
 @cache
 def decoding(model: str, size: Size) -> tuple[int, int]:
-    """Bytes of a model's VAE, and of what it makes of a picture's latents."""
     _, vae = networks(model)
     latents = (1, vae.config.latent_channels, *(side // vae.config.factor for side in size))
     with torch.no_grad():
@@ -199,7 +197,6 @@ def decoding(model: str, size: Size) -> tuple[int, int]:
 
 
 def networks(model: str) -> tuple[Flux, VAE]:
-    """A model's transformer and autoencoder without weights; of the published sizes if they are not here."""
     try:
         found = load.find(presets.locate(model), download=False)
         return load.empty_flux(found)[0], load.on_meta(VAE, load.vae_config, found.components["vae"])[0]
@@ -234,9 +231,6 @@ def bytes_of_one(config: Config) -> float:
     return sum(map(size_of, (probe, probe.grad, *state))) / probe.numel() + 4 * config.use_ema
 
 
-# ------------------------------------------------------------------------------------------------ screen
-
-
 def screen(config: Config, editor: Editor, examples: Examples, forecast: Forecast) -> list[str]:
     """One screen, line by line."""
     flux, ranks = editor.flux, parallel.world()
@@ -262,8 +256,7 @@ def screen(config: Config, editor: Editor, examples: Examples, forecast: Forecas
     ]
 
 
-def per_rank(forecast: Forecast) -> list[str]:
-    """What one GPU of several would hold, in GB: a table of ways to train."""
+def per_rank(forecast: Forecast) -> list[str]:  # what one GPU of several would hold, in GB: a table of ways to train
     config, peak = forecast.config, forecast.work("block").peak
     kept = "" if config.base_model_precision == "no_change" else f", {config.base_model_precision}"
     plain = config.model_copy(update={"base_model_precision": "no_change"})

@@ -18,7 +18,6 @@ from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.save import save_trained
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples, use_of
-from kontext_min.models.flux import Flux
 from kontext_min.quantize import form_of
 from kontext_min.run_folder import LORA, RunFolder, read_lines
 from kontext_min.training import state
@@ -34,10 +33,8 @@ from kontext_min.training.validate import Validator
 class Run:
     """Trains, and leaves in output_dir what `run_folder` lists."""
 
-    def __init__(
-        self, config: Config, flux: Flux, examples: Examples, validator: Validator, evaluator: Evaluator, seen: Forecast
-    ):
-        self.config, self.flux, self.examples = config, flux, examples
+    def __init__(self, config: Config, examples: Examples, validator: Validator, evaluator: Evaluator, seen: Forecast):
+        self.config, self.flux, self.examples = config, validator.editor.flux, examples
         self.validator, self.evaluator, self.forecast = validator, evaluator, seen
         self.folder = RunFolder(config.output_dir)
         self.trained = self.folder.lora if config.model_type == "lora" else self.folder.model
@@ -156,7 +153,6 @@ class Run:
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps happens now; 0 is never."""
     return interval > 0 and step % interval == 0
 
 
@@ -177,8 +173,6 @@ def recipe(config: Config, shown: Item) -> dict:
         "base_model_precision": config.base_model_precision, **config.model_dump(mode="json", include=kind),
     }  # fmt: skip
 
-
-# ------------------------------------------------------------------------------------------------ card
 
 LICENCES = {  # name of a published model -> what the hub asks for
     "nano": "license: apache-2.0",

@@ -262,7 +262,6 @@ class Reader:
 
 
 def view(entry: Dataset, picture: Picture, geometry: Geometry, seed: tuple[str | int, ...]) -> View:
-    """A picture cut as in epoch 0, or anew in every epoch."""
     size = picture.size()
 
     def crop(epoch: int) -> Transform:
@@ -273,12 +272,10 @@ def view(entry: Dataset, picture: Picture, geometry: Geometry, seed: tuple[str |
 
 
 def generated_id(entry: Dataset, generator: Generator) -> str:
-    """The id of a generator's set: ENTRY_conditioning_TYPE, as SimpleTuner calls it."""
     return f"{entry.id}_conditioning_{generator.name or generator.type}"
 
 
 def described(entry: Dataset, captions: Captions, others: list[Source]) -> list[str]:
-    """What the screen says of a target set: how much of what there is, and how it is used."""
     source = f"of the set ({entry.strategy})" if entry.strategy else "of its references"
     source = f"of {entry.pairs_file.name}" if entry.pairs_file else source
     kind = "" if any(not other.mask for other in others) else "; no references: text-to-image"

@@ -85,7 +85,6 @@ def save(folder: Path, step: int, kept: Parts | Shards, identity: dict, limit: i
 
 @parallel.by_first
 def finish(temporary: Path, final: Path, state: dict, limit: int):
-    """Complete a checkpoint and give it its name, then remove the oldest."""
     state = {**state, "checksum": checksum(temporary)}
     (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):

@@ -94,7 +94,6 @@ class Draw(NamedTuple):
 
 
 def draw(batch: Batch, uses: list[Use], number: int, config: Config, shift: flow.Shift) -> Draw:
-    """The noise, times and guidance of batch `number`, each use's by a generator of its own."""
     factor, columns = shift_factor(config, shift, batch), []
     for use in uses:
         generator = seeded("noise", config.seed, number, use.index, use.repeat)
@@ -123,8 +122,7 @@ def shift_factor(config: Config, shift: flow.Shift, batch: Batch) -> float:
     return config.flow_schedule_shift
 
 
-def guidance(config: Config, generator: torch.Generator) -> Tensor:
-    """(1,) the distilled guidance of one use."""
+def guidance(config: Config, generator: torch.Generator) -> Tensor:  # (1,) the distilled guidance of one use
     if config.flux_guidance_mode == "constant":
         return torch.tensor([config.flux_guidance_value])
     low, high = config.flux_guidance_min, config.flux_guidance_max

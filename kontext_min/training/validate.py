@@ -23,7 +23,6 @@ from kontext_min.training.sets import Sets, mix_of
 
 
 def items_of(config: Config, sets: Sets, preset: Preset) -> list[Item]:
-    """All that is shown: pairs of the data, then what was asked for."""
     mix = mix_of(config).complete()
     uses = [use_of(i, example, mix, epoch=0) for i, example in enumerate(sets.validation or sets.training[:1])]
     pairs = [pair_item(config, use, sets.unseen) for use in uses]
@@ -49,7 +48,7 @@ class Validator:
         listed = json.dumps([item.record() for item in self.items], indent=2, ensure_ascii=False)
         views = [view.key() for item in self.items for view in item.references]
         made_from = digest(
-            listed, *views, repr(self.sampling), str(self.examples.dtype), self.examples.weights_of("transformer")
+            listed, *views, f"{self.sampling} {self.examples.dtype}", self.examples.weights_of("transformer")
         )
         note = self.folder.validation / "base" / "made-from.txt"
         if note.is_file() and note.read_text() == made_from:
@@ -76,7 +75,6 @@ class Validator:
 
     @torch.no_grad()
     def pictures(self, kind: str) -> list[Image.Image]:
-        """One picture per item, with what the model holds now; each is written as of this kind."""
         made = parallel.shared_out(self.made, self.items)
         for i, image in enumerate(made):
             parallel.by_first(save)(image, self.folder.picture(kind, i))
