@@ -26,6 +26,7 @@ from kontext_min.memory import (
     size_of,
 )  # fmt: skip
 from kontext_min.models.flux import Flux
+from kontext_min.offload import LARGE, Inputs
 from kontext_min.quantize import open_flux
 
 POLICIES = ("block", "keep_attn", "keep_gemm")
@@ -170,7 +171,7 @@ PEER = 4.672  # GB of diffusers' and peft's step beside its weights, by fake ten
 
 def test_at_full_size_a_step_takes_no_more_memory_than_diffusers_and_pefts():
     found = counted(partial(arms.loss, *on_meta("block", FULL, torch.bfloat16)))
-    assert found.peak / GB <= PEER
+    assert found.peak / GB <= 4.57 < PEER
     assert found.flops.total() == pytest.approx(531.4e12, rel=1e-3)  # the peer's: 578.8, by hand from the shapes
 
 
@@ -189,3 +190,30 @@ def test_on_hopper_alone_cudnn_comes_first_and_the_order_is_put_back(monkeypatch
             first = torch._C._get_sdp_priority_order()[0]
         assert first == (int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION) if capability == (9, 0) else before[0])
         assert torch._C._get_sdp_priority_order() == before
+
+
+class Away(Inputs):
+    """What is away takes no bytes: on meta it cannot be told from what is not."""
+
+    def pack(self, x):
+        if x.is_complex() or x.nbytes < LARGE:
+            return x
+        self.count += 1
+        self.kept[self.count] = x.shape, x.dtype
+        return self.count
+
+    def unpack(self, packed):
+        if isinstance(packed, torch.Tensor):
+            return packed
+        for number in (packed, packed - 1):
+            if number in self.kept:
+                shape, dtype = self.kept.pop(number)
+                self.coming[number] = torch.empty(shape, dtype=dtype, device="meta")
+        return self.coming.pop(packed)
+
+
+def test_at_full_size_a_step_takes_little_with_the_inputs_of_blocks_away():
+    model, given = on_meta("block", FULL, torch.bfloat16)
+    away = Away(model, torch.device("meta"))
+    assert counted(lambda: arms.loss(model, given)).peak / GB <= 1.7
+    assert away.count == 2 * 19 + 37 and not away.kept and not away.coming

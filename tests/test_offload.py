@@ -1,4 +1,4 @@
-"""What a GPU need not hold changes no bit: modulation elsewhere, inputs and weights that come and go."""
+"""What a GPU need not hold changes no bit: modulation elsewhere and ahead of time, inputs that come and go."""
 
 import pytest
 import tiny
@@ -8,16 +8,13 @@ from tiny import CPU, FP32
 from kontext_min import offload
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules
 from kontext_min.memory import apply_checkpointing
-from kontext_min.quantize import is_quantised, open_flux
-
-
-def chosen(name: str) -> bool:
-    return is_quantised(name) and not offload.is_modulation(name)
+from kontext_min.models.flux import Flux, FluxConfig
+from kontext_min.quantize import open_flux
 
 
 def gradients(kontext, cache, precision, target, policy, parts) -> list[torch.Tensor]:
     """Of three steps of a model with these parts of it elsewhere; their outputs, too."""
-    flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, precision, cache, only=chosen)
+    flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, precision, cache, only=offload.sees_tokens)
     made = {}
     if "modulation" in parts:
         made["modulation"] = offload.Modulation(flux, CPU)
@@ -56,3 +53,67 @@ def test_what_is_elsewhere_changes_no_bit(kontext, tmp_path, monkeypatch, precis
             assert max(tiny.error(a, b) for a, b in zip(other, plain, strict=True)) < most
         else:
             assert all(map(torch.equal, plain, other)), parts
+
+
+def test_modulation_is_all_that_sees_no_tokens_by_the_published_shapes():
+    with torch.device("meta"):
+        named = dict(Flux(FluxConfig()).named_parameters())
+    modulation = sum(p.numel() for name, p in named.items() if offload.is_modulation(name))
+    tokens = sum(p.numel() for name, p in named.items() if offload.sees_tokens(name))
+    assert modulation == pytest.approx(3.247e9 + 0.0305e9, rel=1e-3) and tokens == pytest.approx(8.608e9, rel=1e-3)
+
+
+def test_what_is_computed_ahead_is_computed_once_and_is_the_same(kontext, tmp_path):
+    flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, "no_change", tmp_path)
+    given, times = tiny.flux_inputs(flux.config), torch.linspace(1, 0.1, 5)
+    y, guidance = given["y"][:1], given["guidance"][:1]
+    one = {key: value[:1] if key in ("img", "txt") else value for key, value in given.items()} | {"y": y}
+    plain = [flux(**{**one, "timesteps": t[None], "guidance": guidance}) for t in times]
+    modulation, made = offload.Modulation(flux, CPU), []
+    compute = modulation.compute
+    modulation.compute = lambda rows: made.append(len(rows)) or compute(rows)
+    modulation.ahead(times, y.expand(5, -1), guidance.expand(5))
+    ahead = [flux(**{**one, "timesteps": t[None], "guidance": guidance}) for t in times]
+    assert made == [5] and not modulation.made
+    for a, b in zip(plain, ahead, strict=True):
+        assert tiny.error(a, b) < 1e-6
+    again = flux(**{**one, "timesteps": times[:1], "guidance": guidance})  # nobody told of this one
+    assert made == [5, 1] and tiny.error(again, plain[0]) < 1e-6
+
+
+def test_updates_on_what_embeds_time_are_refused_where_it_is_computed_ahead(kontext, tmp_path):
+    flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, "no_change", tmp_path)
+    offload.Modulation(flux, CPU)
+    add_lora(flux, ["time_text_embed.timestep_embedder.linear_1"], 4, 4)
+    with pytest.raises(ValueError, match="time_in, guidance_in, vector_in need modulation_on_cpu=false"):
+        flux(**tiny.flux_inputs(flux.config))
+
+
+@pytest.mark.parametrize("policy", [None, "block", "keep_gemm"])
+def test_compiled_blocks_give_the_same_without_a_break_and_one_graph_more_a_size(kontext, tmp_path, policy):
+    """By the compiler's front end; the plan's parts are all in force."""
+    torch._dynamo.reset()
+    made = []
+    for compiled in (False, True):
+        flux, _ = offload.open_apart(CPU, tiny.part(kontext, "transformer"), CPU, FP32, "int8-torchao", tmp_path)
+        torch.manual_seed(0)
+        for i, parameter in enumerate(add_lora(flux, matching_modules(flux.config, TARGETS["all+ffs"]), 4, 4)):
+            parameter.data += 0.1 * tiny.random(*parameter.shape, seed=i)
+        if policy:
+            apply_checkpointing(flux, policy)
+        for block in (*flux.double_blocks, *flux.single_blocks) if compiled else ():
+            block.compile(dynamic=False, backend="aot_eager")
+        counters = torch._dynamo.utils.counters
+        found, graphs = [], []
+        for fewer in (0, 0, 4, 4):
+            given = tiny.flux_inputs(flux.config)
+            given |= {"img": given["img"][:, fewer:], "img_ids": given["img_ids"][fewer:]}
+            out = flux(**given, wanted=12)
+            out.square().sum().backward()
+            found.append(out.detach())
+            graphs.append(counters["stats"]["unique_graphs"])
+        made.append(found + [p.grad for p in flux.parameters() if p.requires_grad])
+    assert not counters["graph_break"]
+    first, again, other, last = graphs
+    assert first == again and other == last <= 2 * first  # each kind of block once more for another size
+    assert max(tiny.error(a, b) for a, b in zip(*made, strict=True)) < 1e-5
