@@ -41,6 +41,7 @@ OPTIONS = {  # setting -> default, help, and what else argparse should know
     "size": ("auto", "of the output, WxH; auto: as the first reference", {"metavar": "SIZE"}),
     "reference_size": ("auto", "auto: nearest preferred size; keep: its own; match: --size; WxH", {"metavar": "SIZE"}),
     "precision": ("auto", "auto: bf16 on a GPU, else fp32; others: of the base's weights", {"choices": PRECISIONS}),
+    "text_encoder_2_precision": ("no_change", "of T5", {"choices": ["no_change", "int8", "nf4"]}),
     "device": ("auto", "auto: the best there is", {"choices": ["auto", "cpu", "cuda", "mps"]}),
 }
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None):
     for lora, strength in settings["adapters"]:
         print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}{other_base(lora, settings['precision'])}")
     dtype = DTYPES.get(settings["precision"], DTYPES[plain])
-    base = (settings["precision"], cache / "base")
+    base = (settings["precision"], cache / "base", settings["text_encoder_2_precision"])
     merge = settings["merge"]
     editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, base, merge)
     references, size = prepare(settings, editor)

@@ -21,11 +21,11 @@ from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
 from kontext_min.offload import Ahead, open_apart, unneeded
 from kontext_min.presets import Preset
-from kontext_min.quantize import form_of
+from kontext_min.quantize import any_linear, form_of, quantising
 from kontext_min.sampler import Sampling
 
 Loras = list[tuple[AdapterFile, float]]
-PLAIN = ("no_change", Path("cache"))
+PLAIN = ("no_change", Path("cache"), "no_change")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def open_editor(
 ) -> tuple[Editor, dict[str, Text]]:
     """Encode all texts, let the text encoders go, then load the rest. -> the editor and text -> (txt, vec).
     loras: each with its strength; ValueError names the one that does not fit, before anything is loaded.
-    base: the transformer's precision, and the folder in which a quantised one is kept, as in `open_flux`.
+    base: the precision of the transformer, where a quantised one is kept, as in `open_flux`, and the precision of T5.
     merge: add the loras to the weights themselves, before these are quantised: faster, and they cannot be taken off.
     """
     checkpoint = load.find(presets.locate(model))
@@ -58,12 +58,13 @@ def open_editor(
             by_linear(lora.updates, empty)
         except ValueError as error:
             raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
-    encoded = encode_texts(checkpoint, texts, device, dtype)
+    precision, cache, t5 = base
+    encoded = encode_texts(checkpoint, texts, device, dtype, quantising(t5, any_linear))
     vae = load.load_vae(checkpoint, device, torch.float32)
     updates = [at_strength(update, strength) for lora, strength in loras for update in lora.updates if merge]
-    modulation = torch.device("cpu") if device.type == "cuda" and form_of(base[0]) else device
+    place = torch.device("cpu") if device.type == "cuda" and form_of(precision) else device
     hook = merging(updates, empty) if updates else None
-    flux, ahead = open_apart(modulation, checkpoint, device, dtype, *base, merge=hook)
+    flux, ahead = open_apart(place, checkpoint, device, dtype, precision, cache, merge=hook)
     for lora, strength in loras if not merge else ():
         apply_updates(flux, lora.updates, strength, dtype)
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder), ahead), encoded

@@ -15,7 +15,9 @@ from PIL import Image
 
 import infer
 import train
-from kontext_min.adapters.inject import add_lora, matching_modules, updates
+from kontext_min.adapters.inject import add_lora, at_strength, matching_modules, updates
+from kontext_min.adapters.merge import merge_into
+from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.load import load_flux
 
@@ -391,6 +393,31 @@ def test_the_base_may_be_quantised_the_lora_stays_beside_it_and_another_precisio
         assert (pixels(again) == pixels(made)).all() and capsys.readouterr()
     assert far["int8"] < far["fp8"] < far["nf4"]
     assert len(list((tmp_path / "cache" / "base").glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int8-dynamic"])
+def test_a_merged_lora_gives_the_picture_of_a_merged_base(precision, small, lora, quick, tmp_path, capsys):
+    merged = Path(shutil.copytree(small, tmp_path / "merged"))
+    updates = [at_strength(update, 0.5) for update in read_adapter(lora).updates]
+    shutil.rmtree(merged / "transformer")
+    merge_into(small, updates, merged / "transformer", torch.float32)
+    flags = ["--prompt", PROMPT, "--image", picture(tmp_path / "photo.png", 64, 48), "--precision", precision]
+    flags += ["--steps", 2, "--device", "cpu", "--cache-dir", tmp_path / "cache", "--out"]
+    (theirs,) = run("--model", merged, *flags, tmp_path / "theirs.png")
+    (ours,) = run("--model", small, "--lora", f"{lora}:0.5", "--merge", *flags, tmp_path / "ours.png")
+    assert (pixels(ours) == pixels(theirs)).all()
+    (beside,) = run("--model", small, "--lora", f"{lora}:0.5", *flags, tmp_path / "beside.png")
+    assert abs(pixels(ours) - pixels(beside)).max() <= (2 if precision == "fp32" else 40)
+    (again,) = run("--again", ours, "--cache-dir", tmp_path / "cache", "--out", tmp_path / "again.png")
+    assert (pixels(again) == pixels(ours)).all()
+
+
+def test_t5_may_be_quantised(quick):
+    exact, int8, nf4 = (
+        pixels(run(*quick, "--size", "32x32", "--prompt", PROMPT, "--text-encoder-2-precision", precision)[-1])
+        for precision in ("no_change", "int8", "nf4")
+    )
+    assert 0 < abs(int8 - exact).mean() < abs(nf4 - exact).mean() < 40
 
 
 def test_out_is_a_png_or_a_folder_whose_pictures_are_kept(quick, tmp_path):

@@ -86,7 +86,8 @@ def attach(flux: Flux, ours: str, update: Update):  # wrap one of our linears (o
     if not isinstance(linear, Adapted):
         linear = Adapted(linear)
         flux.set_submodule(ours, linear)
-    linear.updates.append(update.to(next(flux.parameters()).device))  # what it stands beside may be elsewhere
+    beside = getattr(linear.base, "weight", next(flux.parameters()))  # modulation computed elsewhere has none
+    linear.updates.append(update.to(beside.device))
 
 
 def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
