@@ -18,6 +18,7 @@ Ahead = Callable[[Tensor, Tensor, Tensor], object]  # is told timesteps (N,), y 
 
 EMBEDDERS = ("time_in", "guidance_in", "vector_in")
 MODULATION = ("mod.lin", "modulation.lin", "adaLN_modulation.1")  # endings of the linears that see one token
+KEPT = 128  # evaluations of which it is kept, at most: some that were foretold may never come
 LARGE = 2**20  # bytes from which an input of a block is worth a copy
 
 
@@ -82,7 +83,9 @@ class Modulation:
         keys = [row.numpy().tobytes() for row in rows]
         new = {key: i for i, key in enumerate(keys) if key not in self.made}
         future = new and self.thread.submit(self.compute, rows[[*new.values()]])
-        self.made |= {key: (future, i) for i, key in enumerate(new)}
+        made = self.made | {key: (future, i) for i, key in enumerate(new)}
+        asked = {key: made.pop(key) for key in dict.fromkeys(keys)}
+        self.made = dict([*made.items(), *asked.items()][-KEPT:])
         return keys
 
     @torch.no_grad()

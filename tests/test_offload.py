@@ -79,6 +79,8 @@ def test_what_is_computed_ahead_is_computed_once_and_is_the_same(kontext, tmp_pa
         assert tiny.error(a, b) < 1e-6
     again = flux(**{**one, "timesteps": times[:1], "guidance": guidance})  # nobody told of this one
     assert made == [5, 1] and tiny.error(again, plain[0]) < 1e-6
+    modulation.ahead(torch.linspace(0, 1, 300), y.expand(300, -1), guidance.expand(300))
+    assert len(modulation.made) == offload.KEPT  # what never comes is let go
 
 
 def test_updates_on_what_embeds_time_are_refused_where_it_is_computed_ahead(kontext, tmp_path):

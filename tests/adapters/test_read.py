@@ -344,7 +344,7 @@ def test_infer_adds_up_adapters_of_several_formats(kontext, tmp_path, monkeypatc
     infer.main([*map(str, [*flags, "--device", "cpu", *given, "--out", tmp_path / "ours.png"])])
     for ours, delta in deltas.items():
         flux.get_submodule(ours).weight += delta
-    monkeypatch.setattr(load, "load_flux", lambda *_: flux)
+    monkeypatch.setattr(load, "load_flux", lambda *_, **more: flux)
     infer.main([*map(str, [*flags, "--device", "cpu", "--out", tmp_path / "merged.png"])])
     ours, theirs = (np.asarray(infer.Image.open(tmp_path / f"{n}.png"), dtype=float) for n in ("ours", "merged"))
     assert abs(ours - theirs).max() <= 2
