@@ -115,7 +115,6 @@ def below_pixel(line: np.ndarray, at: int) -> float:
 
 
 def confidence(surface: np.ndarray) -> float:
-    """How far the middle of a correlation surface stands out: at least 1 is a sure peak."""
     rest = surface.copy()
     (y, x), near = (side // 2 for side in rest.shape), min(6, min(rest.shape) // 4)
     peak = rest[y, x]

@@ -440,7 +440,6 @@ OWNERS = {"validation": ValidationItem, "lycoris_config": LyCORIS}
 
 
 def explain(config: Config) -> list[str]:
-    """Every key in force: its value, whether it was given, and what it means; then what was left out, and why."""
     lines = []
     for name in [key for key in Config.model_fields if key not in config.idle]:
         value = getattr(config, name)

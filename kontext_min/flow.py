@@ -122,8 +122,7 @@ def schedule(steps: int, tokens: int, shift: Shift | None = None) -> Tensor:
     return shift_time(times, (shift or Shift()).factor(tokens)).float()
 
 
-def token_count(height: int, width: int) -> int:
-    """Tokens of latents height x width."""
+def token_count(height: int, width: int) -> int:  # of latents
     return (height // 2) * (width // 2)
 
 
@@ -135,8 +134,7 @@ def logit_normal(scale: float = 1.0) -> Density:
     return lambda generator: torch.sigmoid(scale * torch.randn(1, generator=generator))
 
 
-def uniform() -> Density:
-    """All times alike."""
+def uniform() -> Density:  # all times alike
     return lambda generator: torch.rand(1, generator=generator)
 
 

@@ -23,7 +23,6 @@ LARGE = 2**20  # bytes from which an input of a block is worth a copy
 
 
 def is_modulation(name: str) -> bool:
-    """Whether a tensor of the transformer, by our name, sees only time, guidance and pooled text: 27 % of Kontext."""
     return name.startswith(EMBEDDERS) or any(f"{ending}." in name for ending in MODULATION)
 
 

@@ -43,7 +43,6 @@ class RunFolder:
         return {file.parent.name: file for file in sorted(self.validation.glob(f"*/{i:02d}.png"))}
 
     def rewind(self, step: int):
-        """Take out of the logs what an interrupted run wrote after a step, since it is written again."""
         for file in filter(Path.exists, (self.metrics, self.psnr, self.eval)):
             kept = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] <= step]
             file.write_text("".join(kept), encoding="utf-8")

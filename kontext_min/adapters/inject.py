@@ -60,7 +60,6 @@ def add_lora(flux: Flux, names: list[str], rank: int, alpha: float, dropout=0.0,
 
 
 def add_lokr(flux: Flux, names: list[str], size: Kronecker, dropout: float = 0.0) -> list[nn.Parameter]:
-    """Put a fresh LoKr on every named module, otherwise as `add_lora`."""
     return add(flux, names, lambda name, shape, start: LoKr.fresh(name, shape, size, start), dropout)
 
 

@@ -209,7 +209,6 @@ def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> No
 
 
 def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> list[Bucket]:
-    """The phase's buckets from `folder`/latents-NAME.*; every core helps to make the parts that are not there yet."""
     files = [folder / f"latents-{phase.name}.{part}" for part in range(PARTS)]
     if missing := [file for file in files if not file.exists()]:
         print(f"latents {phase.name}: making {len(missing)} of {PARTS} parts", flush=True)

@@ -111,7 +111,6 @@ class Forecast:
         return (plan.modulation_on_cpu * self.on_cpu + plan.offload_activations * self.inputs) / GB
 
     def seconds(self, plan: Plan, card: dict) -> float:
-        """Of a step on a card of CARDS: its products, or its copies from and to the host if they take longer."""
         flops, (kind, _, how) = self.work(plan.recompute).flops, self.config.base_model_precision.partition("-")
         linears = flops.total() - flops[FUSED] - flops[FUSED_BACKWARD]
         times = linears / ((how == "dynamic" and card[kind]) or card["bf16"])

@@ -78,7 +78,6 @@ class Run:
         return "\n".join(str(file) for file in left if file.exists())
 
     def what_is_left(self, error: Exception) -> str:
-        """A step has failed, and nothing is lost: the LoRA is as it was before it, if there is memory to write it."""
         last = state.last(self.folder.path)
         if isinstance(error, torch.OutOfMemoryError):
             return f"step {self.done + 1} needs more memory than there is: {self.forecast.remedies()}\n{last}"

@@ -44,7 +44,6 @@ def mix_of(config: Config) -> Mix:
 
 
 def text_cache(config: Config) -> Cache:
-    """Where encoded captions are kept: the text_embeds entry's cache_dir, else a folder of the run's cache."""
     named = [entry.cache_dir for entry in config.datasets() if entry.role == "text_embeds" and entry.cache_dir]
     return Cache(named[0] if named else config.cache_dir / "text")
 

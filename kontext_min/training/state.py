@@ -36,7 +36,6 @@ FIXED = {  # nothing goes on without them
 
 
 def identity(config: Config, examples: Examples) -> dict:
-    """What must be the same for a run to go on: the settings that shape the training, and the data's content."""
     values = {key: value for key, value in config.model_dump(mode="json").items() if not key.startswith(FREE)}
     if not config.lr_scheduler.startswith("constant"):
         values["max_train_steps"] = config.max_train_steps
