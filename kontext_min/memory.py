@@ -35,7 +35,6 @@ FLOPS = flop_registry | {  # operator -> its FLOPs: torch's formulas, and those 
     FUSED: flop_registry[ATEN._scaled_dot_product_flash_attention],
     FUSED_BACKWARD: flop_registry[ATEN._scaled_dot_product_flash_attention_backward],
     ATEN._int_mm: flop_registry[ATEN.mm],
-    ATEN.addmm_: flop_registry[ATEN.addmm],
 }
 
 
