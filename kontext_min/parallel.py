@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -22,20 +22,23 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # after failures, by torchrun --max-restarts
-STORE: list[dist.Store] = []  # of this run's group, where the ranks see each other's notes
+
+
+@cache
+def meeting() -> tuple[dist.Store, int, int]:  # where the ranks of this start see each other's notes; rank; world
+    store, number, count = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    return dist.PrefixStore(f"start {RESTARTS}", store), number, count
 
 
 def join(minutes: float, anyway: bool = False):
     """Join the group that torchrun describes in the environment; without torchrun none, or one of this rank `anyway`.
     A rank that waits for another for more than `minutes` gives up. Ranks but the first fall silent.
     """
-    launched, backend = "RANK" in os.environ, "gloo"
-    if torch.cuda.is_available() and (launched or anyway):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
-    if launched or anyway:
-        store, number, count = next(dist.rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
-        STORE.append(store := dist.PrefixStore(f"start {RESTARTS}", store))  # each start has notes of its own
+    if anyway or "RANK" in os.environ:
+        (store, number, count), backend = meeting(), "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timedelta(minutes=minutes))
     if rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -64,7 +67,7 @@ def lost(error: RuntimeError) -> bool:
 def last_words(text: str):
     """Exit with an error, which the first rank to fail tells, whichever it is; the others fail of that."""
     try:
-        first = STORE[0].add("failed", 1) == 1 if STORE else os.environ.get("RANK", "0") == "0"
+        first = meeting()[0].add("failed", 1) == 1
     except RuntimeError:  # the store has died with its rank
         first = True
     if first:
