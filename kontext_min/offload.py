@@ -12,31 +12,21 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from kontext_min.checkpoints.load import Checkpoint
 from kontext_min.models.flux import Flux
-from kontext_min.quantize import is_quantised, open_flux
+from kontext_min.quantize import EMBEDDERS, MODULATION, is_modulation, open_flux
 
 Ahead = Callable[[Tensor, Tensor, Tensor], object]  # is told timesteps (N,), y (N, vec_in_dim), guidance (N,)
 
-EMBEDDERS = ("time_in", "guidance_in", "vector_in")
-MODULATION = ("mod.lin", "modulation.lin", "adaLN_modulation.1")  # endings of the linears that see one token
 KEPT = 128  # evaluations of which it is kept, at most: some that were foretold may never come
 LARGE = 2**20  # bytes from which an input of a block is worth a copy
 
 
-def is_modulation(name: str) -> bool:
-    return name.startswith(EMBEDDERS) or any(f"{ending}." in name for ending in MODULATION)
-
-
-def sees_tokens(name: str) -> bool:  # whether a tensor is a weight of a block's other linears: 72 %
-    return is_quantised(name) and not is_modulation(name)
-
-
 def open_apart(modulation: torch.device, model: Checkpoint, device: torch.device, *base, **more) -> tuple[Flux, Ahead]:
-    """`open_flux` with the modulation on a device of its own, not quantised. -> also who is told of what is to come."""
+    """`open_flux` with the modulation on a device of its own. -> also who is told of what is to come."""
 
     def place(name: str) -> torch.device:
         return modulation if is_modulation(name) else device
 
-    flux = open_flux(model, place, *base, **more, only=sees_tokens)
+    flux = open_flux(model, place, *base, **more)
     return flux, Modulation(flux, device).ahead
 
 

@@ -26,6 +26,8 @@ NF4 = (  # 16 quantiles of the normal distribution (Dettmers et al. 2023, QLoRA,
     -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0, 0.0795803, 0.1609302,
     0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
 )  # fmt: skip
+EMBEDDERS = ("time_in", "guidance_in", "vector_in")
+MODULATION = ("mod.lin", "modulation.lin", "adaLN_modulation.1")  # endings of the linears that see one token
 Hook = Callable[[nn.Module, str], None] | None  # what `fill` calls after each tensor
 
 
@@ -127,8 +129,12 @@ class Product(torch.autograd.Function):
         return rounded_product(dy.float() * scale, weight, scale.new_ones(1, weight.shape[1])).to(dy.dtype), None, more
 
 
-def is_quantised(name: str) -> bool:
-    return name.startswith(("double_blocks.", "single_blocks.")) and name.endswith(".weight")
+def is_modulation(name: str) -> bool:
+    return name.startswith(EMBEDDERS) or any(f"{ending}." in name for ending in MODULATION)
+
+
+def is_quantised(name: str) -> bool:  # whether a tensor is a weight of a block's other linears: 72 %
+    return "_blocks." in name and name.endswith(".weight") and not is_modulation(name)
 
 
 def any_linear(name: str) -> bool:
@@ -149,45 +155,45 @@ def quantising(precision: str, only: Callable[[str], bool] = is_quantised) -> Ho
 
 
 def open_flux(
-    model: load.Checkpoint, place: Place, dtype: torch.dtype, precision: str, cache: Path, merge=None, only=is_quantised
+    model: load.Checkpoint, place: Place, dtype: torch.dtype, precision: str, cache: Path, merge: Hook = None
 ) -> Flux:
     """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
     where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own.
-    place: a device, or one for each tensor's name. only: the weights that are quantised, by name.
+    place: a device, or one for each tensor's name.
     merge: changes each weight when it is there, before it is quantised; what is made of changed weights is not kept.
     """
     form = form_of(precision)
     if not form or merge:
-        steps = [step for step in (merge, quantising(precision, only)) if step]
+        steps = [step for step in (merge, quantising(precision)) if step]
         return load.load_flux(model, place, dtype, then=lambda *tensor: [step(*tensor) for step in steps])
     weights = weights_id(model.components["transformer"], cache / "weights.json")
     kind = form.partition("-")[0]  # -dynamic has the same weights
-    file = cache / f"{digest(weights, kind, str(dtype), only.__name__)}.safetensors"
+    file = cache / f"{digest(weights, kind, str(dtype))}.safetensors"
     print(f"the blocks' weights in {form}, from {file}{'' if file.is_file() else ', which is made first'}")
     if file.is_file():
         try:
-            return read_kept(load.empty_flux(model)[0], form, file, place, only)
+            return read_kept(load.empty_flux(model)[0], form, file, place)
         except (ValueError, SafetensorError) as error:
             print(f"{file} is damaged ({error}); it is made anew")
-    stream(file, kept(model, place, dtype, form, only))
-    return read_kept(load.empty_flux(model)[0], form, file, place, only)
+    stream(file, kept(model, place, dtype, form))
+    return read_kept(load.empty_flux(model)[0], form, file, place)
 
 
-def kept(model: load.Checkpoint, place: Place, dtype: torch.dtype, form: str, only: Callable) -> Iterator:
+def kept(model: load.Checkpoint, place: Place, dtype: torch.dtype, form: str) -> Iterator:
     for name, tensor in assembled(*load.empty_flux(model), dtype, place):
         stem, _, leaf = name.rpartition(".")
-        for part, value in (parts_of(tensor, form) if only(name) else {leaf: tensor}).items():
+        for part, value in (parts_of(tensor, form) if is_quantised(name) else {leaf: tensor}).items():
             yield f"{stem}.{part}", value.cpu()
 
 
-def read_kept(flux: Flux, form: str, file: Path, place: Place, only: Callable) -> Flux:
+def read_kept(flux: Flux, form: str, file: Path, place: Place) -> Flux:
     """Fill a transformer on `meta` from what was kept. Raises ValueError or SafetensorError on damage."""
     handle = open_safetensors(file)
     for name, wanted in json.loads((handle.metadata() or {}).get("checksums", "")).items():
         (stem, _, leaf), tensor = name.rpartition("."), handle.get_tensor(name)
         if checksum(tensor) != wanted:
             raise ValueError(f"{name} is not as it was written")
-        if only(name):
+        if is_quantised(name):
             flux.set_submodule(stem, QuantisedLinear(flux.get_submodule(stem), {}, form.endswith("-dynamic")))
         owner, copy = flux.get_submodule(stem), tensor.to(place(name) if callable(place) else place, copy=True)
         buffer = isinstance(owner, QuantisedLinear) and leaf != "bias"

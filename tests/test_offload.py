@@ -9,12 +9,12 @@ from kontext_min import offload
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
-from kontext_min.quantize import open_flux
+from kontext_min.quantize import is_modulation, is_quantised, open_flux
 
 
 def gradients(kontext, cache, precision, target, policy, parts) -> list[torch.Tensor]:
     """Of three steps of a model with these parts of it elsewhere; their outputs, too."""
-    flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, precision, cache, only=offload.sees_tokens)
+    flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, precision, cache)
     made = {}
     if "modulation" in parts:
         made["modulation"] = offload.Modulation(flux, CPU)
@@ -58,8 +58,8 @@ def test_what_is_elsewhere_changes_no_bit(kontext, tmp_path, monkeypatch, precis
 def test_modulation_is_all_that_sees_no_tokens_by_the_published_shapes():
     with torch.device("meta"):
         named = dict(Flux(FluxConfig()).named_parameters())
-    modulation = sum(p.numel() for name, p in named.items() if offload.is_modulation(name))
-    tokens = sum(p.numel() for name, p in named.items() if offload.sees_tokens(name))
+    modulation = sum(p.numel() for name, p in named.items() if is_modulation(name))
+    tokens = sum(p.numel() for name, p in named.items() if is_quantised(name))
     assert modulation == pytest.approx(3.247e9 + 0.0305e9, rel=1e-3) and tokens == pytest.approx(8.608e9, rel=1e-3)
 
 

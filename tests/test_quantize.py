@@ -191,9 +191,10 @@ def test_over_trained_blocks_that_are_small_the_gradient_turns_more(form, least)
     assert least < cosine < 1 - 1e-6
 
 
-def test_nothing_but_the_blocks_is_quantised_and_biases_arrive(kontext):
+def test_nothing_but_the_blocks_is_quantised_without_their_modulation_and_biases_arrive(kontext):
     base, int8 = loaded(kontext), loaded(kontext, "int8")
     wanted = {name for name, m in base.named_modules() if isinstance(m, nn.Linear) and "_blocks." in name}
+    wanted = {name for name in wanted if "mod" not in name}
     assert {name for name, m in int8.named_modules() if isinstance(m, QuantisedLinear)} == wanted
     kept = {name for name, _ in int8.named_parameters()}
     assert kept == {name for name, _ in base.named_parameters()} - {f"{name}.weight" for name in wanted}

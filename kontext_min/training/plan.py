@@ -22,8 +22,7 @@ from kontext_min.edit import Editor
 from kontext_min.memory import FUSED, FUSED_BACKWARD, GB, size_of
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.vae import VAE, VAEConfig
-from kontext_min.offload import is_modulation
-from kontext_min.quantize import QuantisedLinear, form_of, is_quantised, parts_of
+from kontext_min.quantize import QuantisedLinear, form_of, is_modulation, is_quantised, parts_of
 from kontext_min.training.adapter import add_adapter
 from kontext_min.training.items import TOKEN
 from kontext_min.training.optim import make_optimizer
@@ -72,8 +71,6 @@ class Forecast:
         tensors = [*flux.named_parameters(), *flux.named_buffers()]
         width = flux.config.hidden_size
         self.modulation = sum(size_of(t) for name, t in tensors if is_modulation(name) and not t.requires_grad)
-        one = flux.config.depth * 12 + flux.config.depth_single_blocks * 3 + 2
-        self.on_cpu = one * width**2 * self.dtype.itemsize  # never quantised there
         inputs = len([*flux.double_blocks, *flux.single_blocks][: -1 : config.gradient_checkpointing_interval or 1])
         self.inputs = max(0, inputs - 2) * self.tokens * width * self.dtype.itemsize  # two are on the device
 
@@ -108,7 +105,7 @@ class Forecast:
         return sum(self.parts(plan).values()) / GB
 
     def host(self, plan: Plan) -> float:  # GB in the host's memory
-        return (plan.modulation_on_cpu * self.on_cpu + plan.offload_activations * self.inputs) / GB
+        return (plan.modulation_on_cpu * self.modulation + plan.offload_activations * self.inputs) / GB
 
     def seconds(self, plan: Plan, card: dict) -> float:
         flops, (kind, _, how) = self.work(plan.recompute).flops, self.config.base_model_precision.partition("-")
