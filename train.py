@@ -107,7 +107,9 @@ def load_model(
         return flux, unneeded
     base = (checkpoint, device, dtype, config.base_model_precision, config.cache_dir / "base")
     with parallel.first_alone():
-        return open_apart(torch.device("cpu"), *base) if plan.modulation_on_cpu else (open_flux(*base), unneeded)
+        if not (plan.modulation_on_cpu or plan.stream_blocks):
+            return open_flux(*base), unneeded
+        return open_apart(torch.device("cpu") if plan.modulation_on_cpu else device, plan.stream_blocks, *base)
 
 
 def main(argv: list[str]):

@@ -189,6 +189,7 @@ class Config(Strict):
     recompute: Recompute | None = knob(None, "all of a block; keep_attn, keep_gemm: less of it, faster")
     modulation_on_cpu: bool | None = knob(None, "a quarter of the weights, which see no tokens, on the CPU")
     offload_activations: bool | None = knob(None, "the inputs of blocks wait in the host's memory for backward")
+    stream_blocks: bool | None = knob(None, "so do their weights; three blocks' are on the GPU at a time")
     torch_compile: bool = knob(False, "compile each kind of block")
     fsdp_enable: bool = knob(False, "each of torchrun's ranks keeps a part of the frozen base; with full always so")
     fsdp_cpu_offload: bool = knob(False, "of model_type full: these parts, gradients and moments in the host's memory")
@@ -326,7 +327,7 @@ class Config(Strict):
         lokr, form, split = self.lora_type == "lycoris", self.lora_format, self.validation_split
         flows, curve = self.flow_use_uniform_schedule + self.flow_use_beta_schedule, "constant" not in self.lr_scheduler
         precisions, fsdp = (self.base_model_precision, self.mixed_precision), self.fsdp_enable
-        planned = ("memory", "modulation_on_cpu", "offload_activations")
+        planned = ("memory", "modulation_on_cpu", "offload_activations", "stream_blocks")
         plan = ", ".join(key for key in planned if getattr(self, key) not in ("auto", None))
         full, quantised = self.model_type == "full", self.base_model_precision not in ("no_change", "bf16")
         contradictions = {

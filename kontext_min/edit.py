@@ -64,7 +64,7 @@ def open_editor(
     updates = [at_strength(update, strength) for lora, strength in loras for update in lora.updates if merge]
     place = torch.device("cpu") if device.type == "cuda" and form_of(precision) else device
     hook = merging(updates, empty) if updates else None
-    flux, ahead = open_apart(place, checkpoint, device, dtype, precision, cache, merge=hook)
+    flux, ahead = open_apart(place, False, checkpoint, device, dtype, precision, cache, merge=hook)
     for lora, strength in loras if not merge else ():
         apply_updates(flux, lora.updates, strength, dtype)
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder), ahead), encoded

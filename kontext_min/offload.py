@@ -1,4 +1,4 @@
-"""What a GPU need not hold: modulation on the CPU, the inputs of blocks in the host's memory."""
+"""What a GPU need not hold: modulation on the CPU, blocks' weights and their inputs in the host's memory."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kontext_min.checkpoints.load import Checkpoint
 from kontext_min.models.flux import Flux
-from kontext_min.quantize import EMBEDDERS, MODULATION, is_modulation, open_flux
+from kontext_min.quantize import EMBEDDERS, MODULATION, QuantisedLinear, is_modulation, is_quantised, open_flux
 
 Ahead = Callable[[Tensor, Tensor, Tensor], object]  # is told timesteps (N,), y (N, vec_in_dim), guidance (N,)
 
@@ -20,13 +21,21 @@ KEPT = 128  # evaluations of which it is kept, at most: some that were foretold 
 LARGE = 2**20  # bytes from which an input of a block is worth a copy
 
 
-def open_apart(modulation: torch.device, model: Checkpoint, device: torch.device, *base, **more) -> tuple[Flux, Ahead]:
-    """`open_flux` with the modulation on a device of its own. -> also who is told of what is to come."""
+def open_apart(
+    modulation: torch.device, streamed: bool, model: Checkpoint, device: torch.device, *base, **more
+) -> tuple[Flux, Ahead]:
+    """`open_flux` with the modulation on a device of its own. -> also who is told of what is to come.
+    streamed: the blocks' other weights lie in the host's memory.
+    """
 
     def place(name: str) -> torch.device:
-        return modulation if is_modulation(name) else device
+        if is_modulation(name):
+            return modulation
+        return torch.device("cpu") if streamed and is_quantised(name) else device
 
     flux = open_flux(model, place, *base, **more)
+    if streamed:
+        Ring(flux, device)
     return flux, Modulation(flux, device).ahead
 
 
@@ -96,15 +105,51 @@ class Modulation:
         return vec
 
 
-class Inputs:
-    """Large inputs of checkpointed blocks, kept in the host's memory from forward to backward.
-    Copies run on a CUDA stream of their own, beside the computation; on a CPU they are just copies.
+class Copies:
+    """Tensors in the host's memory that come to a device and go, on a CUDA stream of their own, beside the computation;
+    on a CPU they are just copies.
     """
 
-    def __init__(self, flux: Flux, device: torch.device):
-        self.device, self.cuda = device, device.type == "cuda"
+    def __init__(self, device: torch.device):
+        self.device, self.cuda, self.hosts, self.there = device, device.type == "cuda", {}, {}
         self.stream = torch.cuda.Stream(device) if self.cuda else None
-        self.count, self.kept, self.coming = 0, {}, {}
+
+    def away(self, key: int, *tensors: Tensor):
+        copies = [torch.empty_like(x, device="cpu", pin_memory=self.cuda) for x in tensors]
+        with self.beside():
+            self.hosts[key] = [copy.copy_(x, non_blocking=True) for copy, x in zip(copies, tensors, strict=True)]
+        for x in tensors:
+            if x.is_cuda:
+                x.record_stream(self.stream)
+
+    def come(self, key: int, following: int) -> list[Tensor]:
+        """The tensors, on the device; those that are needed next begin to come."""
+        for one in (key, following):
+            if one in self.hosts and one not in self.there:
+                with _disable_current_modes(), self.beside():  # selective checkpoints must not see what comes when
+                    tensors = [x.to(self.device, non_blocking=True, copy=True) for x in self.hosts[one]]
+                    self.there[one] = tensors, self.cuda and self.stream.record_event()
+        tensors, event = self.there[key]
+        if self.cuda:
+            torch.cuda.current_stream(self.device).wait_event(event)
+            for x in tensors:
+                x.record_stream(torch.cuda.current_stream(self.device))
+        return tensors
+
+    def beside(self) -> AbstractContextManager:
+        """Within the context work is queued on the own stream, after all that is queued on the current one."""
+        if not self.cuda:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self.stream)
+
+
+class Inputs(Copies):
+    """Large inputs of checkpointed blocks, kept in the host's memory from forward to backward."""
+
+    def __init__(self, flux: Flux, device: torch.device):
+        super().__init__(device)
+        self.count = 0
         for block in (*flux.double_blocks, *flux.single_blocks):
             for part in {"branch", "forward"} & block.__dict__.keys():  # what `apply_checkpointing` has put there
                 setattr(block, part, partial(self.around, getattr(block, part)))
@@ -118,30 +163,41 @@ class Inputs:
         if x.is_complex() or x.nbytes < LARGE:
             return x
         self.count += 1
-        with self.beside():
-            self.kept[self.count] = torch.empty_like(x, device="cpu", pin_memory=self.cuda).copy_(x, non_blocking=True)
-        if self.cuda:
-            x.record_stream(self.stream)
+        self.away(self.count, x)
         return self.count
 
     def unpack(self, packed: Tensor | int) -> Tensor:
-        """The tensor again, on the device; the one that backward needs next begins to come."""
         if isinstance(packed, Tensor):
             return packed
-        for number in (packed, packed - 1):
-            if number in self.kept:
-                with self.beside():
-                    x = self.kept.pop(number).to(self.device, non_blocking=True)
-                    self.coming[number] = x, self.cuda and self.stream.record_event()
-        x, event = self.coming.pop(packed)
-        if self.cuda:
-            torch.cuda.current_stream(self.device).wait_event(event)
-            x.record_stream(torch.cuda.current_stream(self.device))
+        (x,) = self.come(packed, packed - 1)
+        del self.hosts[packed], self.there[packed]
         return x
 
-    def beside(self) -> AbstractContextManager:
-        """Within the context work is queued on the own stream, after all that is queued on the current one."""
-        if not self.cuda:
-            return nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self.stream)
+
+class Ring(Copies):
+    """The weights of blocks in the host's memory, of three at most on the device: the one at work and its neighbours.
+    Nothing is copied back. Linears ask for theirs in forward, in recomputation and in backward.
+    """
+
+    def __init__(self, flux: Flux, device: torch.device):
+        super().__init__(device)
+        for i, block in enumerate((*flux.double_blocks, *flux.single_blocks)):
+            tensors = []
+            for name, linear in [*block.named_modules()]:
+                if isinstance(linear, nn.Linear) and not is_modulation(f"{name}."):
+                    linear = QuantisedLinear(linear, {"weight": linear.weight.detach()})
+                    block.set_submodule(name, linear)
+                if isinstance(linear, QuantisedLinear):
+                    own = [part for part in linear.stored() if part is not None]
+                    linear.stored = partial(self.parts, i, slice(len(tensors), len(tensors := tensors + own)))
+                    linear.weight, linear.scale = tensors[-1].new_empty(0, device=device), None
+            self.away(i, *tensors)
+
+    @torch.compiler.disable
+    def parts(self, i: int, which: slice) -> tuple[Tensor, Tensor | None]:
+        """A linear's weight, and its scale if it has one."""
+        count, backward = len(self.hosts), torch._C._current_graph_task_id() != -1
+        near = [(i - 1) % count, i, (i + 1) % count]
+        self.there = {one: what for one, what in self.there.items() if one in near}
+        weight, *scale = self.come(i, near[0 if backward else 2])[which]
+        return weight, *(scale or [None])

@@ -74,7 +74,7 @@ def rounded_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 class QuantisedLinear(nn.Module):
     """A frozen linear with a low-bit form of its weight, which stands for W' (out, in) in the model's dtype.
-    Products with W' are exact. A dynamic one rounds tokens to 8 bits, too.
+    Products with W' are exact. A dynamic one rounds tokens to 8 bits, too. Without a scale the weight is W' itself.
     """
 
     def __init__(self, linear: nn.Linear, parts: dict[str, Tensor], dynamic: bool = False):
@@ -83,6 +83,9 @@ class QuantisedLinear(nn.Module):
         self.dynamic = dynamic
         for name in ("weight", "scale", "pairs"):
             self.register_buffer(name, parts.get(name))
+
+    def stored(self) -> tuple[Tensor, Tensor | None]:  # weight and scale; `Ring` puts another in its place
+        return self.weight, self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         return Product.apply(x, self, self.bias)
@@ -93,7 +96,10 @@ class QuantisedLinear(nn.Module):
 
     def dequantised(self, rows: slice = slice(None)) -> Tensor:
         """These rows of W', in the scale's dtype, rounded once; both levels of a byte are looked up as one number."""
-        weight, scale, pairs = self.weight[rows], self.scale[rows], self.pairs
+        (weight, scale), pairs = self.stored(), self.pairs
+        if scale is None:
+            return weight[rows]
+        weight, scale = weight[rows], scale[rows]
         if pairs is not None:
             whole = pairs.view(torch.int32 if pairs.itemsize == 2 else torch.int64).flatten()
             weight = whole.index_select(0, weight.flatten().int()).view(pairs.dtype).view(len(scale), -1)
@@ -116,7 +122,8 @@ class Product(torch.autograd.Function):
             if more is None or more.ndim == 1:
                 return F.linear(x, linear.dequantised(), more)
             return torch.addmm(more.flatten(0, -2), x.flatten(0, -2), linear.dequantised().t()).view(more.shape)
-        y = rounded_product(x.float(), linear.weight.t(), linear.scale.t().float()).to(x.dtype)
+        weight, scale = linear.stored()
+        y = rounded_product(x.float(), weight.t(), scale.t().float()).to(x.dtype)
         return y if more is None else y + more
 
     @staticmethod
@@ -124,7 +131,8 @@ class Product(torch.autograd.Function):
         more = dy if ctx.needs_input_grad[2] else None
         if not ctx.linear.rounds(dy):
             return dy @ ctx.linear.dequantised(), None, more
-        weight, scale = ctx.linear.weight, ctx.linear.scale.t().float()  # (1, out): of the axis that is summed over
+        weight, scale = ctx.linear.stored()
+        scale = scale.t().float()  # (1, out): of the axis that is summed over
         weight = weight if weight.dtype == torch.int8 else weight.t().contiguous().t()  # fp8: column by column
         return rounded_product(dy.float() * scale, weight, scale.new_ones(1, weight.shape[1])).to(dy.dtype), None, more
 

@@ -1,4 +1,4 @@
-"""What a GPU need not hold changes no bit: modulation elsewhere and ahead of time, inputs that come and go."""
+"""What a GPU need not hold changes no bit: modulation elsewhere and ahead of time, weights and inputs that come and go."""
 
 import pytest
 import tiny
@@ -18,6 +18,8 @@ def gradients(kontext, cache, precision, target, policy, parts) -> list[torch.Te
     made = {}
     if "modulation" in parts:
         made["modulation"] = offload.Modulation(flux, CPU)
+    if "blocks" in parts:
+        made["blocks"] = offload.Ring(flux, CPU)
     torch.manual_seed(0)
     for i, parameter in enumerate(add_lora(flux, matching_modules(flux.config, TARGETS[target]), 4, 4)):
         parameter.data += 0.1 * tiny.random(*parameter.shape, seed=i)
@@ -33,11 +35,13 @@ def gradients(kontext, cache, precision, target, policy, parts) -> list[torch.Te
         (out * tiny.random(*out.shape, seed=step)).sum().backward()
         found.append(out.detach())
     if "inputs" in parts:
-        assert made["inputs"].count and not made["inputs"].kept and not made["inputs"].coming
+        assert made["inputs"].count and not made["inputs"].hosts and not made["inputs"].there
+    if "blocks" in parts:
+        assert len(made["blocks"].hosts) == 4 > len(made["blocks"].there)
     return found + [p.grad for p in flux.parameters() if p.requires_grad]
 
 
-PARTS = [("modulation",), ("inputs",), ("modulation", "inputs")]
+PARTS = [("modulation",), ("inputs",), ("blocks",), ("modulation", "inputs", "blocks")]
 
 
 @pytest.mark.parametrize("precision", ["no_change", "int8-torchao", "nf4", "int8-dynamic"])
@@ -97,7 +101,7 @@ def test_compiled_blocks_give_the_same_without_a_break_and_one_graph_more_a_size
     torch._dynamo.reset()
     made = []
     for compiled in (False, True):
-        flux, _ = offload.open_apart(CPU, tiny.part(kontext, "transformer"), CPU, FP32, "int8-torchao", tmp_path)
+        flux, _ = offload.open_apart(CPU, False, tiny.part(kontext, "transformer"), CPU, FP32, "int8-torchao", tmp_path)
         torch.manual_seed(0)
         for i, parameter in enumerate(add_lora(flux, matching_modules(flux.config, TARGETS["all+ffs"]), 4, 4)):
             parameter.data += 0.1 * tiny.random(*parameter.shape, seed=i)

@@ -38,18 +38,19 @@ class Plan:
     recompute: str = "block"  # a policy of `apply_checkpointing`, or none
     modulation_on_cpu: bool = False
     offload_activations: bool = False  # the checkpointed blocks' inputs wait in the host's memory
+    stream_blocks: bool = False  # so do the blocks' weights
 
     def __str__(self) -> str:
         return ", ".join([self.recompute, *(name for name, chosen in vars(self).items() if chosen is True)])
 
 
-# from the fastest to the smallest
-PLANS = [Plan(policy, cpu) for policy in ("keep_gemm", "keep_attn", "block") for cpu in (False, True)]
-PLANS += [Plan("block", True, True)]
+POLICIES = ("keep_gemm", "keep_attn", "block")  # here and below, from the fastest to the smallest
+PLANS = [Plan(policy, cpu) for policy in POLICIES for cpu in (False, True)]
+PLANS += [Plan("block", True, True), *(Plan(policy, True, True, True) for policy in POLICIES)]
 CHANGES = [  # of a config, that save memory, those that cost the least time first
     {"modulation_on_cpu": True}, {"gradient_checkpointing": True, "recompute": "keep_attn"},
     {"offload_activations": True}, {"gradient_checkpointing": True, "recompute": "block"},
-    {"base_model_precision": "int8-torchao"}, {"base_model_precision": "nf4"},
+    {"base_model_precision": "int8-torchao"}, {"base_model_precision": "nf4"}, {"stream_blocks": True},
 ]  # fmt: skip
 
 
@@ -68,9 +69,12 @@ class Forecast:
         self.tokens = config.train_batch_size * (self.text + sum(map(math.prod, self.sizes)) // TOKEN**2)
         self.dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         self.flux = flux = on_meta(config, self.dtype)
-        tensors = [*flux.named_parameters(), *flux.named_buffers()]
-        width = flux.config.hidden_size
-        self.modulation = sum(size_of(t) for name, t in tensors if is_modulation(name) and not t.requires_grad)
+        tensors, width = [*flux.named_parameters(), *flux.named_buffers()], flux.config.hidden_size
+        sizes = {name: size_of(tensor) for name, tensor in tensors if not tensor.requires_grad}
+        self.modulation = sum(size for name, size in sizes.items() if is_modulation(name))
+        rest = {name: size for name, size in sizes.items() if "_blocks." in name and not is_modulation(name)}
+        largest = sum(size for name, size in rest.items() if name.startswith("double_blocks.0."))
+        self.blocks, self.away = sum(rest.values()), max(0, sum(rest.values()) - 3 * largest)
         inputs = len([*flux.double_blocks, *flux.single_blocks][: -1 : config.gradient_checkpointing_interval or 1])
         self.inputs = max(0, inputs - 2) * self.tokens * width * self.dtype.itemsize  # two are on the device
 
@@ -96,7 +100,7 @@ class Forecast:
         vae, picture = decoding(config.pretrained_model_name_or_path, self.sizes[0])
         step = self.work(plan.recompute).peak - plan.offload_activations * self.inputs
         parts = memory.held(self.flux, bytes_of_one(config), self.dtype, parallel.world(), config.sharded)
-        parts["transformer"] -= plan.modulation_on_cpu * self.modulation
+        parts["transformer"] -= plan.modulation_on_cpu * self.modulation + plan.stream_blocks * self.away
         parts |= {f"a batch of {self.tokens} tokens, forward and backward": step, "VAE": vae}
         parts["a picture in the VAE, beyond a batch"] = max(0, picture - step)
         return parts | {"CUDA's own, and gaps": self.cuda * WORKSPACE * GB}
@@ -105,7 +109,8 @@ class Forecast:
         return sum(self.parts(plan).values()) / GB
 
     def host(self, plan: Plan) -> float:  # GB in the host's memory
-        return (plan.modulation_on_cpu * self.modulation + plan.offload_activations * self.inputs) / GB
+        streamed = plan.offload_activations * self.inputs + plan.stream_blocks * self.blocks
+        return (plan.modulation_on_cpu * self.modulation + streamed) / GB
 
     def seconds(self, plan: Plan, card: dict) -> float:
         flops, (kind, _, how) = self.work(plan.recompute).flops, self.config.base_model_precision.partition("-")
