@@ -1,4 +1,4 @@
-"""What a GPU need not hold changes no bit: modulation elsewhere and ahead of time, weights and inputs that come and go."""
+"""What a GPU need not hold changes no bit: modulation elsewhere and ahead, weights and inputs that come and go."""
 
 import pytest
 import tiny
