@@ -231,12 +231,13 @@ def choose(buckets: list[Bucket], phase: Phase, generator: torch.Generator) -> B
 
 
 def token_weights(target: Tensor, references: list[Tensor]) -> Tensor:
-    """What the edit changes counts more: (B, L, 1), 1 or CHANGED_WEIGHT."""
+    """What the edit changes counts more, and so does the rest where that is less: (B, L, 1), 1 or CHANGED_WEIGHT."""
     tokens = flow.pack(target)
     if not references:
         return torch.ones_like(tokens[..., :1])
     changed = (tokens - flow.pack(references[0])).square().mean(-1, keepdim=True) > CHANGED
-    return torch.where(changed, CHANGED_WEIGHT, 1.0)
+    most = changed.float().mean(1, keepdim=True) > 0.5
+    return torch.where(changed | most, CHANGED_WEIGHT, 1.0)
 
 
 def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

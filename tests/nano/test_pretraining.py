@@ -126,6 +126,9 @@ def test_changed_tokens_weigh_more_and_text_to_image_tokens_alike():
     reference[..., :2, :2] = 1
     assert token_weights(target, [reference]).flatten().tolist() == [5, 1, 1, 1]
     assert token_weights(target, []).flatten().tolist() == [1, 1, 1, 1]
+    reference[:] = 1
+    reference[..., 2:, 2:] = 0  # a new background: what stays is the harder part
+    assert token_weights(target, [reference]).flatten().tolist() == [5, 5, 5, 5]
 
 
 def test_success_needs_the_change_done_and_the_rest_left():
