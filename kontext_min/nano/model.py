@@ -33,7 +33,7 @@ FLUX = FluxConfig(vec_in_dim=64, context_in_dim=128, hidden_size=192, num_heads=
 T5 = T5Config(vocab_size=T5_PIECES, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, max_distance=32)
 CLIP = CLIPConfig(vocab_size=CLIP_TOKENS, hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2,
                   max_positions=LENGTH, eos_token_id=CLIP_TOKENS - 1)
-AUTOENCODER = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=1, groups=8, scaling_factor=1.0, shift_factor=0.0)
+AUTOENCODER = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=2, groups=8, scaling_factor=1.0, shift_factor=0.0)
 # fmt: on
 
 

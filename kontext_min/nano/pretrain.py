@@ -31,9 +31,9 @@ from kontext_min.nano.scenes import Picture, pick
 
 MOMENTUM = 0.95
 LOG_EVERY, SAVE_EVERY = 50, 250  # steps
-VAE_SIZE, VAE_BATCH = Size(64, 64), 8
-VAE_STEPS, VAE_RATE = 3600, 2e-3
-KL_WEIGHT = 2e-2  # so much that the decoder bears small errors of the latents
+VAE_SIZES, VAE_BATCH = (Size(64, 64), Size(96, 96), Size(64, 64), Size(112, 80)), 8  # in turn; as many pixels of each
+VAE_STEPS, VAE_RATE = 8000, 2e-3
+KL_WEIGHT = 1e-2  # so much that the decoder bears small errors of the latents
 VAE_FIRST_INDEX = 10**8  # the transformer's examples count from 0
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 WARM_UP, DECAY = 100, 0.45  # steps; the last share of all steps, in which the rates fall linearly to zero
@@ -147,19 +147,21 @@ def to_tensor(pictures: list[Picture]) -> Tensor:
     return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w") * 2 - 1
 
 
-def training_picture(index: int) -> Picture:
+def training_picture(index: int, size: Size) -> Picture:
     """Picture number `index`: any picture (60 %), or one side of an edit; a tenth of them in a held-out style."""
     r = np.random.default_rng([3, index])
     if r.random() < 0.6:
-        _, picture = any_picture(r, "train", VAE_SIZE)
+        _, picture = any_picture(r, "train", size)
     else:
-        task = example("train", VAE_FIRST_INDEX + index, VAE_SIZE)
+        task = example("train", VAE_FIRST_INDEX + index, size)
         picture = pick(r, (task.target, *task.references))
     return pick(r, TARGETS.values())[1](picture).astype(np.float32) if r.random() < 0.1 else picture
 
 
-def pictures_of(step: int) -> Tensor:  # those of one step of the autoencoder. (VAE_BATCH, 3, 64, 64) in -1..1
-    return to_tensor([training_picture(step * VAE_BATCH + i) for i in range(VAE_BATCH)])
+def pictures_of(step: int) -> Tensor:  # those of one step of the autoencoder. (B, 3, H, W) in -1..1
+    size = VAE_SIZES[step % len(VAE_SIZES)]
+    count = round(VAE_BATCH * math.prod(VAE_SIZES[0]) / math.prod(size))
+    return to_tensor([training_picture(step * VAE_BATCH + i, size) for i in range(count)])
 
 
 def vae_loss(vae: VAE, step: int) -> Tensor:
@@ -171,7 +173,7 @@ def vae_loss(vae: VAE, step: int) -> Tensor:
     error = vae.decoder(z) - x
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + 4 * error.square().mean() + 0.5 * edges + KL_WEIGHT * kl
+    return error.abs().mean() + 8 * error.square().mean() + 0.5 * edges + KL_WEIGHT * kl
 
 
 def pretrain_vae(folder: Path, steps: int) -> VAE:
@@ -184,7 +186,7 @@ def pretrain_vae(folder: Path, steps: int) -> VAE:
 
     train(folder / "vae.pt", vae, optimizers(vae, VAE_RATE, VAE_RATE), range(steps), partial(vae_loss, vae), share_of)
     vae.eval().requires_grad_(False)
-    z = torch.cat([vae.moments(pictures_of(10**6 + i))[0] for i in range(512 // VAE_BATCH)])
+    z = torch.cat([vae.moments(pictures_of(10**6 + i * len(VAE_SIZES)))[0] for i in range(64)])
     shift, scale = round(z.mean().item(), 5), round(1 / z.std().item(), 5)  # which make latents N(0, 1)
     vae.config = replace(vae.config, shift_factor=shift, scaling_factor=scale)
     return vae.to(memory_format=torch.contiguous_format)
