@@ -95,15 +95,17 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys, per head, before the rotation."""
+    """Fused qkv (B, L, 3 * hidden) -> q, k, v, (B, H, L, D) each: q and k normed per head, before the rotation."""
 
-    def __init__(self, head_dim: int):
+    def __init__(self, hidden: int, num_heads: int):
         super().__init__()
-        self.query_norm = RMSNorm(head_dim)
-        self.key_norm = RMSNorm(head_dim)
+        self.num_heads = num_heads
+        self.query_norm = RMSNorm(hidden // num_heads)
+        self.key_norm = RMSNorm(hidden // num_heads)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        return self.query_norm(q), self.key_norm(k), v
 
 
 class Attend(nn.Module):
@@ -126,23 +128,6 @@ class Modulation(nn.Module):
         return self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
 
 
-class SelfAttention(nn.Module):
-    """The projections of one stream's attention: fused qkv, QK-norm and the output projection."""
-
-    def __init__(self, hidden: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.norm = QKNorm(hidden // num_heads)
-        self.proj = nn.Linear(hidden, hidden)
-
-    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, hidden) -> normed q, normed k, v, each (B, H, L, D)."""
-        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        q, k = self.norm(q, k)
-        return q, k, v
-
-
 class LayerNorm(nn.LayerNorm):
     """LayerNorm without learned scale and shift, eps 1e-6: what the modulation shifts and scales."""
 
@@ -153,6 +138,12 @@ class LayerNorm(nn.LayerNorm):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) * x + shift."""
     return (1 + scale) * x + shift
+
+
+def self_attention(hidden: int, num_heads: int) -> nn.ModuleDict:
+    """The projections of one stream's attention: fused qkv, QK-norm and the output projection."""
+    qkv, proj = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+    return nn.ModuleDict({"qkv": qkv, "norm": QKNorm(hidden, num_heads), "proj": proj})
 
 
 def feed_forward(hidden: int, mlp_hidden: int) -> nn.Sequential:
@@ -168,12 +159,12 @@ class DoubleStreamBlock(nn.Module):
         hidden = config.hidden_size
         self.img_mod = Modulation(hidden, double=True)
         self.img_norm1 = LayerNorm(hidden)
-        self.img_attn = SelfAttention(hidden, config.num_heads)
+        self.img_attn = self_attention(hidden, config.num_heads)
         self.img_norm2 = LayerNorm(hidden)
         self.img_mlp = feed_forward(hidden, config.mlp_hidden)
         self.txt_mod = Modulation(hidden, double=True)
         self.txt_norm1 = LayerNorm(hidden)
-        self.txt_attn = SelfAttention(hidden, config.num_heads)
+        self.txt_attn = self_attention(hidden, config.num_heads)
         self.txt_norm2 = LayerNorm(hidden)
         self.txt_mlp = feed_forward(hidden, config.mlp_hidden)
         self.attend = Attend()
@@ -188,8 +179,8 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2 = txt_mod
         streams = zip(
-            self.txt_attn.qkv_heads(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)),
-            self.img_attn.qkv_heads(modulate(self.img_norm1(img), img_shift1, img_scale1)),
+            self.txt_attn.norm(self.txt_attn.qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))),
+            self.img_attn.norm(self.img_attn.qkv(modulate(self.img_norm1(img), img_shift1, img_scale1))),
             strict=True,
         )
         qkv = (torch.cat(parts, dim=2) for parts in streams)  # (B, H, L_txt + L_img, D) each
@@ -208,11 +199,11 @@ class SingleStreamBlock(nn.Module):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
-        hidden, self.num_heads = config.hidden_size, config.num_heads
+        hidden = config.hidden_size
         self.widths = (3 * hidden, config.mlp_hidden)
         self.linear1 = nn.Linear(hidden, sum(self.widths))  # -> [q k v | mlp]
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # [attention | mlp] ->
-        self.norm = QKNorm(hidden // config.num_heads)
+        self.norm = QKNorm(hidden, config.num_heads)
         self.pre_norm = LayerNorm(hidden)
         self.modulation = Modulation(hidden, double=False)
         self.attend = Attend()
@@ -225,8 +216,7 @@ class SingleStreamBlock(nn.Module):
     def branch(self, x: Tensor, shift: Tensor, scale: Tensor, pe: Tensor, rows: slice) -> Tensor:
         """What the block adds to these tokens, before its gate."""
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
-        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        attention = self.attend(*self.norm(q, k), v, pe, rows=rows)  # (B, L, hidden)
+        attention = self.attend(*self.norm(qkv), pe, rows=rows)  # (B, L, hidden)
         return self.linear2(torch.cat([attention, F.gelu(mlp[:, rows], approximate="tanh")], dim=-1))
 
 
