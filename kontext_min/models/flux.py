@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, H heads, D channels of one head. The stream width `hi
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -71,16 +72,10 @@ def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     return torch.view_as_real(pairs * pe).flatten(-2).type_as(x)
 
 
-class MLPEmbedder(nn.Module):
+def embedder(in_dim: int, hidden: int) -> nn.Sequential:
     """Linear, SiLU, Linear: a sinusoid or the pooled text -> (B, hidden)."""
-
-    def __init__(self, in_dim: int, hidden: int):
-        super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden)
-        self.out_layer = nn.Linear(hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+    layers = {"in_layer": nn.Linear(in_dim, hidden), "silu": nn.SiLU(), "out_layer": nn.Linear(hidden, hidden)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 class RMSNorm(nn.Module):
@@ -242,9 +237,9 @@ class Flux(nn.Module):
         self.config = config
         hidden = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, hidden)
-        self.time_in = MLPEmbedder(256, hidden)
-        self.vector_in = MLPEmbedder(config.vec_in_dim, hidden)
-        self.guidance_in = MLPEmbedder(256, hidden) if config.guidance_embed else None
+        self.time_in = embedder(256, hidden)
+        self.vector_in = embedder(config.vec_in_dim, hidden)
+        self.guidance_in = embedder(256, hidden) if config.guidance_embed else None
         self.txt_in = nn.Linear(config.context_in_dim, hidden)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
