@@ -58,11 +58,8 @@ def timestep_embedding(s: Tensor, dim: int = 256, max_period: float = 10_000.0) 
 def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
     """Rotations e^(i angle) of position ids. ids (L, 3) -> (L, D/2), complex64 from fp64 angles (fp32 on MPS)."""
     exact = torch.float32 if ids.device.type == "mps" else torch.float64
-    angles = []
-    for axis, dim in enumerate(axes_dim):
-        omega = theta ** -(torch.arange(0, dim, 2, dtype=exact, device=ids.device) / dim)
-        angles.append(ids[:, axis, None].to(exact) * omega)
-    angle = torch.cat(angles, dim=-1)  # (L, D/2)
+    omegas = (theta ** -(torch.arange(0, dim, 2, dtype=exact, device=ids.device) / dim) for dim in axes_dim)
+    angle = torch.cat(list(map(torch.outer, ids.to(exact).T, omegas)), dim=-1)  # (L, D/2), an axis beside the other
     return torch.complex(angle.cos().float(), angle.sin().float())
 
 
