@@ -89,14 +89,13 @@ class RMSNorm(nn.Module):
 class QKNorm(nn.Module):
     """Fused qkv (B, L, 3 * hidden) -> q, k, v, (B, H, L, D) each: q and k normed per head, before the rotation."""
 
-    def __init__(self, hidden: int, num_heads: int):
+    def __init__(self, head_dim: int):
         super().__init__()
-        self.num_heads = num_heads
-        self.query_norm = RMSNorm(hidden // num_heads)
-        self.key_norm = RMSNorm(hidden // num_heads)
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, D=len(self.query_norm.scale))
         return self.query_norm(q), self.key_norm(k), v
 
 
@@ -113,11 +112,10 @@ class Modulation(nn.Module):
 
     def __init__(self, hidden: int, double: bool):
         super().__init__()
-        self.multiplier = 6 if double else 3
-        self.lin = nn.Linear(hidden, self.multiplier * hidden)
+        self.lin = nn.Linear(hidden, (6 if double else 3) * hidden)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
+        return self.lin(F.silu(vec))[:, None, :].split(vec.shape[-1], dim=-1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -135,7 +133,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def self_attention(hidden: int, num_heads: int) -> nn.ModuleDict:
     """The projections of one stream's attention: fused qkv, QK-norm and the output projection."""
     qkv, proj = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-    return nn.ModuleDict({"qkv": qkv, "norm": QKNorm(hidden, num_heads), "proj": proj})
+    return nn.ModuleDict({"qkv": qkv, "norm": QKNorm(hidden // num_heads), "proj": proj})
 
 
 def feed_forward(hidden: int, mlp_hidden: int) -> nn.Sequential:
@@ -195,7 +193,7 @@ class SingleStreamBlock(nn.Module):
         self.widths = (3 * hidden, config.mlp_hidden)
         self.linear1 = nn.Linear(hidden, sum(self.widths))  # -> [q k v | mlp]
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # [attention | mlp] ->
-        self.norm = QKNorm(hidden, config.num_heads)
+        self.norm = QKNorm(hidden // config.num_heads)
         self.pre_norm = LayerNorm(hidden)
         self.modulation = Modulation(hidden, double=False)
         self.attend = Attend()
