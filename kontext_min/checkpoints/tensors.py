@@ -90,8 +90,7 @@ class Tensors:
 
 
 def refuse(title: str, problem: str, names: Iterable[str]):
-    names = sorted(names)
-    if names:
+    if names := sorted(names):
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ValueError(f"{title}: {len(names)} {problem}: {', '.join(names[:5])}{more}")
 

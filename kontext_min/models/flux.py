@@ -45,12 +45,11 @@ class FluxConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
 
-def timestep_embedding(s: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of 1000 * s, cosines first. s (B,) in [0, 1] or a guidance scale -> (B, dim) in fp32.
+def timestep_embedding(s: Tensor) -> Tensor:
+    """Sinusoids of 1000 * s, cosines first. s (B,) in [0, 1] or a guidance scale -> (B, 256) in fp32.
     Computed in fp32 whatever the model's dtype: in bf16, 1000 * s would move in steps of 4.
     """
-    half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=s.device) / half)
+    freqs = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32, device=s.device) / 128)
     args = 1000.0 * s.float()[:, None] * freqs[None]
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
@@ -267,6 +266,5 @@ class Flux(nn.Module):
         for block in blocks:
             x = block(x, vec, pe)
         first = txt.shape[1]
-        if wanted is None:
-            return self.final_layer(last(x, vec, pe)[:, first:], vec)
-        return self.final_layer(last(x, vec, pe, rows=slice(first, first + wanted)), vec)
+        x = last(x, vec, pe)[:, first:] if wanted is None else last(x, vec, pe, rows=slice(first, first + wanted))
+        return self.final_layer(x, vec)
