@@ -239,5 +239,4 @@ def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
         stem = name.removeprefix("text_model.")
         return None if stem in NOT_USED else f"text_model.{stem}"
 
-    clip, tensors = on_meta(CLIPText, clip_config, checkpoint.components["text_encoder"], rule)
-    return fill(clip, tensors, {}, dtype, device)
+    return fill(*on_meta(CLIPText, clip_config, checkpoint.components["text_encoder"], rule), {}, dtype, device)
