@@ -138,10 +138,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def prepare(settings: dict, editor: Editor) -> tuple[list[Image.Image], Size]:
+def prepare(settings: dict, images: list[Image.Image], editor: Editor) -> tuple[list[Image.Image], Size]:
     """The references as the model will see them, and the output's size; says what is cut off or rounded."""
     multiple, rule = pixels_per_token(editor.vae), settings["reference_size"]
-    images = [open_image(Path(path)) for path in settings["image"]]
     size = output_size([Size(*i.size) for i in images], settings["size"], rule, editor.preset, multiple)
     if settings["size"] not in ("auto", str(size)):
         print(f"size {settings['size']} is made {size}: sides are multiples of {multiple}")
@@ -168,12 +167,11 @@ def paths_for(out: Path, count: int) -> list[Path]:
 
 
 def save(image: Image.Image, path: Path, settings: dict):  # a PNG with everything needed to make it again
-    files = [str(Path(p).resolve()) for p in settings["image"]]
-    loras = [(str(lora.path.resolve()), strength) for lora, strength in settings["adapters"]]
-    kept = {key: settings[key] for key in DEFAULTS}
+    kept = {key: settings[key] for key in DEFAULTS} | {"num_images": 1}
+    kept["image"] = [str(Path(path).resolve()) for path in settings["image"]]
+    kept["lora"] = [f"{lora.path.resolve()}:{strength:g}" for lora, strength in settings["adapters"]]
     if presets.locate(kept["model"]) == kept["model"] and Path(kept["model"]).is_dir():
         kept["model"] = str(Path(kept["model"]).resolve())
-    kept |= {"image": files, "lora": [f"{file}:{scale:g}" for file, scale in loras], "num_images": 1}
     info = PngInfo()
     info.add_itxt(CHUNK, json.dumps(kept, ensure_ascii=False))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,8 +183,7 @@ def main(argv: list[str] | None = None):
     given = parse_arguments(argv)
     out, cache = (Path(vars(given).pop(key, usual)) for key, usual in (("out", "output/infer"), ("cache_dir", "cache")))
     settings = gather(given)
-    for path in settings["image"]:
-        open_image(Path(path))  # unreadable pictures are said before anything is loaded
+    images = [open_image(Path(path)) for path in settings["image"]]  # unreadable ones are said before models are loaded
     device = choose_device(settings["device"])
     plain = "fp32" if device.type == "cpu" else "bf16"
     if settings["precision"] == "auto":  # kept as it is chosen here, for another machine
@@ -200,7 +197,7 @@ def main(argv: list[str] | None = None):
     base = (settings["precision"], cache / "base", settings["text_encoder_2_precision"])
     merge = settings["merge"]
     editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, base, merge)
-    references, size = prepare(settings, editor)
+    references, size = prepare(settings, images, editor)
     negative = encoded.get(settings["negative_prompt"]) if settings["cfg_scale"] != 1 else None
     for prompt in settings["prompt"]:
         for seed in range(settings["seed"], settings["seed"] + settings["num_images"]):

@@ -5,7 +5,7 @@ is a range of rows in one of our fused linears, the update acts on these rows al
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from fnmatch import fnmatchcase
 
@@ -142,12 +142,9 @@ def muted(flux: Flux, pattern: str = "*"):
     """Within the context the updates at and below these modules (`single_blocks.1`, `*` for anything) are off.
     With all of them off the outputs are the base model's to the last bit.
     """
-    named = ((f"{name}.", module) for name, module in flux.named_modules() if isinstance(module, Adapted))
-    kept = {module: module.updates for name, module in named if fnmatchcase(name, f"{pattern}.*")}
-    for module in kept:
-        module.updates = nn.ModuleList()
-    try:
+    with ExitStack() as stack:
+        for name, module in list(flux.named_modules()):
+            if isinstance(module, Adapted) and fnmatchcase(f"{name}.", f"{pattern}.*"):
+                stack.callback(setattr, module, "updates", module.updates)
+                module.updates = nn.ModuleList()
         yield
-    finally:
-        for module, its_updates in kept.items():
-            module.updates = its_updates

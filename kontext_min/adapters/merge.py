@@ -82,9 +82,8 @@ def merging(given: Sequence[Update], flux: Flux) -> Callable[[Flux, str], None]:
 
     def then(flux: Flux, name: str):
         if change := changes.get(name):
-            weight, (whole, here) = flux.get_parameter(name), change
-            merged = with_updates(weight.float(), whole, [update.to(weight.device) for update in here])
-            weight.data = merged.to(weight.dtype)
+            weight = flux.get_parameter(name)
+            weight.data = with_updates(weight.float(), *change).to(weight.dtype)
 
     return then
 
@@ -96,7 +95,7 @@ def with_updates(weight: Tensor, part: Part, here: list[Update]) -> Tensor:
     merged = weight.clone()
     for update in here:
         rows, own = overlap(part, update)
-        delta = update.delta()[own]
+        delta = update.to(weight.device).delta()[own]
         if update.magnitude is not None:  # DoRA: rows of the trained direction get the trained lengths
             longer = F.normalize(weight[rows] + delta, dim=1) * update.magnitude[own, None].float()
             delta = update.strength * (longer - weight[rows])

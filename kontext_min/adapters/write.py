@@ -109,12 +109,10 @@ def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> s
 
 def largest_error(given: Sequence[Update], read: Sequence[Update]) -> tuple[float, str]:
     """Both changes of a weight of zeros, one of our linears at a time: the largest relative error, and where."""
-    device = next(given[0].parameters()).device
-    ours, theirs, errors = by_linear(given), by_linear([update.to(device) for update in read]), []
-    for whole in ours | theirs:
-        sides = [side.get(whole, ([], []))[1] for side in (ours, theirs)]
-        nothing = torch.zeros(whole.rows, (sides[0] or sides[1])[0].shape[1], device=device)
-        a, b = (with_updates(nothing, whole, here) for here in sides)
+    device, errors = next(given[0].parameters()).device, []
+    for whole, (_, here) in by_linear([*given, *read]).items():
+        nothing = torch.zeros(whole.rows, here[0].shape[1], device=device)
+        a, b = (with_updates(nothing, whole, [u for u in here if u in side]) for side in (given, read))
         error = (a - b).norm() / (a.norm() or 1.0)
         errors.append((float(error.nan_to_num(nan=float("inf"))), whole.name))
     return max(errors)

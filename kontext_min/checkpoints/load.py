@@ -184,10 +184,6 @@ def clip_config(config: dict, shapes: Shapes) -> CLIPConfig:
     )  # fmt: skip
 
 
-def same_names(module: nn.Module) -> dict[str, Source]:
-    return {name: Source((name,)) for name, _ in module.named_parameters()}
-
-
 def on_meta(
     kind: type[nn.Module], config_of: Callable, component: Component, rule: Callable[[str], str | None] = str
 ) -> tuple[nn.Module, Tensors]:
@@ -211,10 +207,10 @@ def bare(name: str) -> str:  # the name of a transformer's tensor without ComfyU
 
 
 def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]]:
-    """The transformer without weights, the tensors of its files, and our name -> theirs."""
+    """The transformer without weights, the tensors of its files, and our name -> theirs ({} where they are ours)."""
     flux, tensors = on_meta(Flux, flux_config, checkpoint.components["transformer"], bare)
     diffusers = "x_embedder.weight" in tensors.names()
-    return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else same_names(flux)
+    return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else {}
 
 
 def load_flux(checkpoint: Checkpoint, device: Place, dtype: torch.dtype, then: Callable | None = None) -> Flux:
@@ -225,7 +221,7 @@ def load_flux(checkpoint: Checkpoint, device: Place, dtype: torch.dtype, then: C
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
     vae, tensors = on_meta(VAE, vae_config, checkpoint.components["vae"])
     diffusers = "encoder.conv_norm_out.weight" in tensors.names()
-    table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else same_names(vae)
+    table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else {}
     return fill(vae, tensors, table, dtype, device)
 
 
@@ -233,7 +229,7 @@ def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, th
     """T5's encoder, frozen and in eval mode; `then` as in `fill`. Its embedding may have either name, or both."""
     part = checkpoint.components["text_encoder_2"]
     t5, tensors = on_meta(T5Encoder, t5_config, part, lambda name: name.replace("encoder.embed_tokens.", "shared."))
-    return fill(t5, tensors, same_names(t5), dtype, device, then=then)
+    return fill(t5, tensors, {}, dtype, device, then=then)
 
 
 def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CLIPText:
@@ -243,5 +239,4 @@ def load_clip(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
         stem = name.removeprefix("text_model.")
         return None if stem in NOT_USED else f"text_model.{stem}"
 
-    clip, tensors = on_meta(CLIPText, clip_config, checkpoint.components["text_encoder"], rule)
-    return fill(clip, tensors, same_names(clip), dtype, device)
+    return fill(*on_meta(CLIPText, clip_config, checkpoint.components["text_encoder"], rule), {}, dtype, device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kontext_min import flow, parallel
 from kontext_min.checkpoints import keys
 from kontext_min.checkpoints.keys import Source
-from kontext_min.checkpoints.load import Checkpoint, empty_flux, same_names
+from kontext_min.checkpoints.load import Checkpoint, empty_flux
 from kontext_min.checkpoints.tensors import whole_file
 from kontext_min.models.clip import CLIPText
 from kontext_min.models.flux import Flux
@@ -39,7 +39,7 @@ def save_model(folder: Path, *, flux: Flux, vae: VAE, t5: T5Encoder, clip: CLIPT
     sizes = {**in_file(vae.config, keys.SETTINGS["vae"]), "out_channels": vae.config.in_channels, **blocks}
     save_component(folder / "vae", vae, keys.vae_diffusers(vae.config, list(vae.state_dict())), sizes, dtype)
     for name, module in {"text_encoder": clip, "text_encoder_2": t5}.items():
-        save_component(folder / name, module, same_names(module), in_file(module.config, keys.SETTINGS[name]), dtype)
+        save_component(folder / name, module, {}, in_file(module.config, keys.SETTINGS[name]), dtype)
 
 
 def save_component(folder: Path, module: nn.Module, table: dict[str, Source], sizes: dict, dtype: torch.dtype):
@@ -53,7 +53,8 @@ def save_component(folder: Path, module: nn.Module, table: dict[str, Source], si
 def as_in_file(module: nn.Module, table: dict[str, Source], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """A module's tensors by the file's names, one after another. Of one in shards, all ranks must take them."""
     for ours, tensor in module.named_parameters():
-        yield from table[ours].disassemble(parallel.whole(tensor.detach()).to("cpu", dtype)).items()
+        source = table[ours] if table else Source((ours,))
+        yield from source.disassemble(parallel.whole(tensor.detach()).to("cpu", dtype)).items()
 
 
 def stream(path: Path, tensors: Iterable[tuple[str, Tensor]]):

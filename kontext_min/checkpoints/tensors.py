@@ -90,8 +90,7 @@ class Tensors:
 
 
 def refuse(title: str, problem: str, names: Iterable[str]):
-    names = sorted(names)
-    if names:
+    if names := sorted(names):
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise ValueError(f"{title}: {len(names)} {problem}: {', '.join(names[:5])}{more}")
 
@@ -100,10 +99,11 @@ def assembled(
     module: nn.Module, tensors: Tensors, table: Mapping[str, Source], dtype: torch.dtype, device: Place
 ) -> Iterator[tuple[str, Tensor]]:
     """The parameters of a module built on `meta`, by our names, one at a time, all names and shapes checked beforehand.
-    table: our name -> where it comes from; device: one for all, or device(our name).
+    table: our name -> where it comes from, {} where the files have our names; device: one for all, or device(our name).
     Raises ValueError on missing, unexpected or mis-shaped tensors.
     """
     parameters = dict(module.named_parameters())
+    table = table or {name: Source((name,)) for name in parameters}
     assert parameters.keys() == table.keys(), parameters.keys() ^ table.keys()
     cut = (source.disassemble(parameters[ours].to("meta")) for ours, source in table.items())
     expected = {name: tuple(part.shape) for parts in cut for name, part in parts.items()}

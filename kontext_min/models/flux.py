@@ -6,6 +6,7 @@ Shapes: B batch, L tokens, H heads, D channels of one head. The stream width `hi
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +45,11 @@ class FluxConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
 
-def timestep_embedding(s: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of 1000 * s, cosines first. s (B,) in [0, 1] or a guidance scale -> (B, dim) in fp32.
+def timestep_embedding(s: Tensor) -> Tensor:
+    """Sinusoids of 1000 * s, cosines first. s (B,) in [0, 1] or a guidance scale -> (B, 256) in fp32.
     Computed in fp32 whatever the model's dtype: in bf16, 1000 * s would move in steps of 4.
     """
-    half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=s.device) / half)
+    freqs = torch.exp(-math.log(10_000) * torch.arange(128, dtype=torch.float32, device=s.device) / 128)
     args = 1000.0 * s.float()[:, None] * freqs[None]
     return torch.cat([args.cos(), args.sin()], dim=-1)
 
@@ -57,11 +57,8 @@ def timestep_embedding(s: Tensor, dim: int = 256, max_period: float = 10_000.0) 
 def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
     """Rotations e^(i angle) of position ids. ids (L, 3) -> (L, D/2), complex64 from fp64 angles (fp32 on MPS)."""
     exact = torch.float32 if ids.device.type == "mps" else torch.float64
-    angles = []
-    for axis, dim in enumerate(axes_dim):
-        omega = theta ** -(torch.arange(0, dim, 2, dtype=exact, device=ids.device) / dim)
-        angles.append(ids[:, axis, None].to(exact) * omega)
-    angle = torch.cat(angles, dim=-1)  # (L, D/2)
+    omegas = (theta ** -(torch.arange(0, dim, 2, dtype=exact, device=ids.device) / dim) for dim in axes_dim)
+    angle = torch.cat(list(map(torch.outer, ids.to(exact).T, omegas)), dim=-1)  # (L, D/2), an axis beside the other
     return torch.complex(angle.cos().float(), angle.sin().float())
 
 
@@ -71,16 +68,10 @@ def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     return torch.view_as_real(pairs * pe).flatten(-2).type_as(x)
 
 
-class MLPEmbedder(nn.Module):
+def embedder(in_dim: int, hidden: int) -> nn.Sequential:
     """Linear, SiLU, Linear: a sinusoid or the pooled text -> (B, hidden)."""
-
-    def __init__(self, in_dim: int, hidden: int):
-        super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden)
-        self.out_layer = nn.Linear(hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
+    layers = {"in_layer": nn.Linear(in_dim, hidden), "silu": nn.SiLU(), "out_layer": nn.Linear(hidden, hidden)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 class RMSNorm(nn.Module):
@@ -95,15 +86,16 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys, per head, before the rotation."""
+    """Fused qkv (B, L, 3 * hidden) -> q, k, v, (B, H, L, D) each: q and k normed per head, before the rotation."""
 
     def __init__(self, head_dim: int):
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, D=len(self.query_norm.scale))
+        return self.query_norm(q), self.key_norm(k), v
 
 
 class Attend(nn.Module):
@@ -119,28 +111,10 @@ class Modulation(nn.Module):
 
     def __init__(self, hidden: int, double: bool):
         super().__init__()
-        self.multiplier = 6 if double else 3
-        self.lin = nn.Linear(hidden, self.multiplier * hidden)
+        self.lin = nn.Linear(hidden, (6 if double else 3) * hidden)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
-
-
-class SelfAttention(nn.Module):
-    """The projections of one stream's attention: fused qkv, QK-norm and the output projection."""
-
-    def __init__(self, hidden: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.norm = QKNorm(hidden // num_heads)
-        self.proj = nn.Linear(hidden, hidden)
-
-    def qkv_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, hidden) -> normed q, normed k, v, each (B, H, L, D)."""
-        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        q, k = self.norm(q, k)
-        return q, k, v
+        return self.lin(F.silu(vec))[:, None, :].split(vec.shape[-1], dim=-1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -153,6 +127,12 @@ class LayerNorm(nn.LayerNorm):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) * x + shift."""
     return (1 + scale) * x + shift
+
+
+def self_attention(hidden: int, num_heads: int) -> nn.ModuleDict:
+    """The projections of one stream's attention: fused qkv, QK-norm and the output projection."""
+    qkv, proj = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+    return nn.ModuleDict({"qkv": qkv, "norm": QKNorm(hidden // num_heads), "proj": proj})
 
 
 def feed_forward(hidden: int, mlp_hidden: int) -> nn.Sequential:
@@ -168,12 +148,12 @@ class DoubleStreamBlock(nn.Module):
         hidden = config.hidden_size
         self.img_mod = Modulation(hidden, double=True)
         self.img_norm1 = LayerNorm(hidden)
-        self.img_attn = SelfAttention(hidden, config.num_heads)
+        self.img_attn = self_attention(hidden, config.num_heads)
         self.img_norm2 = LayerNorm(hidden)
         self.img_mlp = feed_forward(hidden, config.mlp_hidden)
         self.txt_mod = Modulation(hidden, double=True)
         self.txt_norm1 = LayerNorm(hidden)
-        self.txt_attn = SelfAttention(hidden, config.num_heads)
+        self.txt_attn = self_attention(hidden, config.num_heads)
         self.txt_norm2 = LayerNorm(hidden)
         self.txt_mlp = feed_forward(hidden, config.mlp_hidden)
         self.attend = Attend()
@@ -188,8 +168,8 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2 = txt_mod
         streams = zip(
-            self.txt_attn.qkv_heads(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)),
-            self.img_attn.qkv_heads(modulate(self.img_norm1(img), img_shift1, img_scale1)),
+            self.txt_attn.norm(self.txt_attn.qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))),
+            self.img_attn.norm(self.img_attn.qkv(modulate(self.img_norm1(img), img_shift1, img_scale1))),
             strict=True,
         )
         qkv = (torch.cat(parts, dim=2) for parts in streams)  # (B, H, L_txt + L_img, D) each
@@ -208,7 +188,7 @@ class SingleStreamBlock(nn.Module):
 
     def __init__(self, config: FluxConfig):
         super().__init__()
-        hidden, self.num_heads = config.hidden_size, config.num_heads
+        hidden = config.hidden_size
         self.widths = (3 * hidden, config.mlp_hidden)
         self.linear1 = nn.Linear(hidden, sum(self.widths))  # -> [q k v | mlp]
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # [attention | mlp] ->
@@ -225,8 +205,7 @@ class SingleStreamBlock(nn.Module):
     def branch(self, x: Tensor, shift: Tensor, scale: Tensor, pe: Tensor, rows: slice) -> Tensor:
         """What the block adds to these tokens, before its gate."""
         qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
-        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        attention = self.attend(*self.norm(q, k), v, pe, rows=rows)  # (B, L, hidden)
+        attention = self.attend(*self.norm(qkv), pe, rows=rows)  # (B, L, hidden)
         return self.linear2(torch.cat([attention, F.gelu(mlp[:, rows], approximate="tanh")], dim=-1))
 
 
@@ -252,9 +231,9 @@ class Flux(nn.Module):
         self.config = config
         hidden = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, hidden)
-        self.time_in = MLPEmbedder(256, hidden)
-        self.vector_in = MLPEmbedder(config.vec_in_dim, hidden)
-        self.guidance_in = MLPEmbedder(256, hidden) if config.guidance_embed else None
+        self.time_in = embedder(256, hidden)
+        self.vector_in = embedder(config.vec_in_dim, hidden)
+        self.guidance_in = embedder(256, hidden) if config.guidance_embed else None
         self.txt_in = nn.Linear(config.context_in_dim, hidden)
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.depth_single_blocks))
@@ -287,6 +266,5 @@ class Flux(nn.Module):
         for block in blocks:
             x = block(x, vec, pe)
         first = txt.shape[1]
-        if wanted is None:
-            return self.final_layer(last(x, vec, pe)[:, first:], vec)
-        return self.final_layer(last(x, vec, pe, rows=slice(first, first + wanted)), vec)
+        x = last(x, vec, pe)[:, first:] if wanted is None else last(x, vec, pe, rows=slice(first, first + wanted))
+        return self.final_layer(x, vec)
