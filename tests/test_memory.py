@@ -26,7 +26,7 @@ from kontext_min.memory import (
     size_of,
 )  # fmt: skip
 from kontext_min.models.flux import Flux
-from kontext_min.offload import LARGE, Inputs
+from kontext_min.offload import Inputs
 from kontext_min.quantize import open_flux
 
 POLICIES = ("block", "keep_attn", "keep_gemm")
@@ -195,25 +195,17 @@ def test_on_hopper_alone_cudnn_comes_first_and_the_order_is_put_back(monkeypatch
 class Away(Inputs):
     """What is away takes no bytes: on meta it cannot be told from what is not."""
 
-    def pack(self, x):
-        if x.is_complex() or x.nbytes < LARGE:
-            return x
-        self.count += 1
-        self.kept[self.count] = x.shape, x.dtype
-        return self.count
+    def away(self, key, *tensors):
+        self.hosts[key] = [(x.shape, x.dtype) for x in tensors]
 
-    def unpack(self, packed):
-        if isinstance(packed, torch.Tensor):
-            return packed
-        for number in (packed, packed - 1):
-            if number in self.kept:
-                shape, dtype = self.kept.pop(number)
-                self.coming[number] = torch.empty(shape, dtype=dtype, device="meta")
-        return self.coming.pop(packed)
+    def come(self, key, following):
+        for one in {key, following} & self.hosts.keys() - self.there.keys():
+            self.there[one] = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.hosts[one]]
+        return self.there[key]
 
 
 def test_at_full_size_a_step_takes_little_with_the_inputs_of_blocks_away():
     model, given = on_meta("block", FULL, torch.bfloat16)
     away = Away(model, torch.device("meta"))
     assert counted(lambda: arms.loss(model, given)).peak / GB <= 1.7
-    assert away.count == 2 * 19 + 37 and not away.kept and not away.coming
+    assert away.count == 2 * 19 + 37 and not away.hosts and not away.there
