@@ -1,6 +1,5 @@
 """nano's parts: the four networks, their sizes and first weights, its two tokenizers, and the model folder."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import Regex, pre_tokenizers
 from torch import Tensor, nn
 
+from kontext_min.checkpoints.keys import INDEX
 from kontext_min.checkpoints.save import save_model, write_json
 from kontext_min.data.buckets import Size
 from kontext_min.flow import Condition
@@ -65,8 +65,7 @@ def tokenizers_of(folder: Path) -> Callable[[list[str]], Tensor]:
 def export(folder: Path, nano: Nano, vae: VAE) -> None:
     """Write the standard model folder (bf16); the tokenizers are there already. The index names the preset."""
     save_model(folder, flux=nano.flux, vae=vae, t5=nano.t5, clip=nano.clip)
-    index = json.loads((folder / "model_index.json").read_text())
-    write_json(folder / "model_index.json", index | {"_name_or_path": NANO.name})
+    write_json(folder / "model_index.json", INDEX | {"_name_or_path": NANO.name})
 
 
 def corpus() -> list[str]:
