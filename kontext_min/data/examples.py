@@ -224,13 +224,13 @@ class Examples:
                 txt, vec = encode(caption)
                 self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
             del encode
-            free(device)
+            free()
         if mine := parallel.own([*views.items()]):
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
             for (cache, key), view in tqdm(mine, desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": encode_view(vae, view)})
             del vae
-            free(device)
+            free()
         parallel.wait()
         return len(captions), len(views)
 
