@@ -47,9 +47,8 @@ class Validator:
         """Write what stays the same, and the base model's pictures unless those of the same items are here already."""
         listed = json.dumps([item.record() for item in self.items], indent=2, ensure_ascii=False)
         views = [view.key() for item in self.items for view in item.references]
-        made_from = digest(
-            listed, *views, f"{self.sampling} {self.examples.dtype}", self.examples.weights_of("transformer")
-        )
+        weights = self.examples.weights_of("transformer")
+        made_from = digest(listed, *views, f"{self.sampling} {self.examples.dtype}", weights)
         note = self.folder.validation / "base" / "made-from.txt"
         if note.is_file() and note.read_text() == made_from:
             self.base = [Image.open(self.folder.picture("base", i)).convert("RGB") for i in range(len(self.items))]
