@@ -65,8 +65,7 @@ def to_image(x: Tensor) -> Image.Image:  # (3, H, W), about [-1, 1] -> a picture
 @torch.no_grad()
 def encode_image(vae: VAE, image: Image.Image) -> Tensor:
     """A picture whose sides are multiples of two latents -> (1, 16, h, w), normalised, on the VAE's device."""
-    weight = vae.decoder.conv_in.weight
-    return vae.encode(to_tensor(image).to(weight.device, weight.dtype)).float()
+    return vae.encode(to_tensor(image).to(vae.decoder.conv_in.weight)).float()
 
 
 @torch.no_grad()
