@@ -102,13 +102,12 @@ def cover(thing: Object, size: Size) -> Picture:  # how much of each pixel the o
 
 def draw(scene: Scene, size: Size) -> Picture:
     """The whole scene, with antialiased edges. Returns (H, W, 3)."""
-    x = ((np.arange(size.width, dtype=np.float32) + 0.5) / size.width * 2 - 1)[None, :]
-    y = ((np.arange(size.height, dtype=np.float32) + 0.5) / size.height * 2 - 1)[:, None]
+    x, y = np.meshgrid(*((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1 for side in size))
     a, f = scene.angle, scene.frequency
     share = {
-        "plain": lambda: 0 * x * y,
-        "vertical gradient": lambda: (y + 1) / 2 + 0 * x,
-        "horizontal gradient": lambda: (x + 1) / 2 + 0 * y,
+        "plain": lambda: np.zeros_like(x),
+        "vertical gradient": lambda: (y + 1) / 2,
+        "horizontal gradient": lambda: (x + 1) / 2,
         "stripes": lambda: np.clip(np.sin((x * np.cos(a) + y * np.sin(a)) * f) * 2 + 0.5, 0, 1),
         "checker": lambda: np.clip(np.sin(x * f) * np.sin(y * f) * 6 + 0.5, 0, 1),
         "dots": lambda: np.clip(2.2 - 8 * np.hypot((x * f / 4) % 1 - 0.5, (y * f / 4) % 1 - 0.5), 0, 1),
