@@ -14,18 +14,16 @@ from kontext_min.data.buckets import Size
 
 Picture = np.ndarray  # (H, W, 3) float32 in 0..1
 
-# fmt: off
 COLOURS: dict[str, tuple[float, ...]] = {
     "red":   (0.86, 0.12, 0.13), "orange": (0.98, 0.55, 0.08), "yellow": (0.98, 0.88, 0.15),
     "green": (0.13, 0.65, 0.25), "blue":   (0.12, 0.30, 0.85), "purple": (0.58, 0.18, 0.75),
     "white": (0.97, 0.97, 0.97), "black":  (0.06, 0.06, 0.07),
-}
+}  # fmt: skip
 # cell (column, row): its name
 PLACES = {
     (-1, -1): "top left corner", (1, -1): "top right corner", (0, 0): "center",
     (-1, 1): "bottom left corner", (1, 1): "bottom right corner",
-}
-# fmt: on
+}  # fmt: skip
 CELL = 0.55  # distance of the corner cells' centres from the middle
 RADIUS = 0.38  # of objects that an edit adds; drawn ones vary around it; neighbours do not touch
 PATTERNS = ("plain", "plain", "vertical gradient", "horizontal gradient", "stripes", "checker", "dots")
