@@ -164,9 +164,8 @@ class Forecast:
 
 
 def named(config: Config) -> dict[str, str | bool]:
-    said = config.model_dump(include=set(vars(Plan())))
-    said |= {} if config.gradient_checkpointing else {"recompute": "none"}
-    return {name: value for name, value in said.items() if value is not None}
+    said = config.model_dump(include=set(vars(Plan())), exclude_none=True)
+    return said if config.gradient_checkpointing else said | {"recompute": "none"}
 
 
 def choose(config: Config, examples: list[Example], device: torch.device) -> Forecast:
