@@ -133,7 +133,6 @@ class Run:
         form = "lycoris" if self.config.lycoris_config else self.config.lora_format.replace("comfyui", "comfy")
         write_adapter(self.folder.lora, adapter, recipe, dtype, form)
         if self.ema:
-            self.folder.average.parent.mkdir(exist_ok=True)
             recipe["ema"] = True
             with self.ema.applied():
                 write_adapter(self.folder.average, adapter, recipe, dtype, form)
