@@ -68,9 +68,8 @@ def save(folder: Path, step: int, kept: Parts | parallel.Shards, identity: dict,
     """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so."""
     final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     try:
-        if parallel.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        parallel.by_first(shutil.rmtree)(temporary, ignore_errors=True)
+        parallel.by_first(temporary.mkdir)(parents=True)
         parallel.wait()
         kept.save(temporary)
         parallel.wait()

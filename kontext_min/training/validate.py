@@ -56,9 +56,8 @@ class Validator:
             self.clear()
             with muted(self.editor.flux):
                 self.base = self.pictures("base")
-            write = parallel.by_first(Path.write_text)
-            write(self.folder.items, listed + "\n", encoding="utf-8")
-            write(note, made_from)
+            parallel.by_first(self.folder.items.write_text)(listed + "\n", encoding="utf-8")
+            parallel.by_first(note.write_text)(made_from)
 
     @parallel.by_first
     def clear(self):  # remove what was made of other items, and write what these are made from
