@@ -45,9 +45,8 @@ class Nano(nn.Module):
             nn.init.zeros_(parameter)
         for block in self.t5.encoder.block:
             nn.init.normal_(block.layer[0].SelfAttention.q.weight, std=(T5.d_model * T5.d_kv) ** -0.5)
-        embeddings = self.clip.text_model.embeddings
-        for table in (embeddings.token_embedding, embeddings.position_embedding):
-            nn.init.normal_(table.weight, std=0.1)
+        for table in self.clip.text_model.embeddings.parameters():
+            nn.init.normal_(table, std=0.1)
 
     def condition(self, ids: Tensor, references: list[Tensor]) -> Condition:
         """Ids of T5 and CLIP (B, 2, LENGTH) and normalised reference latents -> what `flow.velocity` takes."""
