@@ -14,7 +14,7 @@ from torch import nn
 
 from kontext_min import parallel, presets, report
 from kontext_min.adapters.inject import start_from
-from kontext_min.adapters.read import read_adapter
+from kontext_min.adapters.read import AdapterFile, read_adapter
 from kontext_min.checkpoints import load
 from kontext_min.config import Config, explain, read_config
 from kontext_min.data.check import contact_sheet, summary
@@ -39,8 +39,8 @@ OPTIONS = {"--explain", "--check", "--prune-cache"}
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
 
 
-def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | None]:
-    """Settings, data and, if asked, the model, before anything slow. Raises ValueError with all problems together."""
+def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | None, AdapterFile | None]:
+    """Settings, init_lora, data and, if asked, the model, before anything slow. Raises ValueError with all problems."""
     problems, name = track.missing(config), config.pretrained_model_name_or_path
 
     def tried(make: Callable, *arguments, **more):
@@ -51,20 +51,19 @@ def check(config: Config, model: bool = True) -> tuple[Sets, load.Checkpoint | N
 
     tried(sizes, config, FluxConfig())  # the largest model's modules
     tried(make_optimizer, config.optimizer, [nn.Parameter(torch.zeros(1))], 1.0, **config.optimizer_options())
-    if config.init_lora and state.chosen(config) is None:
-        tried(read_adapter, config.init_lora)
+    trained = tried(read_adapter, config.init_lora) if config.init_lora and state.chosen(config) is None else None
     sets = tried(read_sets, config, presets.preset_of(name).bucket_step)
     if sets and config.sharded and any(e.regularise for e in sets.training):
         problems.append("is_regularisation_data would leave ranks waiting: take out fsdp_enable, or model_type full")
     checkpoint = tried(load.find, presets.locate(name), download=not problems) if model else None
     if problems:
         raise ValueError("\n".join(problems))
-    return sets, checkpoint
+    return sets, checkpoint, trained
 
 
 def report_data(config: Config):
     """--check: all that can be said of the data without weights or a GPU; a contact sheet per set in output_dir."""
-    sets, _ = check(config, model=False)
+    sets, *_ = check(config, model=False)
     shape = presets.preset_of(config.pretrained_model_name_or_path).text_shape
     text = (*shape, 2 if config.mixed_precision == "bf16" else 4)
     print(*sets.notes, *summary(sets.training, text), sep="\n")
@@ -140,14 +139,13 @@ def main(argv: list[str]):
 
 def run(config: Config, prune: bool = False):
     """The recipe; prune: stop before the model, with the caches tidied up."""
-    sets, checkpoint = check(config)
+    sets, checkpoint, trained = check(config)
     print(*(f"{key} is ignored: {why}" for key, why in config.ignored.items()), *sets.notes, sep="\n")
     folder = RunFolder(config.output_dir)
     folder.path.mkdir(parents=True, exist_ok=True)
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     items = items_of(config, sets, presets.preset_of(checkpoint.folder))
-    trained = read_adapter(config.init_lora) if config.init_lora and state.chosen(config) is None else None
     examples, validation = encode(config, sets, items, checkpoint, (device, dtype))
     if prune:
         return print(parallel.by_first(examples.prune)(validation))

@@ -371,9 +371,7 @@ class Config(Strict):
         """The data list, each set with this config's values for what it does not say. ValueError names file and key."""
         file = entries = self.data_backend_config
         if not isinstance(file, list):
-            entries = read_json5(file)
-            if not isinstance(entries, list):
-                raise ValueError(f"{file} should hold a list of datasets, [...]")
+            entries = read_json5(file, list, "a list of datasets, [...]")
             entries = [checked(Dataset, entry, f"{file}, entry {i}") for i, entry in enumerate(entries, 1)]
         return [self.completed(entry) for entry in entries]
 
@@ -383,21 +381,22 @@ class Config(Strict):
         return entry.model_copy(update=self.model_dump(include=shared - entry.model_fields_set, exclude_none=True))
 
 
-def read_json5(path: Path):
-    """JSON with comments and trailing commas. One sentence when the file is missing or malformed."""
+def read_json5(path: Path, kind: type = object, what: str = ""):
+    """JSON with comments and trailing commas. One sentence when it is missing, malformed or not `what` (a `kind`)."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; ready configs are in configs/")
     try:
-        return json5.loads(Path(path).read_text(encoding="utf-8"))
+        value = json5.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} should hold {what}")
+    return value
 
 
 def read_config(path: Path, overrides: list[str]) -> Config:
     """A config file with KEY=VALUE overrides on top -> Config. Raises ValueError listing every problem at once."""
-    values = read_json5(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} should hold one object, {{...}}")
+    values = read_json5(path, dict, "one object, {...}")
     values = {key.removeprefix("--"): value for key, value in values.items()}
     if (beside := Path(path).parent / "multidatabackend.json").is_file():
         values.setdefault("data_backend_config", beside)

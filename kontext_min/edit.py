@@ -16,13 +16,11 @@ from kontext_min.adapters.rows import by_linear
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import LANCZOS, Size, fit, nearest_aspect, parse_size
 from kontext_min.encoders import Text, decode_image, encode_image, encode_texts
-from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
 from kontext_min.offload import Ahead, open_apart, unneeded
 from kontext_min.presets import Preset
 from kontext_min.quantize import any_linear, form_of, quantising
-from kontext_min.sampler import Sampling
 
 Loras = list[tuple[AdapterFile, float]]
 PLAIN = ("no_change", Path("cache"), "no_change")
@@ -95,7 +93,7 @@ def edit(
     text: Text,
     references: list[Image.Image],
     size: Size,
-    sampling: Sampling,
+    sampling: sampler.Sampling,
     negative: Text | None = None,
     each_step: Callable[[Tensor], None] = lambda x: None,
 ) -> Image.Image:
@@ -103,7 +101,7 @@ def edit(
     each_step is called with the latents (1, 16, h, w) after every step.
     """
     latents = [encode_image(editor.vae, image).to(editor.device) for image in references]
-    condition, unwanted = Condition(*text, latents), negative and Condition(*negative, latents)
+    condition, unwanted = flow.Condition(*text, latents), negative and flow.Condition(*negative, latents)
     factor = editor.vae.config.factor
     shape = (1, editor.vae.config.latent_channels, size.height // factor, size.width // factor)
     x = flow.draw_noise(shape, torch.Generator().manual_seed(sampling.seed)).to(editor.device)

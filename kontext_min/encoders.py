@@ -43,14 +43,13 @@ def encode_texts(
     encode = TextEncoder(checkpoint, device, dtype, then)
     encoded = {text: encode(text) for text in dict.fromkeys(texts)}
     del encode
-    free(device)
+    free()
     return encoded
 
 
-def free(device: torch.device):
+def free():
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
 
 def to_tensor(image: Image.Image) -> Tensor:  # an RGB picture -> (1, 3, H, W) fp32 in [-1, 1]
@@ -66,8 +65,7 @@ def to_image(x: Tensor) -> Image.Image:  # (3, H, W), about [-1, 1] -> a picture
 @torch.no_grad()
 def encode_image(vae: VAE, image: Image.Image) -> Tensor:
     """A picture whose sides are multiples of two latents -> (1, 16, h, w), normalised, on the VAE's device."""
-    weight = vae.decoder.conv_in.weight
-    return vae.encode(to_tensor(image).to(weight.device, weight.dtype)).float()
+    return vae.encode(to_tensor(image).to(vae.decoder.conv_in.weight)).float()
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kontext_min import flow
-from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux
 
 Field = Callable[[Tensor, Tensor, float], Tensor]  # (x_t, t, progress from 0 to 1) -> velocity
@@ -28,7 +27,7 @@ class Sampling:
     seed: int = 0
 
 
-def guided(flux: Flux, condition: Condition, negative: Condition | None, sampling: Sampling) -> Field:
+def guided(flux: Flux, condition: flow.Condition, negative: flow.Condition | None, sampling: Sampling) -> Field:
     """The velocity field of a condition; with a negative one, v_neg + cfg_scale * (v - v_neg) inside cfg_range."""
     first, last = sampling.cfg_range
 

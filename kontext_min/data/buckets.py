@@ -80,8 +80,6 @@ class Transform:
     def __call__(self, image: Image.Image) -> Image.Image:  # apply to an RGB picture
         if self.first is not None:
             image = image.resize(self.first, LANCZOS)
-        if image.size == self.size and self.box == (0, 0, 1, 1):
-            return image
         width, height = image.size
         left, upper, right, lower = self.box
         return image.resize(self.size, LANCZOS, box=(left * width, upper * height, right * width, lower * height))

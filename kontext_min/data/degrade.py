@@ -125,19 +125,17 @@ GENERATORS = {"superresolution": superresolution, "jpeg_artifacts": jpeg_artifac
 ALIASES, REFUSED = TABLES["GENERATOR_ALIASES"], TABLES["GENERATORS_REFUSED"]
 
 
-def model(kind: str, fields: dict[str, tuple]) -> type[BaseModel]:
-    """The parameters of a step or generator: name -> (type, default), None being allowed where it is the default."""
+def model(kind: str, defaults: dict, types: dict = TYPES) -> type[BaseModel]:
+    """The parameters of a step or generator: name -> default; None is allowed where it is the default."""
+    fields = {key: (types.get(key, bool), default) for key, default in defaults.items()}
     fields = {key: (of | None if default is None else of, default) for key, (of, default) in fields.items()}
     strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     return create_model(kind, __config__=strict, type=(Literal[kind], kind), **fields)
 
 
-MODELS = {
-    kind: model(kind, {key: (TYPES.get(key, bool), default) for key, default in defaults.items()})
-    for kind, defaults in DEFAULTS.items()
-}
+MODELS = {kind: model(kind, defaults) for kind, defaults in DEFAULTS.items()}
 STEP = Annotated[Union[*MODELS.values()], Field(discriminator="type")]  # {"type": "blur", "blur_radius": 1}
-MODELS["chain"] = model("chain", {"steps": (Annotated[list[STEP], Field(min_length=1)], ...)})
+MODELS["chain"] = model("chain", {"steps": ...}, {"steps": Annotated[list[STEP], Field(min_length=1)]})
 
 
 def degrade(image: Picture, name: str, parameters: Mapping, rng: np.random.Generator) -> Picture:

@@ -141,9 +141,6 @@ class Use:
     def shape(self) -> tuple:  # uses of one shape can stand in one batch
         return self.target.size, tuple(view.size for view in self.references), self.example.regularise
 
-    def views(self) -> tuple[View, ...]:  # target, then the references shown
-        return (self.target, *self.references)
-
 
 def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) -> Use:
     """References, caption and dropout of one use. A set's own captions replace the target's when it alone serves it."""
@@ -227,13 +224,13 @@ class Examples:
                 txt, vec = encode(caption)
                 self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
             del encode
-            free(device)
+            free()
         if mine := parallel.own([*views.items()]):
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
             for (cache, key), view in tqdm(mine, desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": encode_view(vae, view)})
             del vae
-            free(device)
+            free()
         parallel.wait()
         return len(captions), len(views)
 
@@ -259,7 +256,7 @@ class Examples:
         return entry["txt"], entry["vec"]
 
     def batch(self, uses: list[Use], device: torch.device) -> Batch:
-        rows = ([self.latents(use.example, view) for view in use.views()] for use in uses)
+        rows = ([self.latents(use.example, view) for view in (use.target, *use.references)] for use in uses)
         texts = zip(*(self.text(use.caption) for use in uses), strict=True)
         columns = (*texts, *zip(*rows, strict=True))
         txt, vec, target, *references = (torch.cat(column).to(device) for column in columns)

@@ -135,12 +135,12 @@ def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], prob
 
 
 def match(targets: Pictures, references: Pictures, title: str, problems: Problems):
-    for name in sorted(targets.keys() - references.keys()):
-        hint = near_miss(name, references.keys() - targets.keys())
-        problems.add("targets without a reference", f"{targets[name].path}: no {name} in {title}{hint}")
-    for name in sorted(references.keys() - targets.keys()):
-        hint = near_miss(name, targets.keys() - references.keys())
-        problems.add("references without a target", f"{references[name].path}{hint}")
+    alone, unused = targets.keys() - references.keys(), references.keys() - targets.keys()
+    for name in sorted(alone):
+        near = near_miss(name, unused)
+        problems.add("targets without a reference", f"{targets[name].path}: no {name} in {title}{near}")
+    for name in sorted(unused):
+        problems.add("references without a target", f"{references[name].path}{near_miss(name, alone)}")
 
 
 def by_suffix(pictures: Pictures, suffix: str) -> tuple[Pictures, Pictures]:

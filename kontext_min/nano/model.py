@@ -1,6 +1,5 @@
 """nano's parts: the four networks, their sizes and first weights, its two tokenizers, and the model folder."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import Regex, pre_tokenizers
 from torch import Tensor, nn
 
+from kontext_min.checkpoints.keys import INDEX
 from kontext_min.checkpoints.save import save_model, write_json
 from kontext_min.data.buckets import Size
 from kontext_min.flow import Condition
@@ -27,14 +27,12 @@ LENGTH = 24  # tokens of a prompt, T5 and CLIP alike
 T5_PIECES, CLIP_TOKENS = 1120, 1280  # the embeddings of the usual 32,128 and 49,408 would be 15 MB
 WORDS = Path(__file__).with_name("words.txt")
 
-# fmt: off
 FLUX = FluxConfig(vec_in_dim=64, context_in_dim=128, hidden_size=192, num_heads=3, depth=2, depth_single_blocks=4,
-                  axes_dim=(8, 28, 28))
+                  axes_dim=(8, 28, 28))  # fmt: skip
 T5 = T5Config(vocab_size=T5_PIECES, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, max_distance=32)
 CLIP = CLIPConfig(vocab_size=CLIP_TOKENS, hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2,
-                  max_positions=LENGTH, eos_token_id=CLIP_TOKENS - 1)
+                  max_positions=LENGTH, eos_token_id=CLIP_TOKENS - 1)  # fmt: skip
 AUTOENCODER = VAEConfig(channels=(16, 32, 64, 64), layers_per_block=2, groups=8, scaling_factor=1.0, shift_factor=0.0)
-# fmt: on
 
 
 class Nano(nn.Module):
@@ -47,9 +45,8 @@ class Nano(nn.Module):
             nn.init.zeros_(parameter)
         for block in self.t5.encoder.block:
             nn.init.normal_(block.layer[0].SelfAttention.q.weight, std=(T5.d_model * T5.d_kv) ** -0.5)
-        embeddings = self.clip.text_model.embeddings
-        for table in (embeddings.token_embedding, embeddings.position_embedding):
-            nn.init.normal_(table.weight, std=0.1)
+        for table in self.clip.text_model.embeddings.parameters():
+            nn.init.normal_(table, std=0.1)
 
     def condition(self, ids: Tensor, references: list[Tensor]) -> Condition:
         """Ids of T5 and CLIP (B, 2, LENGTH) and normalised reference latents -> what `flow.velocity` takes."""
@@ -65,8 +62,7 @@ def tokenizers_of(folder: Path) -> Callable[[list[str]], Tensor]:
 def export(folder: Path, nano: Nano, vae: VAE) -> None:
     """Write the standard model folder (bf16); the tokenizers are there already. The index names the preset."""
     save_model(folder, flux=nano.flux, vae=vae, t5=nano.t5, clip=nano.clip)
-    index = json.loads((folder / "model_index.json").read_text())
-    write_json(folder / "model_index.json", index | {"_name_or_path": NANO.name})
+    write_json(folder / "model_index.json", INDEX | {"_name_or_path": NANO.name})
 
 
 def corpus() -> list[str]:

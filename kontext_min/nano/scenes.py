@@ -14,18 +14,16 @@ from kontext_min.data.buckets import Size
 
 Picture = np.ndarray  # (H, W, 3) float32 in 0..1
 
-# fmt: off
 COLOURS: dict[str, tuple[float, ...]] = {
     "red":   (0.86, 0.12, 0.13), "orange": (0.98, 0.55, 0.08), "yellow": (0.98, 0.88, 0.15),
     "green": (0.13, 0.65, 0.25), "blue":   (0.12, 0.30, 0.85), "purple": (0.58, 0.18, 0.75),
     "white": (0.97, 0.97, 0.97), "black":  (0.06, 0.06, 0.07),
-}
+}  # fmt: skip
 # cell (column, row): its name
 PLACES = {
     (-1, -1): "top left corner", (1, -1): "top right corner", (0, 0): "center",
     (-1, 1): "bottom left corner", (1, 1): "bottom right corner",
-}
-# fmt: on
+}  # fmt: skip
 CELL = 0.55  # distance of the corner cells' centres from the middle
 RADIUS = 0.38  # of objects that an edit adds; drawn ones vary around it; neighbours do not touch
 PATTERNS = ("plain", "plain", "vertical gradient", "horizontal gradient", "stripes", "checker", "dots")
@@ -102,13 +100,12 @@ def cover(thing: Object, size: Size) -> Picture:  # how much of each pixel the o
 
 def draw(scene: Scene, size: Size) -> Picture:
     """The whole scene, with antialiased edges. Returns (H, W, 3)."""
-    x = ((np.arange(size.width, dtype=np.float32) + 0.5) / size.width * 2 - 1)[None, :]
-    y = ((np.arange(size.height, dtype=np.float32) + 0.5) / size.height * 2 - 1)[:, None]
+    x, y = np.meshgrid(*((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1 for side in size))
     a, f = scene.angle, scene.frequency
     share = {
-        "plain": lambda: 0 * x * y,
-        "vertical gradient": lambda: (y + 1) / 2 + 0 * x,
-        "horizontal gradient": lambda: (x + 1) / 2 + 0 * y,
+        "plain": lambda: np.zeros_like(x),
+        "vertical gradient": lambda: (y + 1) / 2,
+        "horizontal gradient": lambda: (x + 1) / 2,
         "stripes": lambda: np.clip(np.sin((x * np.cos(a) + y * np.sin(a)) * f) * 2 + 0.5, 0, 1),
         "checker": lambda: np.clip(np.sin(x * f) * np.sin(y * f) * 6 + 0.5, 0, 1),
         "dots": lambda: np.clip(2.2 - 8 * np.hypot((x * f / 4) % 1 - 0.5, (y * f / 4) % 1 - 0.5), 0, 1),

@@ -49,10 +49,9 @@ class Evaluator:
     def probe(self, own: Tensor) -> dict[str, float | None] | None:
         uses = [use for use in self.uses if use.references]
         others = [self.other(use) for use in uses]
-        groups = {"own": [own[use.index] for use in uses], "shuffled": []}
+        shuffled = [] if None in others else [*zip(uses, others, strict=True)]  # a mean is over all pairs, or none
+        groups = {"own": [own[use.index] for use in uses], "shuffled": parallel.shared_out(self.losses, shuffled)}
         groups["none"] = parallel.shared_out(self.losses, [(use, None) for use in uses])
-        if None not in others:  # else a mean would be over fewer pairs
-            groups["shuffled"] = parallel.shared_out(self.losses, [*zip(uses, others, strict=True)])
         means = {kind: torch.stack(found).mean().item() if found else None for kind, found in groups.items()}
         return means if uses else None
 

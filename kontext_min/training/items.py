@@ -62,9 +62,7 @@ def asked(config: Config, problems: Problems) -> list[ValidationItem]:
 
 def from_library(file: Path) -> list[ValidationItem]:
     """A JSON file of name -> prompt, or name -> an entry as in `validation`."""
-    entries = read_json5(file)
-    if not isinstance(entries, dict):
-        raise ValueError(f'{file} should hold one object, {{"name": "prompt"}}')
+    entries = read_json5(file, dict, 'one object, {"name": "prompt"}')
     whole = {name: entry if isinstance(entry, dict) else {"prompt": entry} for name, entry in entries.items()}
     return [checked(ValidationItem, {"name": name, **whole[name]}, f"{file}, {name}") for name in whole]
 

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import json5
 import torch
 from torch import nn
 
 from kontext_min import flow, memory, parallel, presets
 from kontext_min.adapters.inject import updates
 from kontext_min.checkpoints import load
-from kontext_min.config import Config
+from kontext_min.config import Config, read_json5
 from kontext_min.data.buckets import Size
 from kontext_min.data.check import histogram
 from kontext_min.data.examples import Example, Examples
@@ -27,7 +26,7 @@ from kontext_min.training.adapter import add_adapter
 from kontext_min.training.items import TOKEN
 from kontext_min.training.optim import make_optimizer
 
-CARDS = json5.loads((Path(__file__).parents[1] / "cards.json5").read_text(encoding="utf-8"))
+CARDS = read_json5(Path(__file__).parents[1] / "cards.json5")
 SPARE, WORKSPACE = 1.0, 0.9  # GB: left free of a budget; CUDA's own, and gaps between tensors
 
 
@@ -165,9 +164,8 @@ class Forecast:
 
 
 def named(config: Config) -> dict[str, str | bool]:
-    said = config.model_dump(include=set(vars(Plan())))
-    said |= {} if config.gradient_checkpointing else {"recompute": "none"}
-    return {name: value for name, value in said.items() if value is not None}
+    said = config.model_dump(include=set(vars(Plan())), exclude_none=True)
+    return said if config.gradient_checkpointing else said | {"recompute": "none"}
 
 
 def choose(config: Config, examples: list[Example], device: torch.device) -> Forecast:

@@ -57,7 +57,8 @@ class Run:
             print(f"going on from {path}, after step {start}")
         if start >= config.max_train_steps:
             return f"max_train_steps {config.max_train_steps} is already reached; nothing to do"
-        self.begin(start)
+        parallel.by_first(self.folder.config.write_text)(config.record(), encoding="utf-8")
+        parallel.by_first(self.folder.rewind)(start)  # logs end where it goes on
         parallel.wait()
         skipped = sum("skipped" in line for line in read_lines(self.folder.metrics))
         with Tracker(config, parallel.place(self.flux), start) as self.tracker:
@@ -90,11 +91,6 @@ class Run:
             return parallel.Shards(self.flux, optimizer)
         ema = {"ema": self.ema} if self.ema else {}
         return state.Parts({"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer, **ema})
-
-    @parallel.by_first
-    def begin(self, start: int):  # the run's settings; logs end where it goes on
-        self.folder.config.write_text(self.config.record(), encoding="utf-8")
-        self.folder.rewind(start)
 
     def each_step(self, step: int) -> bool:
         """After the n-th step, counted from 1: what is due. -> whether to stop."""
@@ -137,7 +133,6 @@ class Run:
         form = "lycoris" if self.config.lycoris_config else self.config.lora_format.replace("comfyui", "comfy")
         write_adapter(self.folder.lora, adapter, recipe, dtype, form)
         if self.ema:
-            self.folder.average.parent.mkdir(exist_ok=True)
             recipe["ema"] = True
             with self.ema.applied():
                 write_adapter(self.folder.average, adapter, recipe, dtype, form)

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint import CheckpointException
 from kontext_min import parallel
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples
-from kontext_min.parallel import Shards
 
 STATE = "state.json"
 FREE = (  # keys that begin so may change between a checkpoint and the run that goes on from it
@@ -65,13 +64,12 @@ def checksum(folder: Path) -> str:  # of all files' names and bytes but the stat
     return digest.hexdigest()
 
 
-def save(folder: Path, step: int, kept: Parts | Shards, identity: dict, limit: int):
+def save(folder: Path, step: int, kept: Parts | parallel.Shards, identity: dict, limit: int):
     """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so."""
     final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     try:
-        if parallel.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        parallel.by_first(shutil.rmtree)(temporary, ignore_errors=True)
+        parallel.by_first(temporary.mkdir)(parents=True)
         parallel.wait()
         kept.save(temporary)
         parallel.wait()
@@ -122,7 +120,7 @@ def chosen(config: Config) -> Path | None:
     return Path(wanted)
 
 
-def restore(path: Path, kept: Parts | Shards, identity: dict, allow_changes: bool) -> int:
+def restore(path: Path, kept: Parts | parallel.Shards, identity: dict, allow_changes: bool) -> int:
     """Bring a run to the state of a checkpoint. -> its step.
     Raises ValueError listing what changed since, or naming the checkpoint before a damaged one.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
+from tqdm.std import EMA, tqdm
 
 from kontext_min import parallel
 from kontext_min.config import Config
@@ -25,7 +25,7 @@ class Tracker(AbstractContextManager):
 
     def __init__(self, config: Config, device: torch.device, start: int = 0):
         self.folder, self.device = RunFolder(config.output_dir), device
-        self.loss = self.weight = 0.0
+        self.loss = EMA(1 - SMOOTHING)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
         logs = config.output_dir / "logs"
@@ -46,9 +46,7 @@ class Tracker(AbstractContextManager):
         append(self.folder.metrics, {"step": step, **values})
         for report, _ in self.reporters:
             report(step, {f"train/{name}": value for name, value in values.items() if value is not None}, {})
-        if values["loss"] is not None:
-            self.loss, self.weight = SMOOTHING * self.loss + values["loss"], SMOOTHING * self.weight + 1
-        shown = {"loss": f"{self.loss / (self.weight or 1):.4f}", "lr": f"{values['lr']:.1e}"}
+        shown = {"loss": f"{self.loss(values['loss']):.4f}", "lr": f"{values['lr']:.1e}"}
         shown |= {"memory": f"{values['memory']:.1f}GB"} if "memory" in values else {}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()

@@ -47,9 +47,8 @@ class Validator:
         """Write what stays the same, and the base model's pictures unless those of the same items are here already."""
         listed = json.dumps([item.record() for item in self.items], indent=2, ensure_ascii=False)
         views = [view.key() for item in self.items for view in item.references]
-        made_from = digest(
-            listed, *views, f"{self.sampling} {self.examples.dtype}", self.examples.weights_of("transformer")
-        )
+        weights = self.examples.weights_of("transformer")
+        made_from = digest(listed, *views, f"{self.sampling} {self.examples.dtype}", weights)
         note = self.folder.validation / "base" / "made-from.txt"
         if note.is_file() and note.read_text() == made_from:
             self.base = [Image.open(self.folder.picture("base", i)).convert("RGB") for i in range(len(self.items))]
@@ -57,9 +56,8 @@ class Validator:
             self.clear()
             with muted(self.editor.flux):
                 self.base = self.pictures("base")
-            write = parallel.by_first(Path.write_text)
-            write(self.folder.items, listed + "\n", encoding="utf-8")
-            write(note, made_from)
+            parallel.by_first(self.folder.items.write_text)(listed + "\n", encoding="utf-8")
+            parallel.by_first(note.write_text)(made_from)
 
     @parallel.by_first
     def clear(self):  # remove what was made of other items, and write what these are made from
