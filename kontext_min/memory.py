@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -135,8 +134,12 @@ def counted(compute: Callable[[], Tensor]) -> Counted:
     """What `compute`, and the backward pass of a loss, take. On meta nothing is computed, and all of it counted.
     There, too, attention is one product as elsewhere, where torch would make a matrix of all pairs of tokens.
     """
-    with patch.object(F, "scaled_dot_product_attention", lambda q, k, v: FUSED(q, k, v)[0]), Counted() as found:
-        out = compute()
-        if out.requires_grad:
-            out.backward()
+    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, lambda q, k, v: FUSED(q, k, v)[0]
+    try:
+        with Counted() as found:
+            out = compute()
+            if out.requires_grad:
+                out.backward()
+    finally:
+        F.scaled_dot_product_attention = plain
     return found
