@@ -53,6 +53,8 @@ def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dt
     else:
         component = find_component(*((base.parent, base.name) if base.name == "transformer" else (base, "transformer")))
         target = out / "diffusion_pytorch_model.safetensors"
+    if others := sorted({*out.glob("*.safetensors*")} - {target}):
+        raise ValueError(f"{out} holds {others[0].name}, too, which would be read with it; give a new folder")
     flux, tensors = on_meta(Flux, flux_config, component, bare)
     touched = by_linear(updates).items()
     changes = {f"{part.name}.weight": (part, here) for whole, (parts, here) in touched for part in (whole, *parts)}

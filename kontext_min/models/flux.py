@@ -8,11 +8,14 @@ Shapes: B batch, L tokens, H heads, D channels of one head. The stream width `hi
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+LayerNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)  # the modulation shifts and scales instead
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,6 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         return self.lin(F.silu(vec))[:, None, :].split(vec.shape[-1], dim=-1)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm without learned scale and shift, eps 1e-6: what the modulation shifts and scales."""
-
-    def __init__(self, hidden: int):
-        super().__init__(hidden, elementwise_affine=False, eps=1e-6)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -378,6 +378,15 @@ def test_a_merge_that_fails_half_way_leaves_what_was_there(kontext, tmp_path, mo
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
+def test_a_merge_beside_other_weights_that_would_be_read_with_it_is_refused(kontext, tmp_path):
+    file, out = write(tmp_path / "a.safetensors", lora(TOP)), tmp_path / "transformer"
+    out.mkdir()
+    (out / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds diffusion_pytorch_model.safetensors.index.json, too, .* a new folder"):
+        run("merge", "--base", kontext, file, out, "--force")
+    assert len([*out.iterdir()]) == 1
+
+
 def test_the_program_runs_by_its_name(tmp_path):
     file = write(tmp_path / "a.safetensors", lora(Q))
     program = [sys.executable, "-m", "kontext_min.adapters", "inspect", str(file)]

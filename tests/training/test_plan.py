@@ -174,6 +174,10 @@ def test_what_is_measured_stands_once_beside_what_was_predicted(tmp_path, monkey
     assert " GB  in all, by none\n" in said and "0.00 s a step, 0.0 hours in all" in said
 
 
+def test_check_tells_what_the_quantised_base_takes_on_disk(forecast):
+    assert forecast.cards()[0] == f"{forecast.config.cache_dir / 'base'} will take 15.2 GB"  # of the published sizes
+
+
 def test_check_tells_of_every_card(tmp_path, capsys):
     train.main(["configs/nano.json", "--check", f"output_dir={tmp_path}"])
     said = capsys.readouterr().out
