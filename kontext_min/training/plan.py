@@ -73,7 +73,7 @@ class Forecast:
         self.modulation = sum(size for name, size in sizes.items() if is_modulation(name))
         rest = {name: size for name, size in sizes.items() if "_blocks." in name and not is_modulation(name)}
         largest = sum(size for name, size in rest.items() if name.startswith("double_blocks.0."))
-        self.kept = form_of(config.base_model_precision) and sum(sizes.values())  # bytes on disk
+        self.kept = sum(sizes.values()) if form_of(config.base_model_precision) else 0  # bytes on disk
         self.blocks, self.away = sum(rest.values()), max(0, sum(rest.values()) - 3 * largest)
         inputs = len([*flux.double_blocks, *flux.single_blocks][: -1 : config.gradient_checkpointing_interval or 1])
         self.inputs = max(0, inputs - 2) * self.tokens * width * self.dtype.itemsize  # two are on the device
@@ -136,7 +136,7 @@ class Forecast:
         return f"{seconds:.2f} s a step, {seconds * self.config.max_train_steps / 3600:.1f} hours in all"
 
     def cards(self) -> list[str]:
-        lines = [f"{self.config.cache_dir / 'base'} will take {self.kept / GB:.1f} GB"] * bool(self.kept)
+        lines = [f"{self.config.cache_dir / 'base'} will take {self.kept / GB:.1f} GB"] * (self.kept > 0)
         lines.append(f"on one GPU, a batch of {self.tokens} tokens:")
         for name, card in CARDS.items():
             plan = self.fitting(card["memory"])
