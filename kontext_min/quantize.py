@@ -176,7 +176,7 @@ def open_flux(
         return load.load_flux(model, place, dtype, then=lambda *tensor: [step(*tensor) for step in steps])
     weights = weights_id(model.components["transformer"], cache / "weights.json")
     kind = form.partition("-")[0]  # -dynamic has the same weights
-    file = cache / f"{digest(weights, kind, str(dtype), "but the modulation")}.safetensors"
+    file = cache / f"{digest(weights, kind, str(dtype), 'but the modulation')}.safetensors"
     print(f"the blocks' weights in {form}, from {file}{'' if file.is_file() else ', which is made first'}")
     if file.is_file():
         try:
