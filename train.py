@@ -162,8 +162,8 @@ def run(config: Config, prune: bool = False):
     if trained:
         start_from(flux, trained.updates)
         print(f"init_lora {trained.path}: {trained.title}")
-    if seen.plan.recompute != "none":
-        apply_checkpointing(flux, seen.plan.recompute, config.gradient_checkpointing_interval or 1)
+    how = seen.plan
+    apply_checkpointing(flux, how.recompute, config.gradient_checkpointing_interval or 1, how.recompute_less)
     if seen.plan.offload_activations:
         Inputs(flux, device)
     for block in (*flux.double_blocks, *flux.single_blocks) if config.torch_compile else ():

@@ -41,7 +41,7 @@ Unit = Literal["pixel_area", "pixel", "area"]
 Captions = Literal["textfile", "filename", "instanceprompt"]
 ModuleClass = Literal["Attention", "FeedForward"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"]
-Recompute = Literal["block", "keep_attn", "keep_gemm"]
+Recompute = Literal["block", "keep_attn", "keep_gemm", "none"]
 Several = Literal["random", "combined"]
 Base = Literal["no_change", "bf16", "int8-quanto", "int8-torchao", "int8-dynamic", "nf4", "fp8-torchao", "fp8-dynamic"]
 Encoder = Literal["no_change", "int8-quanto", "int8-torchao", "nf4"]
@@ -185,8 +185,9 @@ class Config(Strict):
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
-    memory: Literal["auto"] | Positive = knob("auto", "GB to take, auto: the GPU's, by what is picked of the next five")
-    recompute: Recompute | None = knob(None, "all of a block; keep_attn, keep_gemm: less of it, faster")
+    memory: Literal["auto"] | Positive = knob("auto", "GB to take, auto: the GPU's, by what is picked of the next six")
+    recompute: Recompute | None = knob(None, "all of a block; keep_attn, keep_gemm, none: less of it, faster")
+    recompute_less: int | None = knob(None, "of so many blocks, the last, what the next of these policies says", ge=0)
     modulation_on_cpu: bool | None = knob(None, "a quarter of the weights, which see no tokens, on the CPU")
     offload_activations: bool | None = knob(None, "the inputs of blocks wait in the host's memory for backward")
     stream_blocks: bool | None = knob(None, "so do their weights; three blocks' are on the GPU at a time")

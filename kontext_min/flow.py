@@ -6,8 +6,9 @@ a token is a 2 x 2 patch of latents, 16 x 16 pixels.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -49,7 +50,7 @@ def position_ids(height: int, width: int, index: int = 0, offset: tuple[int, int
     return torch.cartesian_prod(torch.tensor([index]), rows, columns).float()  # row-major
 
 
-def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def reference_offsets(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Where each reference's grid begins, in tokens (row, column), from latent sizes (height, width).
     The first begins at (0, 0); each next one is laid below or to the right of all before it, whichever keeps the
     longer side of the whole shorter (the scheme that ComfyUI calls "offset").
@@ -64,10 +65,14 @@ def reference_offsets(sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def sequence_ids(target: Tensor, references: list[Tensor]) -> Tensor:
     """Position ids of the target's tokens followed by every reference's, (L_img, 3), on the target's device."""
-    sizes = [latents.shape[-2:] for latents in references]
-    ids = [position_ids(*target.shape[-2:])]
-    ids += [position_ids(*size, 1, offset) for size, offset in zip(sizes, reference_offsets(sizes), strict=True)]
-    return torch.cat(ids).to(target.device)
+    return ids_of(target.device, *(latents.shape[-2:] for latents in (target, *references)))
+
+
+@lru_cache(maxsize=64)
+def ids_of(device: torch.device, target: tuple[int, int], *references: tuple[int, int]) -> Tensor:
+    """The same by sizes (height, width) of latents: made once, and not to be changed in place."""
+    places = zip(references, reference_offsets(references), strict=True)
+    return torch.cat([position_ids(*target), *(position_ids(*size, 1, offset) for size, offset in places)]).to(device)
 
 
 def velocity(flux: Flux, x_t: Tensor, t: Tensor, condition: Condition, guidance: Tensor) -> Tensor:

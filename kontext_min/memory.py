@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -21,6 +23,8 @@ from torch.utils.flop_counter import flop_registry
 from kontext_min.models.flux import Flux
 
 GB = 1e9  # bytes
+POLICIES = ("block", "keep_attn", "keep_gemm", "none")  # of recomputation, from the smallest to the fastest
+LESS = dict(pairwise(POLICIES))  # to the next one
 ATEN = torch.ops.aten
 ATTENTION = {  # the products that attention is, on CUDA and on the CPU
     ATEN._scaled_dot_product_cudnn_attention.default,
@@ -38,33 +42,44 @@ FLOPS = flop_registry | {  # operator -> its FLOPs: torch's formulas, and those 
 }
 
 
-def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1):
+def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1, less: int = 0):
     """Compute what every n-th block did again in backward, but for what is kept of it. Gradients stay the same.
     policy: keeps of a block its input (`block`), what attention gives too (`keep_attn`), or what the linears give too,
-    so that only what is cheap is computed again (`keep_gemm`). The last block, whose turn comes first, keeps all.
+    so that only what is cheap is computed again (`keep_gemm`), or all (`none`), as the last block does in any case.
+    less: that many of them, the last, have the policy after that; the first in backward, they soon let go of it.
     """
     width = flux.config.hidden_size
 
-    def decide(_, op, *args, **kwargs) -> CheckpointPolicy:
+    def decide(policy: str, _, op, *args, **kwargs) -> CheckpointPolicy:
         keep = op in ATTENTION
         if policy == "keep_gemm" and op in PRODUCTS:
             inputs, outputs = args[PRODUCTS[op]].shape
             keep = width <= inputs <= outputs  # not an adapter's, nor the last of a block: that is never needed again
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    selective = {} if policy == "block" else {"context_fn": partial(create_selective_checkpoint_contexts, decide)}
-    for block in [*flux.double_blocks, *flux.single_blocks][:-1:every]:
+    blocks = [*flux.double_blocks, *flux.single_blocks][:-1:every]
+    for i, block in enumerate(blocks):
+        own = policy if i < len(blocks) - less else LESS.get(policy, "none")
+        if own == "none":
+            continue
+        contexts = partial(create_selective_checkpoint_contexts, partial(decide, own))
+        selective = {} if own == "block" else {"context_fn": contexts}
         gated = any(p.requires_grad for name, p in block.named_parameters() if "mod" in name)
         part = "forward" if gated else "branch"  # a trained gate needs what it multiplies, which is not kept
         setattr(block, part, partial(checkpoint, getattr(block, part), use_reentrant=False, **selective))
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager:
-    """Within the context cuDNN's attention comes first on sm_90, where it is fastest; elsewhere torch's order stays."""
+    """Within the context FlashAttention-3 comes first on sm_90 if it is installed, else cuDNN's attention, as fast
+    there and about twice as fast as torch's first (pytorch#142132); elsewhere torch's order stays.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return nullcontext()
-    first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(first, set_priority=True)
+    first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    if find_spec("flash_attn_interface"):
+        activate_flash_attention_impl("FA3")  # in the place of torch's flash attention
+        first.reverse()
+    return sdpa_kernel([*first, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 def in_use(device: torch.device) -> dict[str, float]:

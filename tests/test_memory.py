@@ -9,6 +9,7 @@ from benchmarks import arms
 from benchmarks.arms import FULL
 from tiny import CPU, FP32
 from torch import nn
+from torch.nn.attention import SDPBackend, _registry
 
 from kontext_min.adapters.inject import TARGETS, add_lokr, add_lora, matching_modules
 from kontext_min.adapters.layers import Kronecker
@@ -17,6 +18,7 @@ from kontext_min.memory import (
     FUSED,
     FUSED_BACKWARD,
     GB,
+    POLICIES,
     Counted,
     apply_checkpointing,
     attention_kernels,
@@ -28,8 +30,6 @@ from kontext_min.memory import (
 from kontext_min.models.flux import Flux
 from kontext_min.offload import Inputs
 from kontext_min.quantize import open_flux
-
-POLICIES = ("block", "keep_attn", "keep_gemm")
 
 
 def test_memory_in_use_grows_by_what_is_held():
@@ -83,7 +83,14 @@ ADAPTERS = {  # module patterns and kind
 def test_every_policy_gives_the_same_gradients_to_the_last_bit(kontext, adapter, base, tmp_path):
     patterns, kind = ADAPTERS[adapter]
     found = []
-    for policy in (None, *POLICIES):
+    for policy, less in [
+        ("none", 0),
+        ("block", 0),
+        ("keep_attn", 0),
+        ("keep_gemm", 0),
+        ("keep_attn", 2),
+        ("keep_gemm", 9),
+    ]:
         flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, base, tmp_path)
         flux.requires_grad_(False)
         torch.manual_seed(0)
@@ -92,8 +99,7 @@ def test_every_policy_gives_the_same_gradients_to_the_last_bit(kontext, adapter,
         add = add_lokr(flux, names, Kronecker(4, dim=3)) if lokr else add_lora(flux, names, 4, 4, dora=bool(kind))
         for i, parameter in enumerate(add):
             parameter.data += 0.1 * tiny.random(*parameter.shape, seed=i)
-        if policy:
-            apply_checkpointing(flux, policy)
+        apply_checkpointing(flux, policy, less=less)
         found.append(gradients(flux, 12))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
@@ -114,7 +120,7 @@ def flops():
     """GEMM FLOPs of a training step of the benchmark's small shape, without computing it, as shares of the peer's."""
     pytest.importorskip("peft")
     counts = {}
-    for name in ("peer", *POLICIES, "none"):
+    for name in ("peer", *POLICIES):
         with torch.device("meta"):
             model = arms.arm(name, arms.SMALL.config)
         given = {key: value.to("meta") for key, value in arms.inputs(arms.SMALL, FP32).items()}
@@ -138,7 +144,7 @@ def on_meta(name: str, shape: arms.Shape, dtype: torch.dtype) -> tuple[nn.Module
     return model, {key: value.to("meta") for key, value in arms.inputs(shape, dtype).items()}
 
 
-@pytest.mark.parametrize("policy", ["none", *POLICIES])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_that_is_counted_takes_what_one_that_is_computed_takes(policy):
     """And by torch's own counter of FLOPs, which knows no attention of the CPU's."""
     shape = arms.Shape(arms.sized(2, 2, 3, 64), 40, (12, 12))
@@ -188,8 +194,22 @@ def test_on_hopper_alone_cudnn_comes_first_and_the_order_is_put_back(monkeypatch
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         with attention_kernels(torch.device("cuda")):
             first = torch._C._get_sdp_priority_order()[0]
-        assert first == (int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION) if capability == (9, 0) else before[0])
+        assert first == (int(SDPBackend.CUDNN_ATTENTION) if capability == (9, 0) else before[0])
         assert torch._C._get_sdp_priority_order() == before
+
+
+def test_on_hopper_flash_attention_3_comes_first_where_it_is_installed(monkeypatch, tmp_path):
+    """By torch's own registry, with a package of that name that has no kernels."""
+    (tmp_path / "flash_attn_interface.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(RuntimeError, match="flash_attn_interface.* does not expose"):
+        attention_kernels(torch.device("cuda"))
+    used = []
+    monkeypatch.setitem(_registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: used.append("FA3"))
+    with attention_kernels(torch.device("cuda")):
+        order = torch._C._get_sdp_priority_order()
+    assert used == ["FA3"] and order[0] == int(SDPBackend.FLASH_ATTENTION) != order[1]
 
 
 class Away(Inputs):
@@ -209,3 +229,20 @@ def test_at_full_size_a_step_takes_little_with_the_inputs_of_blocks_away():
     away = Away(model, torch.device("meta"))
     assert counted(lambda: arms.loss(model, given)).peak / GB <= 1.7
     assert away.count == 2 * 19 + 37 and not away.hosts and not away.there
+
+
+def test_of_two_policies_a_step_takes_its_shares_of_both():
+    """As `training/plan.py` counts it: blocks that keep more, the last ones, let go of it before the others begin."""
+    shape = arms.Shape(arms.sized(4, 8, 3, 64), 64, (24, 24))
+
+    def step(policy: str, less: int) -> Counted:
+        model, given = on_meta("none", shape, FP32)
+        apply_checkpointing(model, policy, less=less)
+        return counted(lambda: arms.loss(model, given))
+
+    for policy in POLICIES[:-1]:
+        none, some, every = (step(policy, less) for less in (0, 4, 11))
+        shares = none.peak + 4 / 11 * (every.peak - none.peak)
+        assert some.peak == pytest.approx(shares, rel=0.05) and none.peak < every.peak
+        assert every.flops.total() < some.flops.total() < none.flops.total()
+    assert step("none", 0).flops == step("keep_gemm", 11).flops

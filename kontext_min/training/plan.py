@@ -18,7 +18,7 @@ from kontext_min.data.buckets import Size
 from kontext_min.data.check import histogram
 from kontext_min.data.examples import Example, Examples
 from kontext_min.edit import Editor
-from kontext_min.memory import FUSED, FUSED_BACKWARD, GB, size_of
+from kontext_min.memory import FUSED, FUSED_BACKWARD, GB, LESS, POLICIES, size_of
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.vae import VAE, VAEConfig
 from kontext_min.quantize import QuantisedLinear, form_of, is_modulation, is_quantised, parts_of
@@ -34,18 +34,20 @@ SPARE, WORKSPACE = 1.0, 0.9  # GB: left free of a budget; CUDA's own, and gaps b
 class Plan:
     """What may be chosen of a run without changing what it learns."""
 
-    recompute: str = "block"  # a policy of `apply_checkpointing`, or none
+    recompute: str = "block"  # a policy of `apply_checkpointing`
+    recompute_less: int = 0  # blocks, the last, have the next policy
     modulation_on_cpu: bool = False
     offload_activations: bool = False  # the checkpointed blocks' inputs wait in the host's memory
     stream_blocks: bool = False  # so do the blocks' weights
 
     def __str__(self) -> str:
-        return ", ".join([self.recompute, *(name for name, chosen in vars(self).items() if chosen is True)])
+        less = [f"{LESS.get(self.recompute)} of the last {self.recompute_less} blocks"] * (self.recompute_less > 0)
+        return ", ".join([self.recompute, *less, *(name for name, chosen in vars(self).items() if chosen is True)])
 
 
-POLICIES = ("keep_gemm", "keep_attn", "block")  # here and below, from the fastest to the smallest
-PLANS = [Plan(policy, cpu) for policy in POLICIES for cpu in (False, True)]
-PLANS += [Plan("block", True, True), *(Plan(policy, True, True, True) for policy in POLICIES)]
+# from the fastest to the smallest
+PLANS = [Plan(policy, 0, cpu) for policy in reversed(POLICIES) for cpu in (False, True)]
+PLANS += [Plan("block", 0, True, True), *(Plan(policy, 0, True, True, True) for policy in reversed(POLICIES[:-1]))]
 CHANGES = [  # of a config, that save memory, those that cost the least time first
     {"modulation_on_cpu": True}, {"gradient_checkpointing": True, "recompute": "keep_attn"},
     {"offload_activations": True}, {"gradient_checkpointing": True, "recompute": "block"},
@@ -75,15 +77,15 @@ class Forecast:
         largest = sum(size for name, size in rest.items() if name.startswith("double_blocks.0."))
         self.kept = sum(sizes.values()) if form_of(config.base_model_precision) else 0  # bytes on disk
         self.blocks, self.away = sum(rest.values()), max(0, sum(rest.values()) - 3 * largest)
-        inputs = len([*flux.double_blocks, *flux.single_blocks][: -1 : config.gradient_checkpointing_interval or 1])
-        self.inputs = max(0, inputs - 2) * self.tokens * width * self.dtype.itemsize  # two are on the device
+        blocks = [*flux.double_blocks, *flux.single_blocks]
+        self.again = max(1, len(blocks[: -1 : config.gradient_checkpointing_interval or 1]))  # those computed again
+        self.inputs = max(0, self.again - 2) * self.tokens * width * self.dtype.itemsize  # two are on the device
 
     def work(self, policy: str) -> memory.Counted:
         """A batch, forward and backward, by a policy of `apply_checkpointing`, or none."""
         if policy not in self.counts:
             flux = on_meta(self.config.model_copy(update={"model_type": "lora"}), self.dtype)
-            if policy != "none":
-                memory.apply_checkpointing(flux, policy, self.config.gradient_checkpointing_interval or 1)
+            memory.apply_checkpointing(flux, policy, self.config.gradient_checkpointing_interval or 1)
             sizes, uses = flux.config, self.config.train_batch_size
             with torch.device("meta"):
                 shapes = [(uses, sizes.in_channels // 4, 2 * h // TOKEN, 2 * w // TOKEN) for w, h in self.sizes]
@@ -95,10 +97,17 @@ class Forecast:
             self.counts[policy] = found
         return self.counts[policy]
 
+    def step(self, plan: Plan) -> tuple[float, Counter]:
+        """Bytes at most, and FLOPs, of a batch; of two policies their shares, within 5 % of what it is."""
+        one, share = self.work(plan.recompute), min(1, plan.recompute_less / self.again)
+        two = self.work(LESS[plan.recompute]) if share else one
+        flops = {op: count + share * (two.flops[op] - count) for op, count in one.flops.items()}
+        return one.peak + share * (two.peak - one.peak), Counter(flops)
+
     def parts(self, plan: Plan) -> dict[str, float]:  # bytes on the device, by what they are
         config = self.config
         vae, picture = decoding(config.pretrained_model_name_or_path, self.sizes[0])
-        step = self.work(plan.recompute).peak - plan.offload_activations * self.inputs
+        step = self.step(plan)[0] - plan.offload_activations * self.inputs
         parts = memory.held(self.flux, bytes_of_one(config), self.dtype, parallel.world(), config.sharded)
         parts["transformer"] -= plan.modulation_on_cpu * self.modulation + plan.stream_blocks * self.away
         parts |= {f"a batch of {self.tokens} tokens, forward and backward": step, "VAE": vae}
@@ -113,7 +122,7 @@ class Forecast:
         return (plan.modulation_on_cpu * self.modulation + streamed) / GB
 
     def seconds(self, plan: Plan, card: dict) -> float:
-        flops, (kind, _, how) = self.work(plan.recompute).flops, self.config.base_model_precision.partition("-")
+        (_, flops), (kind, _, how) = self.step(plan), self.config.base_model_precision.partition("-")
         linears = flops.total() - flops[FUSED] - flops[FUSED_BACKWARD]
         times = linears / ((how == "dynamic" and card[kind]) or card["bf16"])
         times += flops[FUSED] / card["attention"] + flops[FUSED_BACKWARD] / card["attention_backward"]
@@ -121,9 +130,16 @@ class Forecast:
         return max(times / 1e12, copied) * self.config.gradient_accumulation_steps
 
     def fitting(self, budget: float) -> Plan | None:
-        """The first of PLANS, with what the config names, that fits so many GB."""
-        plans = (replace(plan, **named(self.config)) for plan in PLANS)
-        return next((plan for plan in plans if self.total(plan) + SPARE <= budget), None)
+        """The first of PLANS, with what the config names, that fits so many GB, and then some blocks by less."""
+        own = named(self.config)
+        plans = (replace(plan, **own) for plan in PLANS)
+        plan = next((plan for plan in plans if self.total(plan) + SPARE <= budget), None)
+        faster = plan and LESS.get(plan.recompute)
+        if not faster or "recompute_less" in own or (plan.offload_activations and faster == "none"):
+            return plan
+        all_of_them = self.total(replace(plan, recompute=faster)) - self.total(plan)
+        share = (budget - SPARE - self.total(plan)) / max(all_of_them, 1e-9)
+        return replace(plan, recompute_less=min(self.again, int(share * self.again)))
 
     def lines(self) -> list[str]:
         lines = [f"{size / GB:8.3f} GB  {name}" for name, size in self.parts(self.plan).items() if size]
@@ -167,7 +183,8 @@ class Forecast:
 
 def named(config: Config) -> dict[str, str | bool]:
     said = config.model_dump(include=set(vars(Plan())), exclude_none=True)
-    return said if config.gradient_checkpointing else said | {"recompute": "none"}
+    said |= {} if config.gradient_checkpointing else {"recompute": "none"}
+    return {"recompute_less": 0} | said if "recompute" in said else said
 
 
 def choose(config: Config, examples: list[Example], device: torch.device) -> Forecast:
