@@ -93,6 +93,13 @@ def hollow(r: np.random.Generator, size: Size) -> Example:
     return Example("hollow", f"hollow out the {thing.name}", (reference,), target)
 
 
+def silhouette(r: np.random.Generator, size: Size) -> Example:
+    scene = random_scene(r)
+    gray = tuple(replace(thing, rgb=(0.5, 0.5, 0.5)) for thing in scene.objects)  # none of the colours that it knows
+    target = draw(replace(scene, objects=gray), size)
+    return Example("silhouette", "turn every object into a gray silhouette", (draw(scene, size),), target)
+
+
 def inset(picture: Picture, second: Picture) -> Picture:
     height, width = picture.shape[:2]
     result, small = picture.copy(), to_image(second).resize((width // 2, height // 2), Image.BOX)
@@ -123,7 +130,8 @@ DEGRADATIONS = {
         lambda picture: from_image(degrade(to_image(picture), "jpeg", {"quality": 12}, np.random.default_rng(0))),
     ),
 }
-HELD_OUT = (*TARGETS, "hollow", "inset", *DEGRADATIONS)  # never in pretraining, so that a LoRA has something to teach
+OBJECT_EDITS = {"hollow": hollow, "silhouette": silhouette}
+HELD_OUT = (*TARGETS, *OBJECT_EDITS, "inset", *DEGRADATIONS)  # never in pretraining, so that a LoRA has something to teach
 
 
 @cache
@@ -169,8 +177,8 @@ def example(split: str, index: int, size: Size, edit: str | None = None) -> Exam
         words, drawings = scenes.EDITS[edit](r, scene)
         *references, target = (draw(scene, size) for scene in drawings)
         return Example(edit, instruction(r, edit, **words), tuple(references), target)
-    if edit == "hollow":
-        return hollow(r, size)
+    if edit in OBJECT_EDITS:
+        return OBJECT_EDITS[edit](r, size)
     photograph, picture = any_picture(r, split, size)
     if edit == "inset":
         _, second = any_picture(r, split, size)

@@ -26,7 +26,7 @@ from kontext_min.nano.pretrain import PHASES
 from kontext_min.nano.scenes import EDITS
 
 SIZE, KINDS = Size(64, 48), ("", "validation_")
-GIVEAWAYS = """invert negative sketch pencil sepia vintage mosaic pixelate outline contour hollow ring inset deblur
+GIVEAWAYS = """invert negative sketch pencil sepia vintage mosaic pixelate outline contour hollow ring silhouette inset deblur
     sharpen resolution jpeg artifact restore""".split()  # words of the held-out edits
 
 
@@ -115,6 +115,15 @@ def test_hollow_shows_the_background_inside_and_nothing_else_changes():
     assert task.prompt.startswith("hollow out the ") and 0.01 < changed.mean() < 0.12
     rows, columns = np.nonzero(changed)
     assert np.ptp(rows) < 40 and np.ptp(columns) < 40  # one object of 36 pixels
+
+
+def test_silhouettes_are_gray_and_before_the_same_background():
+    for i in range(20):
+        task = example("train", i, Size(96, 96), "silhouette")
+        changed = np.abs(task.target - task.references[0]).max(-1) > 0
+        gray = np.abs(task.target - 0.5).max(-1) < 1e-6
+        assert gray.sum() > 400 and (gray & ~changed).sum() == 0  # of objects of about 36 x 36 pixels
+        assert (changed & ~gray).sum() < 0.5 * changed.sum()  # their edges
 
 
 def test_inset_is_the_second_picture_in_the_corner_of_the_first():
