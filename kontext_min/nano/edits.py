@@ -131,7 +131,8 @@ DEGRADATIONS = {
     ),
 }
 OBJECT_EDITS = {"hollow": hollow, "silhouette": silhouette}
-HELD_OUT = (*TARGETS, *OBJECT_EDITS, "inset", *DEGRADATIONS)  # never in pretraining, so that a LoRA has something to teach
+# never in pretraining, so that a LoRA has something to teach
+HELD_OUT = (*TARGETS, *OBJECT_EDITS, "inset", *DEGRADATIONS)
 
 
 @cache

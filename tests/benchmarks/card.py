@@ -1,4 +1,4 @@
-"""What training and edits take on this machine's card, beside what was predicted: python tests/benchmarks/card.py [--help].
+"""What training and edits take on this card, beside what was predicted: python tests/benchmarks/card.py [--help].
 
 The model has the published sizes and random weights: nothing that is measured here depends on them. It is written once
 (34 GB in FOLDER, with a T5 of one layer), and then train.py and infer.py's own code run on it, each row in a process of
@@ -71,9 +71,10 @@ def write_pair(folder: Path, side: int) -> list[dict]:
 def training(folder: Path, side: int, precision: str, memory: str, compiled: bool) -> str:
     """A short run of train.py, and what its own record says of it."""
     out = folder / "run"
+    base = "no_change" if precision == "bf16" else precision
     write_json(folder / "config.json", {
-        "pretrained_model_name_or_path": str(folder / "model"), "data_backend_config": write_pair(folder / "pair", side),
-        "output_dir": str(out), "cache_dir": str(folder / "cache"), "base_model_precision": precision if precision != "bf16" else "no_change",
+        "pretrained_model_name_or_path": str(folder / "model"), "base_model_precision": base, "output_dir": str(out),
+        "data_backend_config": write_pair(folder / "pair", side), "cache_dir": str(folder / "cache"),
         "memory": memory if memory == "auto" else float(memory), "flux_lora_target": "all+ffs",
         "mixed_precision": "bf16" if DTYPE == torch.bfloat16 else "no", "torch_compile": compiled,
         "max_train_steps": STEPS, "validation_disable": True, "eval_loss_disable": True, "aspect_bucket_alignment": 16,

@@ -26,8 +26,8 @@ from kontext_min.nano.pretrain import PHASES
 from kontext_min.nano.scenes import EDITS
 
 SIZE, KINDS = Size(64, 48), ("", "validation_")
-GIVEAWAYS = """invert negative sketch pencil sepia vintage mosaic pixelate outline contour hollow ring silhouette inset deblur
-    sharpen resolution jpeg artifact restore""".split()  # words of the held-out edits
+GIVEAWAYS = """invert negative sketch pencil sepia vintage mosaic pixelate outline contour hollow ring silhouette inset
+    deblur sharpen resolution jpeg artifact restore""".split()  # words of the held-out edits
 
 
 def test_same_index_gives_same_example():
