@@ -193,7 +193,7 @@ def on_meta(
     tensors = Tensors(component.files, rule)
     where = component.files[0].parent / "config.json" if component.config else tensors.title
     try:
-        config = config_of(component.config, {name: tensors.shape(name) for name in tensors.names()})
+        config = config_of(component.config, tensors.shapes())
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where} is not the file it should be; missing or malformed: {error}") from error
     if not component.config and config != type(config)():  # sizes of one's own, which tensors do not tell in full
@@ -209,7 +209,7 @@ def bare(name: str) -> str:  # the name of a transformer's tensor without ComfyU
 def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]]:
     """The transformer without weights, the tensors of its files, and our name -> theirs ({} where they are ours)."""
     flux, tensors = on_meta(Flux, flux_config, checkpoint.components["transformer"], bare)
-    diffusers = "x_embedder.weight" in tensors.names()
+    diffusers = "x_embedder.weight" in tensors.where
     return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else {}
 
 
@@ -220,7 +220,7 @@ def load_flux(checkpoint: Checkpoint, device: Place, dtype: torch.dtype, then: C
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
     vae, tensors = on_meta(VAE, vae_config, checkpoint.components["vae"])
-    diffusers = "encoder.conv_norm_out.weight" in tensors.names()
+    diffusers = "encoder.conv_norm_out.weight" in tensors.where
     table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else {}
     return fill(vae, tensors, table, dtype, device)
 

@@ -67,12 +67,8 @@ class Tensors:
             if weight in self.where:  # else it stays, and `fill` refuses it as unexpected
                 self.scales[weight] = self.where.pop(name)
 
-    def names(self) -> set[str]:
-        return set(self.where)
-
-    def shape(self, name: str) -> tuple[int, ...]:  # shape from the file's header; nothing is read
-        handle, key = self.where[name]
-        return tuple(handle.get_slice(key).get_shape())
+    def shapes(self) -> dict[str, tuple[int, ...]]:  # of all tensors, from the files' headers; nothing is read
+        return {name: tuple(handle.get_slice(key).get_shape()) for name, (handle, key) in self.where.items()}
 
     def read(self, name: str) -> Tensor:
         """The tensor, still a view of the memory-mapped file unless it had to be dequantised."""
@@ -107,9 +103,9 @@ def assembled(
     assert parameters.keys() == table.keys(), parameters.keys() ^ table.keys()
     cut = (source.disassemble(parameters[ours].to("meta")) for ours, source in table.items())
     expected = {name: tuple(part.shape) for parts in cut for name, part in parts.items()}
-    refuse(tensors.title, "tensors missing", expected.keys() - tensors.names())
-    refuse(tensors.title, "unexpected tensors", tensors.names() - expected.keys())
-    found = {name: tensors.shape(name) for name in expected}
+    found = tensors.shapes()
+    refuse(tensors.title, "tensors missing", expected.keys() - found.keys())
+    refuse(tensors.title, "unexpected tensors", found.keys() - expected.keys())
     wrong = [f"{n} is {list(found[n])}, expected {list(expected[n])}" for n in expected if found[n] != expected[n]]
     refuse(tensors.title, "tensors of the wrong shape", wrong)
     for ours, source in table.items():

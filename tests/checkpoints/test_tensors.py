@@ -114,9 +114,9 @@ def test_other_quantised_files_are_refused_by_name(change, singles):
 def test_tensors_of_several_files_are_one_mapping(kontext):
     files = load.find_component(kontext, "transformer").files
     tensors = Tensors(files)
-    assert tensors.names() == set(tiny.read_part(kontext / "transformer")) and len(files) > 3
+    assert tensors.where.keys() == set(tiny.read_part(kontext / "transformer")) and len(files) > 3
     name = "transformer_blocks.1.ff.net.0.proj.weight"
-    assert tensors.shape(name) == (256, 64) == tuple(tensors.read(name).shape)
+    assert tensors.shapes()[name] == (256, 64) == tuple(tensors.read(name).shape)
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480])
@@ -125,4 +125,4 @@ def test_header_whose_length_looks_like_a_pickle_is_none(length, tmp_path):
         tiny.save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"x": "x" * extra})
         if (tmp_path / "a.safetensors").read_bytes()[:8] == length.to_bytes(8, "little"):
             break
-    assert Tensors([tmp_path / "a.safetensors"]).names() == {"a"}
+    assert Tensors([tmp_path / "a.safetensors"]).where.keys() == {"a"}
