@@ -84,11 +84,6 @@ def average(flux: Flux, pattern: str, what: Callable[[Call], Tensor]) -> Iterato
         yield means
 
 
-def norms(call: Call) -> Tensor:  # root mean square of every token of the output, text first. (B, L)
-    x = torch.cat(call.output[::-1], dim=1) if isinstance(call.output, tuple) else call.output
-    return x.float().square().mean(-1).sqrt()
-
-
 def attention(
     queries: slice = slice(None), keys: slice = slice(None), mean: bool = False, chunk: int = 64
 ) -> Callable[[Call], Tensor]:

@@ -9,6 +9,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from tiny import random
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kontext_min import flow
@@ -35,9 +36,14 @@ def velocity(flux, seed: int = 4, references: int = 1, pooled: int = 5, t: float
     return flow.velocity(flux, random(2, 16, 6, 8, seed=3), torch.full((2,), t), condition, torch.full((2,), 2.5))
 
 
+def sizes(call: hooks.Call) -> Tensor:  # of every token of what a block gives, text first. (B, L)
+    x = torch.cat(call.output[::-1], dim=1) if isinstance(call.output, tuple) else call.output
+    return x.norm(dim=-1)
+
+
 CONTEXTS = {
     "record": lambda flux: hooks.record(flux, "*_blocks.*"),
-    "norms": lambda flux: hooks.average(flux, "*_blocks.*", hooks.norms),
+    "average": lambda flux: hooks.average(flux, "*_blocks.*", sizes),
     "attention": lambda flux: hooks.record(flux, "*_blocks.*.attend", hooks.attention(chunk=5)),
     "replace": lambda flux: hooks.replace(flux, "double_blocks.1", lambda call: tuple(2 * x for x in call.output)),
     "skip": lambda flux: hooks.skip(flux, "*_blocks.*"),
@@ -59,7 +65,7 @@ def test_outputs_are_bit_identical_after_a_context(flux, name):
     plain = velocity(flux)
     with CONTEXTS[name](flux):
         within = velocity(flux)
-    assert torch.equal(within, plain) == (name in ("record", "norms", "attention"))
+    assert torch.equal(within, plain) == (name in ("record", "average", "attention"))
     assert torch.equal(velocity(flux), plain) and hooked(flux) == 0
 
 
@@ -165,12 +171,12 @@ def test_records_are_by_site_and_step_and_averages_are_their_means(flux):
         assert torch.allclose(means[site], torch.stack([*values.values()]).mean(0), atol=1e-6)
 
 
-def test_norms_are_of_every_token_text_first(flux):
-    with hooks.record(flux, "double_blocks.0") as raw, hooks.record(flux, "double_blocks.0", hooks.norms) as norms:
+def test_a_double_block_gives_target_and_reference_then_text(flux):
+    with hooks.record(flux, "double_blocks.0") as raw, hooks.record(flux, "double_blocks.0", sizes) as made:
         velocity(flux)
     img, txt = raw["double_blocks.0"][0]
-    found = norms["double_blocks.0"][0]
-    assert torch.allclose(found[:, :7], txt.norm(dim=-1) / 8) and torch.allclose(found[:, 7:], img.norm(dim=-1) / 8)
+    found = made["double_blocks.0"][0]
+    assert torch.allclose(found[:, :7], txt.norm(dim=-1)) and torch.allclose(found[:, 7:], img.norm(dim=-1))
 
 
 @pytest.mark.parametrize("site", ["double_blocks.0", "single_blocks.1", *SITES, "img_in", "double_blocks.1.img_mlp.0"])
