@@ -5,7 +5,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -86,11 +86,8 @@ class EMA(nn.Module):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        kept = [(parameter, parameter.data) for parameter in self.averaged]
-        for average, parameter in zip(self.shadow, self.averaged, strict=True):
-            parameter.data = average.to(parameter.dtype)
-        try:
+        with ExitStack() as stack:
+            for average, parameter in zip(self.shadow, self.averaged, strict=True):
+                stack.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = average.to(parameter.dtype)
             yield
-        finally:
-            for parameter, data in kept:
-                parameter.data = data
