@@ -49,7 +49,8 @@ class Run:
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
         self.kept = self.parts(optimizer)
         self.done = self.start = start = 0
-        self.stop_when_told()
+        signal.signal(signal.SIGINT, self.told)
+        signal.signal(signal.SIGTERM, self.told)
         if config.validation_on_startup or config.model_type == "full":  # later there is no base
             self.validator.prepare()
         if path := state.chosen(config):
@@ -137,13 +138,9 @@ class Run:
             with self.ema.applied():
                 write_adapter(self.folder.average, adapter, recipe, dtype, form)
 
-    def stop_when_told(self):  # Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once
-        def handle(number: int, frame):
-            self.interrupted.set()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        signal.signal(signal.SIGINT, handle)
-        signal.signal(signal.SIGTERM, handle)
+    def told(self, *_):  # Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once
+        self.interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def due(step: int, interval: int) -> bool:
