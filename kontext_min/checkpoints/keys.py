@@ -16,7 +16,7 @@ from torch import Tensor
 from kontext_min.models.flux import FluxConfig
 from kontext_min.models.vae import VAEConfig
 
-FLUX, VAE, SETTINGS, INDEX, FIXED = json5.loads(Path(__file__).with_suffix(".json5").read_text("utf-8")).values()
+FLUX, VAE, SETTINGS, INDEX, FIXED, FILES = json5.loads(Path(__file__).with_suffix(".json5").read_text("utf-8")).values()
 SWAPPED = "final_layer.adaLN_modulation.1"  # (shift, scale) here, (scale, shift) in diffusers: its halves change places
 
 

@@ -24,14 +24,7 @@ from kontext_min.models.t5 import T5Config, T5Encoder
 from kontext_min.models.vae import VAE, VAEConfig
 
 Shapes = dict[str, tuple[int, ...]]  # of a file's tensors, by name
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
-SINGLE_FILES = {  # part -> file names, as ComfyUI users have them; the plainest that exists is taken
-    "transformer": ("flux1-kontext-dev*.safetensors", "flux1-dev-kontext*.safetensors", "flux*.safetensors"),
-    "vae": ("ae.safetensors", "*vae*.safetensors"),
-    "text_encoder": ("clip_l*.safetensors",),
-    "text_encoder_2": ("t5xxl*.safetensors", "t5*.safetensors"),
-}
-HUB_FILES = ["model_index.json", "scheduler/*", *(f"{part}/*" for part in PARTS), "tokenizer/*", "tokenizer_2/*"]
+HUB_FILES = ["model_index.json", "scheduler/*", *(f"{part}/*" for part in keys.FILES), "tokenizer/*", "tokenizer_2/*"]
 ODD_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
 NOT_USED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP files
 
@@ -60,7 +53,7 @@ def find(model: str | Path, download: bool = True) -> Checkpoint:
         folder = hub_folder(str(model), download)
     if absent := [name for name in ("tokenizer", "tokenizer_2") if not (folder / name).is_dir()]:
         raise FileNotFoundError(f"{folder} has no folder {' and '.join(absent)}; copy it from the model's repository")
-    components = {part: find_component(folder, part) for part in PARTS}
+    components = {part: find_component(folder, part) for part in keys.FILES}
     return Checkpoint(folder, components, read_shift(folder / "scheduler" / "scheduler_config.json"))
 
 
@@ -73,7 +66,7 @@ def hub_folder(repo_id: str, download: bool) -> Path:
     for local in (True, False) if download else (True,):
         with suppress(OSError):  # every failure of huggingface_hub is one
             folder = Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, local_files_only=local))
-            if not local or all((folder / part).is_dir() for part in PARTS):
+            if not local or all((folder / part).is_dir() for part in keys.FILES):
                 return folder
     why = "is not on this machine, and is gated, private, unknown or out of reach"
     remedy = f"accept its licence on its hub page, run `hf auth login` and `hf download {repo_id} --local-dir weights/"
@@ -87,13 +80,13 @@ def find_component(folder: Path, part: str) -> Component:
     if indices := sorted(own.glob("*.safetensors.index.json")):
         shards = sorted(set(read_json(indices[0]).get("weight_map", {}).values()))
         return Component(tuple(own / name for name in shards), config)
-    for place, pattern in [(own, "*.safetensors"), *((folder, pattern) for pattern in SINGLE_FILES[part])]:
+    for place, pattern in [(own, "*.safetensors"), *((folder, pattern) for pattern in keys.FILES[part])]:
         matches = sorted(place.glob(pattern), key=lambda path: (path.name.count("."), len(path.name), path.name))
         if matches:
             return Component((matches[0],), config)
     pickles = [path.name for path in own.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth")]
     found = f"; {part}/{pickles[0]} is a pickle: use the .safetensors instead" if pickles else ""
-    raise FileNotFoundError(f"{folder} has no {part}: expected {part}/*.safetensors or {SINGLE_FILES[part][0]}{found}")
+    raise FileNotFoundError(f"{folder} has no {part}: expected {part}/*.safetensors or {keys.FILES[part][0]}{found}")
 
 
 def read_json(path: Path) -> dict:  # a JSON file with an object, or one sentence naming it
