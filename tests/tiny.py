@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kontext_min import flow
+from kontext_min.adapters.layers import Adapted
 from kontext_min.checkpoints.load import Checkpoint, find_component
-from kontext_min.models.flux import FluxConfig
+from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.quantize import QuantisedLinear, is_quantised, parts_of
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -298,6 +299,12 @@ def write_pairs(folder: Path, count: int, size: tuple[int, int], caption: str, n
         {"id": "t", "instance_data_dir": str(folder / "target"), "conditioning_data": "r", "resolution": 48},
         {"id": "r", "instance_data_dir": str(folder / "reference"), "conditioning_type": "reference_strict"},
     ]
+
+
+def detach_all(flux: Flux):  # take every update off: the model is the very one that it was
+    for name, module in list(flux.named_modules()):
+        if isinstance(module, Adapted):
+            flux.set_submodule(name, module.base)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], metadata: dict | None = None):

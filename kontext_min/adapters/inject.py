@@ -90,7 +90,7 @@ def attach(flux: Flux, ours: str, update: Update):  # wrap one of our linears (o
 
 
 def apply_updates(flux: Flux, given: Sequence[Update], strength: float, dtype: torch.dtype):
-    """Attach a trained adapter's updates, copied. `detach_all` takes them off again, for others or other strengths."""
+    """Attach a trained adapter's updates, copied."""
     for whole, (_, here) in by_linear(given, flux).items():
         for update in here:
             update = at_strength(update, strength)
@@ -129,12 +129,6 @@ def start_from(flux: Flux, given: Sequence[Update]):
 
 def updates(flux: Flux) -> Iterator[Update]:
     return (module for module in flux.modules() if isinstance(module, Update))
-
-
-def detach_all(flux: Flux):  # take every update off: the model is the very one that it was
-    for name, module in list(flux.named_modules()):
-        if isinstance(module, Adapted):
-            flux.set_submodule(name, module.base)
 
 
 @contextmanager

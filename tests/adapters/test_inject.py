@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from tiny import CPU, FP32
+from tiny import CPU, FP32, detach_all
 
 from kontext_min.adapters.inject import (
     TARGETS,
@@ -11,7 +11,6 @@ from kontext_min.adapters.inject import (
     add_lora,
     apply_updates,
     attach,
-    detach_all,
     matching_modules,
     muted,
     updates,

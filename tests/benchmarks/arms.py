@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kontext_min import flow
-from kontext_min.adapters.inject import TARGETS, add_lora, detach_all, matching_modules, updates
+from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
+from kontext_min.adapters.layers import Adapted
 from kontext_min.adapters.merge import merging
 from kontext_min.memory import Counted, apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
@@ -63,7 +64,9 @@ def ours(config: FluxConfig) -> Flux:
 def merge(flux: Flux):
     """Make the LoRA a part of the weights."""
     given = list(updates(flux))
-    detach_all(flux)
+    for name, module in [*flux.named_modules()]:
+        if isinstance(module, Adapted):
+            flux.set_submodule(name, module.base)
     then = merging(given, flux)
     for name, _ in flux.named_parameters():
         then(flux, name)
