@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
+import json5
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -165,16 +166,7 @@ def recipe(config: Config, shown: Item) -> dict:
     }  # fmt: skip
 
 
-LICENCES = {  # name of a published model -> what the hub asks for
-    "nano": "license: apache-2.0",
-    "FLUX.1-Kontext-dev": """\
-base_model: black-forest-labs/FLUX.1-Kontext-dev
-base_model_relation: adapter
-license: other
-license_name: flux-1-dev-non-commercial-license
-license_link: https://huggingface.co/black-forest-labs/FLUX.1-Kontext-dev/blob/main/LICENSE.md""",
-}
-NO_DIFFUSERS = "For diffusers: `python -m kontext_min.adapters convert {lora} OUT --to diffusers --rank 64`"
+LICENCES, NO_DIFFUSERS = json5.loads(Path(__file__).with_name("card.json5").read_text("utf-8")).values()
 CARD, DIFFUSERS = (Path(__file__).with_name(name).read_text("utf-8") for name in ("card.md", "card_diffusers.md"))
 quoted = partial(json.dumps, ensure_ascii=False)  # as a Python string
 
