@@ -167,6 +167,7 @@ def run(config: Config, prune: bool = False):
     if seen.plan.offload_activations:
         Inputs(flux, device)
     for block in (*flux.double_blocks, *flux.single_blocks) if config.torch_compile else ():
+        torch._dynamo.config.recompile_limit = 256  # graphs of a kind of block; from its 8 on the rest is not compiled
         block.compile(dynamic=False)  # one graph for each kind of block and size of batch
 
     # loop

@@ -178,7 +178,8 @@ def write_card(config: Config, recipe: dict, examples: Examples):
     places, (width, height) = {"data_backend_config", "output_dir", "cache_dir"}, recipe["size"].split("x")
     values = recipe | {
         "kind": "LoKr" if config.lycoris_config else "DoRA" if config.use_dora else "LoRA", "lora": LORA,
-        "model": model, "licence": LICENCES.get(Path(model).name, ""), "pairs": pairs, "alone": len(examples) - pairs,
+        "model": model, "licence": "\n".join(LICENCES.get(Path(model).name, [])),
+        "pairs": pairs, "alone": len(examples) - pairs,
         "base": quoted("weights/nano" if model == "nano" else model),  # a folder of kontext_min's repository
         "dtype": "float32" if recipe["precision"] == "fp32" else "bfloat16", "width": width, "height": height,
         "picture": f"load_image({quoted(Path(recipe['image'][0]).name)})" if recipe["image"] else None,
