@@ -87,5 +87,6 @@ def test_the_header_says_precision_base_and_modelspec_and_diffusers_reads_alpha_
 
 def test_a_published_base_is_named_with_its_licence():
     hub = pytest.importorskip("huggingface_hub")
-    data = hub.ModelCard(f"---\n{card.LICENCES['FLUX.1-Kontext-dev']}\n---\n").data
+    lines = "\n".join(card.LICENCES["FLUX.1-Kontext-dev"])
+    data = hub.ModelCard(f"---\n{lines}\n---\n").data
     assert data.base_model == "black-forest-labs/FLUX.1-Kontext-dev" and data.license == "other"
