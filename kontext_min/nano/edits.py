@@ -13,7 +13,7 @@ from kontext_min.checkpoints.save import write_json
 from kontext_min.data.buckets import Size
 from kontext_min.data.degrade import degrade
 from kontext_min.nano import scenes
-from kontext_min.nano.scenes import COLOURS, Picture, cover, draw, exchange, heap_of_leaves, pick, random_scene
+from kontext_min.nano.scenes import COLOURS, Picture, draw, heap_of_leaves, pick, random_scene
 
 PHOTOS = Path(__file__).parents[2] / "configs" / "photos"
 MIX = json5.loads(Path(__file__).with_suffix(".json5").read_text(encoding="utf-8"))  # edit: share, its templates
@@ -84,15 +84,6 @@ def outline(picture: Picture) -> Picture:
     return picture * np.clip(1.6 - 2 * edges, 0, 1)[..., None].astype(np.float32)
 
 
-def hollow(r: np.random.Generator, size: Size) -> Example:
-    scene = random_scene(r)
-    thing = pick(r, scene.objects)
-    hole = cover(replace(thing, radius=0.62 * thing.radius), size)
-    reference, behind = draw(scene, size), draw(exchange(scene, thing), size)
-    target = reference * (1 - hole) + behind * hole
-    return Example("hollow", f"hollow out the {thing.name}", (reference,), target)
-
-
 def silhouette(r: np.random.Generator, size: Size) -> Example:
     scene = random_scene(r)
     gray = tuple(replace(thing, rgb=(0.5, 0.5, 0.5)) for thing in scene.objects)  # none of the colours that it knows
@@ -130,9 +121,7 @@ DEGRADATIONS = {
         lambda picture: from_image(degrade(to_image(picture), "jpeg", {"quality": 12}, np.random.default_rng(0))),
     ),
 }
-OBJECT_EDITS = {"hollow": hollow, "silhouette": silhouette}
-# never in pretraining, so that a LoRA has something to teach
-HELD_OUT = (*TARGETS, *OBJECT_EDITS, "inset", *DEGRADATIONS)
+HELD_OUT = (*TARGETS, "silhouette", "inset", *DEGRADATIONS)  # never in pretraining, so that LoRAs have work to do
 
 
 @cache
@@ -178,8 +167,8 @@ def example(split: str, index: int, size: Size, edit: str | None = None) -> Exam
         words, drawings = scenes.EDITS[edit](r, scene)
         *references, target = (draw(scene, size) for scene in drawings)
         return Example(edit, instruction(r, edit, **words), tuple(references), target)
-    if edit in OBJECT_EDITS:
-        return OBJECT_EDITS[edit](r, size)
+    if edit == "silhouette":
+        return silhouette(r, size)
     photograph, picture = any_picture(r, split, size)
     if edit == "inset":
         _, second = any_picture(r, split, size)
