@@ -162,10 +162,10 @@ def from_file(file: Path, problems: Problems) -> tuple[Pictures, Captions, list[
         where = f"{file}, line {number}"
         try:
             target, references, caption = fields(record)
+            name = Path(target).with_suffix("").as_posix()
         except ValueError as error:
             problems.add("malformed lines", f"{where}: {error}")
             continue
-        name = Path(target).with_suffix("").as_posix()
         if name in targets:
             problems.add("names with several pictures", f"{where}: {target} stands twice")
         targets[name] = Picture(file.parent / target)

@@ -343,6 +343,11 @@ def reference_is_a_number(data, entries):
     rows(data, entries, {**GOOD, "reference": 5})
 
 
+@broken("1 malformed lines", "pairs.jsonl, line 2", "has an empty name")
+def target_is_the_folder_itself(data, entries):
+    rows(data, entries, GOOD, {**GOOD, "target": "."})
+
+
 @broken("1 malformed lines", "pairs.jsonl, line 1: unknown prompt")
 def unknown_column(data, entries):
     rows(data, entries, {**GOOD, "prompt": "make it red"})
