@@ -339,7 +339,7 @@ class Config(Strict):
             "fsdp_enable: a quantised base is kept whole; set base_model_precision to no_change": fsdp and quantised,
             f"a model in shards has no plan to choose; take out {plan}": self.sharded and plan,
             "offload_activations needs gradient_checkpointing": self.offload_activations
-            and not self.gradient_checkpointing,
+            and (not self.gradient_checkpointing or self.recompute == "none"),
             "use_dora needs whole weights: take out fsdp_enable": fsdp and self.use_dora,
             "fsdp_cpu_offload needs model_type full": self.fsdp_cpu_offload and not full,
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,

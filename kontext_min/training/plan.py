@@ -132,7 +132,8 @@ class Forecast:
     def fitting(self, budget: float) -> Plan | None:
         """The first of PLANS, with what the config names, that fits so many GB, and then some blocks by less."""
         own = named(self.config)
-        plans = (replace(plan, **own) for plan in PLANS)
+        plans = [replace(plan, **own) for plan in PLANS]
+        plans = (plan for plan in plans if not (plan.offload_activations and plan.recompute == "none"))
         plan = next((plan for plan in plans if self.total(plan) + SPARE <= budget), None)
         faster = plan and LESS.get(plan.recompute)
         if not faster or "recompute_less" in own or (plan.offload_activations and faster == "none"):

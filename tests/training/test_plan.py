@@ -121,6 +121,10 @@ def test_what_a_config_names_is_so_in_every_plan(forecast):
     assert own.plan == own.fitting(80) == Plan("keep_attn")
     assert not own.fitting(24).modulation_on_cpu and own.fitting(24).recompute == "keep_attn"
     assert own.fitting(16).stream_blocks and not own.fitting(16).modulation_on_cpu
+    for named in ({"offload_activations": True}, {"gradient_checkpointing": False}):  # they exclude each other
+        own = Forecast(forecast.config.model_copy(update=named), forecast.examples, True)
+        own.counts = forecast.counts
+        assert all(plan.offload_activations != (plan.recompute == "none") for plan in map(own.fitting, (95, 80)))
     assert Forecast(Config(**NOWHERE, gradient_checkpointing=False), pairs(64, 64), False).plan.recompute == "none"
 
 
