@@ -70,9 +70,7 @@ def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1, less:
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager:
-    """Within the context FlashAttention-3 comes first on sm_90 if it is installed, else cuDNN's attention, as fast
-    there and about twice as fast as torch's first (pytorch#142132); elsewhere torch's order stays.
-    """
+    """Within the context, on sm_90, FlashAttention-3 comes first if it is installed, else cuDNN's, as fast there."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return nullcontext()
     first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]

@@ -46,6 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         yield temporary
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # as open as its folder: safetensors' are their owner's
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,10 +3,12 @@
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from tiny import CPU, FP32
 
 from kontext_min.checkpoints import load
 from kontext_min.checkpoints.save import save_model
+from kontext_min.checkpoints.tensors import whole_file
 from kontext_min.models.clip import CLIPConfig, CLIPText
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.t5 import T5Config, T5Encoder
@@ -31,6 +33,17 @@ def folder(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     save_model(folder, **models, dtype=torch.float32)
     return folder
+
+
+def test_who_may_read_a_folder_may_read_the_weights_in_it(tmp_path):
+    """safetensors alone makes files that other users, such as a server's, cannot read."""
+    for mode in (0o755, 0o700):
+        folder = tmp_path / f"{mode}"
+        folder.mkdir()
+        folder.chmod(mode)
+        with whole_file(folder / "a.safetensors") as file:
+            save_file({"a": torch.zeros(1)}, file)
+        assert (folder / "a.safetensors").stat().st_mode & 0o777 == mode & 0o666
 
 
 def test_we_read_back_what_we_wrote_to_the_last_bit(models, folder):
