@@ -184,8 +184,8 @@ def test_checkpointed_the_gradient_is_the_same_to_the_last_bit(kontext, form):
 @pytest.mark.parametrize("form, least", [("int8", 0.999), ("fp8", 0.99), ("nf4", 0.9)])
 def test_over_trained_blocks_that_are_small_the_gradient_turns_more(form, least):
     """nano's 6 blocks of 192 channels: what 2.6 % and 9 % of noise in every weight do where little averages out.
-    Every version of nano has its own figures (int8 0.9995 and 0.9993, fp8 0.9948 and 0.9927 in the fifth and the sixth),
-    so that the bounds are round ones below them.
+    Every version of nano has its own figures, above these round bounds: 0.9995 and 0.9993 of int8, 0.9948 and 0.9927 of
+    fp8 in the fifth and the sixth.
     """
     names = matching_modules(loaded(WEIGHTS / "nano").config, TARGETS["all+ffs"])
     exact, ours = (gradient(loaded(WEIGHTS / "nano", chosen), names) for chosen in (None, form))
