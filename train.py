@@ -154,21 +154,22 @@ def run(config: Config, prune: bool = False):
             print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     seen = choose(config, sets.training, device)
+    plan = seen.plan
 
     # model: load, and quantise or shard, as it streams -> freeze -> adapt -> checkpoint
-    flux, ahead = load_model(config, checkpoint, device, dtype, seen.plan)
+    flux, ahead = load_model(config, checkpoint, device, dtype, plan)
     torch.manual_seed(config.seed)
     parameters = [*flux.parameters()] if config.model_type == "full" else add_adapter(config, flux)
     if trained:
         start_from(flux, trained.updates)
         print(f"init_lora {trained.path}: {trained.title}")
-    how = seen.plan
-    apply_checkpointing(flux, how.recompute, config.gradient_checkpointing_interval or 1, how.recompute_less)
-    if seen.plan.offload_activations:
+    apply_checkpointing(flux, plan.recompute, config.gradient_checkpointing_interval or 1, plan.recompute_less)
+    if plan.offload_activations:
         Inputs(flux, device)
-    for block in (*flux.double_blocks, *flux.single_blocks) if config.torch_compile else ():
-        torch._dynamo.config.recompile_limit = 256  # graphs of a kind of block; from its 8 on the rest is not compiled
-        block.compile(dynamic=False)  # one graph for each kind of block and size of batch
+    if config.torch_compile:
+        torch._dynamo.config.recompile_limit = 256  # graphs of a kind of block; torch's own 8 are soon used up
+        for block in (*flux.double_blocks, *flux.single_blocks):
+            block.compile(dynamic=False)  # one graph for each kind of block and size of batch
 
     # loop
     vae = examples.vae = validation.vae = load.load_vae(checkpoint, device, torch.float32)

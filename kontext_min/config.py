@@ -185,7 +185,7 @@ class Config(Strict):
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
     gradient_checkpointing_interval: int | None = knob(None, "recompute only every n-th block", ge=1)
-    memory: Literal["auto"] | Positive = knob("auto", "GB to take, auto: the GPU's, by what is picked of the next six")
+    memory: Literal["auto"] | Positive = knob("auto", "GB to take, auto: the GPU's, by what is picked of the next five")
     recompute: Recompute | None = knob(None, "all of a block; keep_attn, keep_gemm, none: less of it, faster")
     recompute_less: int | None = knob(None, "of so many blocks, the last, what the next of these policies says", ge=0)
     modulation_on_cpu: bool | None = knob(None, "a quarter of the weights, which see no tokens, on the CPU")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from kontext_min.models.flux import Flux
 
 GB = 1e9  # bytes
 POLICIES = ("block", "keep_attn", "keep_gemm", "none")  # of recomputation, from the smallest to the fastest
-LESS = dict(pairwise(POLICIES))  # to the next one
+LESS = dict(zip(POLICIES, (*POLICIES[1:], "none"), strict=True))  # the next of each
 ATEN = torch.ops.aten
 ATTENTION = {  # the products that attention is, on CUDA and on the CPU
     ATEN._scaled_dot_product_cudnn_attention.default,
@@ -59,7 +58,7 @@ def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1, less:
 
     blocks = [*flux.double_blocks, *flux.single_blocks][:-1:every]
     for i, block in enumerate(blocks):
-        own = policy if i < len(blocks) - less else LESS.get(policy, "none")
+        own = policy if i < len(blocks) - less else LESS[policy]
         if own == "none":
             continue
         contexts = partial(create_selective_checkpoint_contexts, partial(decide, own))

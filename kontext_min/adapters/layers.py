@@ -127,7 +127,8 @@ class Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dx: Tensor, dlow: Tensor) -> tuple[Tensor, Tensor]:
         (x, a), dlow, whole = ctx.saved_tensors, dlow.flatten(0, -2), dx.flatten(0, -2)
-        return torch.addmm(whole, dlow, a, out=whole).view_as(dx), dlow.t() @ x.flatten(0, -2)
+        same = None if torch.compiler.is_compiling() else whole  # a compiler chooses places itself
+        return torch.addmm(whole, dlow, a, out=same).view_as(dx), dlow.t() @ x.flatten(0, -2)
 
 
 class Adapted(nn.Module):

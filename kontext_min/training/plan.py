@@ -40,8 +40,11 @@ class Plan:
     offload_activations: bool = False  # the checkpointed blocks' inputs wait in the host's memory
     stream_blocks: bool = False  # so do the blocks' weights
 
+    def possible(self) -> bool:  # where nothing is computed again, no inputs wait
+        return not (self.offload_activations and self.recompute == "none")
+
     def __str__(self) -> str:
-        less = [f"{LESS.get(self.recompute)} of the last {self.recompute_less} blocks"] * (self.recompute_less > 0)
+        less = [f"{LESS[self.recompute]} of the last {self.recompute_less} blocks"] * (self.recompute_less > 0)
         return ", ".join([self.recompute, *less, *(name for name, chosen in vars(self).items() if chosen is True)])
 
 
@@ -132,15 +135,13 @@ class Forecast:
     def fitting(self, budget: float) -> Plan | None:
         """The first of PLANS, with what the config names, that fits so many GB, and then some blocks by less."""
         own = named(self.config)
-        plans = [replace(plan, **own) for plan in PLANS]
-        plans = (plan for plan in plans if not (plan.offload_activations and plan.recompute == "none"))
+        plans = filter(Plan.possible, (replace(plan, **own) for plan in PLANS))
         plan = next((plan for plan in plans if self.total(plan) + SPARE <= budget), None)
-        faster = plan and LESS.get(plan.recompute)
-        if not faster or "recompute_less" in own or (plan.offload_activations and faster == "none"):
+        faster = plan and replace(plan, recompute=LESS[plan.recompute])
+        if faster in (None, plan) or "recompute_less" in own or not faster.possible():
             return plan
-        all_of_them = self.total(replace(plan, recompute=faster)) - self.total(plan)
-        share = (budget - SPARE - self.total(plan)) / max(all_of_them, 1e-9)
-        return replace(plan, recompute_less=min(self.again, int(share * self.again)))
+        room, more = budget - SPARE - self.total(plan), self.total(faster) - self.total(plan)
+        return replace(plan, recompute_less=min(self.again, int(self.again * room / max(more, 1e-9))))
 
     def lines(self) -> list[str]:
         lines = [f"{size / GB:8.3f} GB  {name}" for name, size in self.parts(self.plan).items() if size]

@@ -26,8 +26,8 @@ FREE = (  # keys that begin so may change between a checkpoint and the run that 
     # the data's fingerprint tells of these
     "data_backend_config", "resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "caption_strategy",
-    "recompute", "recompute_less", "gradient_checkpointing", "memory", "modulation_on_cpu", "offload_activations",
-    "stream_blocks", "torch_compile",
+    "recompute", "gradient_checkpointing", "memory", "modulation_on_cpu", "offload_activations", "stream_blocks",
+    "torch_compile",
 )  # fmt: skip
 FIXED = {  # nothing goes on without them
     "lora_type", "lora_rank", "lora_rank_pattern", "use_dora", "lycoris_config", "flux_lora_target", "optimizer",

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kontext_min import flow
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
-from kontext_min.adapters.layers import Adapted
 from kontext_min.adapters.merge import merging
 from kontext_min.memory import Counted, apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
@@ -61,15 +60,13 @@ def ours(config: FluxConfig) -> Flux:
     return flux
 
 
-def merge(flux: Flux):
-    """Make the LoRA a part of the weights."""
-    given = list(updates(flux))
-    for name, module in [*flux.named_modules()]:
-        if isinstance(module, Adapted):
-            flux.set_submodule(name, module.base)
-    then = merging(given, flux)
+def merged(config: FluxConfig) -> Flux:
+    """Ours with a LoRA that is a part of the weights."""
+    flux = Flux(config).requires_grad_(False)
+    then = merging(list(updates(ours(config))), flux)
     for name, _ in flux.named_parameters():
         then(flux, name)
+    return flux
 
 
 def peer(config: FluxConfig) -> nn.Module:
@@ -117,7 +114,7 @@ def step_bytes(model: nn.Module, given: dict[str, Tensor]) -> int:
 
 
 def arm(name: str, config: FluxConfig) -> nn.Module:
-    """What trains: `peer`, with its gradient checkpointing, or ours by a policy of `apply_checkpointing`, or `none`.
+    """What trains: `peer`, with its gradient checkpointing, or ours by a policy of `apply_checkpointing`.
 
     merged: ours for evaluations, with the LoRA in its weights.
     """
@@ -125,9 +122,8 @@ def arm(name: str, config: FluxConfig) -> nn.Module:
         model = peer(config)
         model.enable_gradient_checkpointing()
         return model
-    flux = ours(config)
     if name == "merged":
-        merge(flux)
-    elif name != "none":
-        apply_checkpointing(flux, name)
+        return merged(config)
+    flux = ours(config)
+    apply_checkpointing(flux, name)
     return flux

@@ -1,8 +1,8 @@
 """What training and edits take on this card, beside what was predicted: python tests/benchmarks/card.py [--help].
 
 The model has the published sizes and random weights: nothing that is measured here depends on them. It is written once
-(34 GB in FOLDER, with a T5 of one layer), and then train.py and infer.py's own code run on it, each row in a process of
-its own. Speeds of the peer, diffusers + peft, are of the same tokens, eager and compiled.
+(25 GB in FOLDER, with a T5 of one layer, and 11 to 15 for each form of quantised weights), and then train.py and what
+infer.py calls run on it, each row in a process of its own. The peer, diffusers + peft, sees the same tokens.
 """
 
 import argparse
@@ -60,12 +60,9 @@ def write_pair(folder: Path, side: int) -> list[dict]:
         (folder / part).mkdir(parents=True, exist_ok=True)
         Image.effect_noise((side, side), 64).convert("RGB").save(folder / part / "a.png")
     (folder / "target" / "a.txt").write_text(PROMPT)
-    size = {"resolution": side, "resolution_type": "pixel"}
-    target = {"id": "t", "instance_data_dir": str(folder / "target"), "conditioning_data": ["r"], **size}
-    return [
-        target,
-        {"id": "r", "instance_data_dir": str(folder / "reference"), "conditioning_type": "reference_strict"},
-    ]
+    target, reference = ({"id": part, "instance_data_dir": str(folder / part)} for part in ("target", "reference"))
+    target |= {"conditioning_data": ["reference"], "resolution": side, "resolution_type": "pixel"}
+    return [target, reference | {"conditioning_type": "reference_strict"}]
 
 
 def training(folder: Path, side: int, precision: str, memory: str, compiled: bool) -> str:
@@ -99,7 +96,7 @@ def editing(folder: Path, side: int, precision: str, steps: int) -> str:
 
 
 def peer(side: int, compiled: bool, tiny: bool) -> str:
-    """Training steps of diffusers + peft with their gradient checkpointing, in bf16 on the same tokens."""
+    """Training steps of diffusers + peft with their gradient checkpointing on the same tokens."""
     shape = arms.Shape(arms.sized(2, 2, 4, 4096) if tiny else FluxConfig(), 512, (side // 16, side // 16))
     torch.set_default_dtype(DTYPE)
     with DEVICE:

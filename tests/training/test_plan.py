@@ -1,5 +1,6 @@
 """What a run will take: by hand, by published figures, and beside what it then takes; and what is chosen to fit."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,8 @@ def test_of_what_a_budget_leaves_blocks_are_computed_again_by_less(forecast):
     seconds = [forecast.seconds(one, CARDS["4090"]) for one in (Plan("keep_gemm"), plan, Plan("keep_attn"))]
     assert seconds == sorted(seconds) and len({*seconds}) == 3
     assert str(plan) == "keep_attn, keep_gemm of the last 11 blocks, modulation_on_cpu"
+    with_none = replace(forecast.plan, recompute="none", recompute_less=3)  # nothing is less than that
+    assert forecast.total(with_none) == forecast.total(Plan("none")) and str(with_none).endswith("last 3 blocks")
     for named in ({"recompute": "keep_attn"}, {"recompute_less": 0}):
         own = Forecast(forecast.config.model_copy(update=named), forecast.examples, True)
         own.counts = forecast.counts

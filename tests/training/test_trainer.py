@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partialmethod
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny import CPU, FP32, error, read_part
+from torch import nn
+from torch._dynamo.utils import counters
 
 import train as train_py
 from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
@@ -20,6 +23,7 @@ from kontext_min.edit import Editor
 from kontext_min.flow import Shift, mix, velocity
 from kontext_min.memory import apply_checkpointing
 from kontext_min.presets import NANO
+from kontext_min.run_folder import read_lines
 from kontext_min.training.sets import mix_of, read_sets, text_cache
 from kontext_min.training.trainer import Draw, batches, density, draw, flow_loss, shift_factor, train
 
@@ -148,6 +152,32 @@ def test_a_run_can_be_repeated_to_the_last_bit_and_checkpointing_does_not_change
         results.append((found, [p.detach().clone() for p in parameters]))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_compiled_blocks_stay_compiled_beyond_four_sizes_of_batches(kontext, tmp_path, monkeypatch):
+    """Of one example each, and learn the same. torch goes on without a word where a function has 8 graphs, two a size.
+    This backend makes graphs, not code.
+    """
+    for i in range(5):
+        for folder in ("target", "reference"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.effect_noise((64 + 16 * i, 64), 80).convert("RGB").save(tmp_path / folder / f"{i}.png")
+        (tmp_path / "target" / f"{i}.txt").write_text("make it darker")
+    target = {"id": "t", "instance_data_dir": tmp_path / "target", "conditioning_data": "r", "resolution": 64}
+    reference = {"id": "r", "instance_data_dir": tmp_path / "reference", "conditioning_type": "reference_strict"}
+    config = Config(
+        data_backend_config=[target | {"resolution_type": "pixel"}, reference], output_dir=tmp_path / "out",
+        cache_dir=tmp_path / "cache", pretrained_model_name_or_path=str(kontext), aspect_bucket_alignment=16,
+        mixed_precision="no", max_train_steps=5, validation_disable=True, eval_loss_disable=True,
+    )  # fmt: skip
+    train_py.run(config)
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    counters.clear()
+    train_py.run(config.model_copy(update={"output_dir": tmp_path / "compiled", "torch_compile": True}))
+    assert counters["frames"]["ok"] == counters["frames"]["total"] == 5 * 2 * 2  # kinds of blocks, graphs of each
+    plain, compiled = (read_lines(tmp_path / run / "metrics.jsonl") for run in ("out", "compiled"))
+    for one, other in zip(plain, compiled, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 def test_accumulated_batches_give_the_mean_of_their_gradients(config):
