@@ -154,17 +154,16 @@ def run(config: Config, prune: bool = False):
             print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     seen = choose(config, sets.training, device)
-    plan = seen.plan
 
     # model: load, and quantise or shard, as it streams -> freeze -> adapt -> checkpoint
-    flux, ahead = load_model(config, checkpoint, device, dtype, plan)
+    flux, ahead = load_model(config, checkpoint, device, dtype, seen.plan)
     torch.manual_seed(config.seed)
     parameters = [*flux.parameters()] if config.model_type == "full" else add_adapter(config, flux)
     if trained:
         start_from(flux, trained.updates)
         print(f"init_lora {trained.path}: {trained.title}")
-    apply_checkpointing(flux, plan.recompute, config.gradient_checkpointing_interval or 1, plan.recompute_less)
-    if plan.offload_activations:
+    apply_checkpointing(flux, seen.plan.recompute, config.gradient_checkpointing_interval, seen.plan.recompute_less)
+    if seen.plan.offload_activations:
         Inputs(flux, device)
     if config.torch_compile:
         torch._dynamo.config.recompile_limit = 256  # graphs of a kind of block; torch's own 8 are soon used up

@@ -41,7 +41,7 @@ FLOPS = flop_registry | {  # operator -> its FLOPs: torch's formulas, and those 
 }
 
 
-def apply_checkpointing(flux: Flux, policy: str = "block", every: int = 1, less: int = 0):
+def apply_checkpointing(flux: Flux, policy: str = "block", every: int | None = None, less: int = 0):
     """Compute what every n-th block did again in backward, but for what is kept of it. Gradients stay the same.
     policy: keeps of a block its input (`block`), what attention gives too (`keep_attn`), or what the linears give too,
     so that only what is cheap is computed again (`keep_gemm`), or all (`none`), as the last block does in any case.

@@ -81,14 +81,14 @@ class Forecast:
         self.kept = sum(sizes.values()) if form_of(config.base_model_precision) else 0  # bytes on disk
         self.blocks, self.away = sum(rest.values()), max(0, sum(rest.values()) - 3 * largest)
         blocks = [*flux.double_blocks, *flux.single_blocks]
-        self.again = max(1, len(blocks[: -1 : config.gradient_checkpointing_interval or 1]))  # those computed again
+        self.again = max(1, len(blocks[: -1 : config.gradient_checkpointing_interval]))  # those computed again
         self.inputs = max(0, self.again - 2) * self.tokens * width * self.dtype.itemsize  # two are on the device
 
     def work(self, policy: str) -> memory.Counted:
         """A batch, forward and backward, by a policy of `apply_checkpointing`, or none."""
         if policy not in self.counts:
             flux = on_meta(self.config.model_copy(update={"model_type": "lora"}), self.dtype)
-            memory.apply_checkpointing(flux, policy, self.config.gradient_checkpointing_interval or 1)
+            memory.apply_checkpointing(flux, policy, self.config.gradient_checkpointing_interval)
             sizes, uses = flux.config, self.config.train_batch_size
             with torch.device("meta"):
                 shapes = [(uses, sizes.in_channels // 4, 2 * h // TOKEN, 2 * w // TOKEN) for w, h in self.sizes]
