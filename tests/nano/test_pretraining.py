@@ -116,7 +116,7 @@ def test_distilled_guidance_is_the_teachers_true_cfg():
 
     student.flux.forward = perfect
     assert distil_loss(student, teacher, empty, data, generator).item() < 1e-9
-    assert 1 <= asked[0].min() < asked[0].max() <= 4
+    assert asked[0].min() == 1 < asked[0].max() <= 4
     assert distil_loss(copy.deepcopy(teacher), teacher, empty, data, generator).item() > 1e-4  # it ignores guidance
 
 
@@ -124,11 +124,11 @@ def test_changed_tokens_weigh_more_and_text_to_image_tokens_alike():
     target = torch.zeros(1, 16, 4, 4)
     reference = target.clone()
     reference[..., :2, :2] = 1
-    assert token_weights(target, [reference]).flatten().tolist() == [5, 1, 1, 1]
+    assert token_weights(target, [reference]).flatten().tolist() == [2, 1, 1, 1]
     assert token_weights(target, []).flatten().tolist() == [1, 1, 1, 1]
     reference[:] = 1
     reference[..., 2:, 2:] = 0  # a new background: what stays is the harder part
-    assert token_weights(target, [reference]).flatten().tolist() == [5, 5, 5, 5]
+    assert token_weights(target, [reference]).flatten().tolist() == [2, 2, 2, 2]
 
 
 def test_success_needs_the_change_done_and_the_rest_left():
