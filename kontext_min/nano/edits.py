@@ -184,7 +184,7 @@ def example(split: str, index: int, size: Size, edit: str | None = None) -> Exam
 
 
 def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str:
-    """`count` training pairs of an edit, a share of known edits instead, to be left as they are. -> what to do next"""
+    """`count` training examples of an edit, a share replaced by known edits, with data.json. -> what to do next"""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name a new folder")
     r, data = np.random.default_rng([6, len(edit)]), {}
@@ -201,7 +201,7 @@ def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str
         (folder / target / f"{i:04d}.txt").write_text(task.prompt + "\n")
         data[target] = {
             "id": target, "conditioning_data": ids, "instance_data_dir": str(folder / target),
-            "resolution": PAIR_SIZE.width, "resolution_type": "pixel", "is_regularisation_data": bool(prefix),
+            "resolution": PAIR_SIZE.width, "resolution_type": "pixel",
         }  # fmt: skip
     write_json(folder / "data.json", list(data.values()))
     return f"{count} pairs; train with data_backend_config={folder / 'data.json'}"
