@@ -4,13 +4,17 @@ Names and layout are those of Black Forest Labs' `ae.safetensors` (83,819,683 pa
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+STRIP = 2**24  # numbers that a strip of rows has at most: 67 MB in fp32
 
 norm, conv = partial(nn.GroupNorm, eps=1e-6), partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -33,6 +37,35 @@ class VAEConfig:
         return 2 ** (len(self.channels) - 1)
 
 
+def by_strips(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f(x), for an f that looks one row up and down, one strip of rows after another, so that what f makes on its way
+    is never there whole. x (B, C, H, W); f may change the channels and double the sides.
+    """
+    height, rows = x.shape[2], max(1, STRIP * x.shape[2] // x.numel())
+    if rows >= height:
+        return f(x)
+    out = None
+    for top in range(0, height, rows):
+        above = min(top, 1)
+        strip = f(x[:, :, top - above : top + rows + 1])
+        scale = strip.shape[3] // x.shape[3]
+        out = strip.new_empty(*strip.shape[:2], height * scale, strip.shape[3]) if out is None else out
+        place = out[:, :, top * scale : (top + rows) * scale]
+        place.copy_(strip[:, :, above * scale :][:, :, : place.shape[2]])
+    return out
+
+
+def normalised(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(silu(norm(x))), of large x by strips, with mean and variance of all of it."""
+    if x.numel() <= STRIP:
+        return conv(F.silu(norm(x)))
+    var, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0, keepdim=True)
+    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (var + norm.eps).rsqrt()  # (B, groups, C / groups, 1, 1)
+    shift = norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale
+    scale, shift = scale.flatten(1, 2), shift.flatten(1, 2)  # (B, C, 1, 1)
+    return by_strips(lambda rows: conv(F.silu(shift + rows * scale)), x)
+
+
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, around a shortcut (1x1 where the channels change)."""
 
@@ -43,8 +76,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if before == out else nn.Conv2d(before, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        change = normalised(self.norm2, self.conv2, normalised(self.norm1, self.conv1, x))
+        return change.add_(self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -60,6 +93,17 @@ class AttnBlock(nn.Module):
         q, k, v = (rearrange(f(n), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
         attention = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(rearrange(attention, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Upsample(nn.Sequential):
+    """Twice the resolution, nearest neighbour, and a convolution."""
+
+    def __init__(self, channels: int):
+        parts = {"nearest": nn.Upsample(scale_factor=2.0), "conv": conv(channels, channels)}
+        super().__init__(OrderedDict(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_strips(super().forward, x)
 
 
 def named(**parts: nn.Module) -> nn.Sequential:
@@ -97,9 +141,21 @@ def decoder(config: VAEConfig) -> nn.Sequential:
     for i, out in reversed(list(enumerate(channels))):
         before = channels[min(i + 1, len(channels) - 1)]
         parts["up"].add_module(str(i), stage := level([before] + [out] * (config.layers_per_block + 1), groups))
-        if i:  # twice the resolution, nearest neighbour
-            stage.upsample = named(nearest=nn.Upsample(scale_factor=2.0), conv=conv(out, out))
+        if i:
+            stage.upsample = Upsample(out)
     return named(**parts, norm_out=norm(groups, out), silu=nn.SiLU(), conv_out=conv(out, config.in_channels))
+
+
+def parts(module: nn.Module) -> Iterable[nn.Module]:
+    """What sequences of sequences run, one after another."""
+    return chain.from_iterable(map(parts, module)) if type(module) is nn.Sequential else [module]
+
+
+def run(sequence: nn.Sequential, x: Tensor) -> Tensor:
+    """sequence(x); inside of it, each sequence would hold its input until its end."""
+    for part in parts(sequence):
+        x = part(x)
+    return x
 
 
 class VAE(nn.Module):
@@ -111,7 +167,7 @@ class VAE(nn.Module):
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, 8h, 8w) in [-1, 1] -> raw mean and log-variance, each (B, 16, h, w)."""
-        return self.encoder(x).chunk(2, dim=1)
+        return run(self.encoder, x).chunk(2, dim=1)
 
     def encode(self, x: Tensor) -> Tensor:
         """x (B, 3, 8h, 8w) in [-1, 1] -> (mean - shift) * scale, (B, 16, h, w)."""
@@ -119,4 +175,4 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Normalised latents z (B, 16, h, w) -> picture (B, 3, 8h, 8w), about [-1, 1], not clamped."""
-        return self.decoder(z / self.config.scaling_factor + self.config.shift_factor)
+        return run(self.decoder, z / self.config.scaling_factor + self.config.shift_factor)

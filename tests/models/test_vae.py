@@ -6,6 +6,8 @@ import torch
 from tiny import CPU, FP32, error, random
 
 from kontext_min.checkpoints.load import load_vae
+from kontext_min.memory import counted
+from kontext_min.models import vae
 from kontext_min.models.vae import VAE, VAEConfig
 
 SIZES = {
@@ -28,10 +30,12 @@ def normalised(oracle, x):
     return (oracle.encode(x).latent_dist.mode() - oracle.config.shift_factor) * oracle.config.scaling_factor
 
 
+@pytest.mark.parametrize("strip", [vae.STRIP, 9000, 100], ids=["whole", "strips", "row by row"])
 @pytest.mark.parametrize("height, width", [(32, 32), (48, 80), (88, 24)])
 @pytest.mark.parametrize("name", SIZES)
 @torch.no_grad()
-def test_autoencoder_equals_diffusers(name, height, width, tmp_path):  # trap 10
+def test_autoencoder_equals_diffusers(name, height, width, strip, tmp_path, monkeypatch):  # trap 10
+    monkeypatch.setattr(vae, "STRIP", strip)
     oracle, ours = both(tmp_path, **SIZES[name])
     x = random(1, 3, height, width).clamp(-1, 1)
     z = ours.encode(x)
@@ -49,8 +53,8 @@ def test_encoding_takes_the_mode_not_a_sample(tmp_path):  # trap 10
     assert torch.allclose(ours.encode(x), (mean - 0.1159) * 0.3611)
 
 
-def symmetric_padding(vae, patch):
-    for module in vae.modules():
+def symmetric_padding(model, patch):
+    for module in model.modules():
         if isinstance(module, torch.nn.ZeroPad2d):
             module.padding = (1, 0, 1, 0)
 
@@ -88,5 +92,17 @@ def test_group_norm_has_an_eps_of_1e_minus_6(tmp_path):  # trap 8
 
 def test_flux_vae_has_83_819_683_parameters_in_244_tensors():
     with torch.device("meta"):
-        vae = VAE(VAEConfig())
-    assert (sum(p.numel() for p in vae.parameters()), len(vae.state_dict())) == (83_819_683, 244)
+        model = VAE(VAEConfig())
+    assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == (83_819_683, 244)
+
+
+@torch.no_grad()
+def test_a_large_picture_by_strips_takes_less(monkeypatch):
+    """Beside the first block of 256 channels at 1024 px, its input, only two of 128 channels are there whole."""
+    with torch.device("meta"):
+        model, latents, picture = VAE(VAEConfig()), torch.empty(1, 16, 128, 128), torch.empty(1, 3, 1024, 1024)
+    channel, strips = 1024**2 * 4, 4 * vae.STRIP * 4  # bytes
+    assert (256 + 2 * 128) * channel < counted(lambda: model.decode(latents)).peak < 512 * channel + strips
+    assert 3 * 128 * channel < counted(lambda: model.encode(picture)).peak < 3 * 128 * channel + strips
+    monkeypatch.setattr(vae, "STRIP", 1024**4)
+    assert counted(lambda: model.decode(latents)).peak >= 3 * 256 * channel
