@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="pretrain | evaluate | pairs")
     command = commands.add_parser("pretrain", parents=[shared])
     command.add_argument("--work", type=Path, default=Path("output/nano-pretrain"), help="where its checkpoints are")
+    command.add_argument("--bf16", action="store_true", help="its products in bf16, where the CPU multiplies in it")
     command.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
     command = commands.add_parser("evaluate", parents=[shared])
     command.add_argument("--lora", type=Path, help="what this LoRA does, beside the base")
@@ -57,7 +58,7 @@ def main() -> None:  # one command
         write_clip(args.folder / "tokenizer")
         phases = [replace(phase, examples=64, steps=3, batch=4) for phase in PHASES] if args.smoke else PHASES
         vae = pretrain_vae(args.work, 4 if args.smoke else VAE_STEPS)
-        pretrain_flux(args.work, vae, args.folder, phases, 3 if args.smoke else DISTIL_STEPS)
+        pretrain_flux(args.work, vae, args.folder, phases, 3 if args.smoke else DISTIL_STEPS, args.bf16)
         report(args.folder, 4 if args.smoke else args.cases)
     elif args.lora:
         report_lora(args.folder, args.lora, args.edits, args.cases)

@@ -98,6 +98,17 @@ def inset(picture: Picture, second: Picture) -> Picture:
     return result
 
 
+def zoomed(picture: Picture) -> Picture:
+    image = to_image(picture)
+    width, height = image.size
+    return from_image(image.resize(image.size, Image.BICUBIC, (width / 6, height / 6, width * 5 / 6, height * 5 / 6)))
+
+
+def dark_corners(picture: Picture) -> Picture:
+    x, y = np.meshgrid(*(np.linspace(-1, 1, side, dtype=np.float32) for side in picture.shape[1::-1]))
+    return picture * np.exp(-0.7 * (x**2 + y**2) ** 2)[..., None]
+
+
 PICTURE_EDITS = {
     "grayscale": gray,
     "darker": lambda picture: picture * 0.5,
@@ -105,6 +116,16 @@ PICTURE_EDITS = {
     "flip": lambda picture: np.ascontiguousarray(picture[:, ::-1]),
     "blur": blurred,
     "keep": lambda picture: picture,
+    "contrast": lambda picture: np.clip((picture - 0.5) * 1.7 + 0.5, 0, 1),
+    "vivid": lambda picture: np.clip(gray(picture) + 2 * (picture - gray(picture)), 0, 1),
+    "warmer": lambda picture: np.clip(picture * np.float32([1.2, 1, 0.6]), 0, 1),
+    "cooler": lambda picture: np.clip(picture * np.float32([0.6, 1, 1.2]), 0, 1),
+    "posterize": lambda picture: np.round(picture * 3) / 3,
+    "red and blue": lambda picture: np.ascontiguousarray(picture[..., ::-1]),
+    "upside down": lambda picture: np.ascontiguousarray(picture[::-1]),
+    "zoom": zoomed,
+    "corners": dark_corners,
+    "glow": lambda picture: 1 - (1 - picture) * (1 - 0.6 * blurred(picture, 16)),
 }
 # held-out edit: (prompt, function); the first group makes the target of one picture, the second one its reference
 TARGETS = {

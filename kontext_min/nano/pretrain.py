@@ -1,6 +1,7 @@
 """nano's pretraining: the autoencoder; transformer and text encoders on its cached latents; then guidance, distilled.
 
 Everything resumes. Muon is for matrices and kernels, Adam for the rest (Jordan et al. 2024; Adam's step size).
+With `bf16` linears and attention of the transformer multiply in it, parameters and sums stay fp32.
 """
 
 import copy
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kontext_min import flow
 from kontext_min.checkpoints.tensors import whole_file
@@ -41,7 +43,7 @@ ADAM_NAMES = ("clip.", "t5.shared", "relative_attention_bias", "_in.", "_mod.", 
 CAPTION_DROPOUT = 0.07  # so that true CFG has something to subtract
 GUIDANCE = (1.0, 4.0)  # what the embedding learns to stand for
 DISTIL_SHARE = 0.15  # of the learning rates
-CHANGED, CHANGED_WEIGHT = 0.15, 2.0  # a token with more mean squared difference to the reference weighs twice
+CHANGED = 0.15  # mean squared difference to the reference from which a token counts as changed
 ENCODE_BATCH, PARTS = 32, 12
 
 
@@ -55,6 +57,7 @@ class Phase:
     steps: int
     batch: int  # examples of the first size; as many pixels of the others
     text_length: int  # tokens; early on, instructions lose padding (none is longer)
+    changed_weight: float  # of the tokens that an edit changes
     first_index: int
 
 
@@ -68,10 +71,10 @@ class Bucket(NamedTuple):
 # fmt: off
 PHASES = (
     Phase("64px", (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80)),
-          examples=60_000, steps=2000, batch=96, text_length=16, first_index=0),
+          examples=60_000, steps=2000, batch=96, text_length=16, changed_weight=5.0, first_index=0),
     Phase("96px", (*[Size(96, 96)] * 10, *[Size(112, 80)] * 3, *[Size(80, 112)] * 3, Size(128, 64), Size(64, 128),
                    Size(144, 144), Size(192, 128), Size(128, 192)),
-          examples=60_000, steps=3350, batch=96, text_length=24, first_index=3 * 10**6),
+          examples=80_000, steps=5000, batch=96, text_length=24, changed_weight=2.0, first_index=3 * 10**6),
 )
 DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on
@@ -113,7 +116,7 @@ def optimizers(network: nn.Module, muon: float, adam: float, names=()) -> list[t
 
 def train(
     file: Path, network: nn.Module, optims: list[torch.optim.Optimizer], steps: range,
-    loss_of: Callable[[int], Tensor], share_of: Callable[[int], float],
+    loss_of: Callable[[int], Tensor], share_of: Callable[[int], float], bf16: bool = False,
 ) -> None:  # fmt: skip
     """Steps of a loss, at shares of the learning rates. Goes on from the file, written at times and at the end."""
     step, losses = steps.start, []
@@ -124,13 +127,14 @@ def train(
             optim.load_state_dict(saved)
         step = state["step"]
     while step < steps.stop:
-        loss = loss_of(step)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for optim in optims:
-            optim.param_groups[0]["lr"] = optim.defaults["lr"] * share_of(step)
-            optim.step()
-            optim.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, bf16):
+            loss = loss_of(step)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            for optim in optims:
+                optim.param_groups[0]["lr"] = optim.defaults["lr"] * share_of(step)
+                optim.step()
+                optim.zero_grad()
         step += 1
         losses.append(loss.item())
         if step % LOG_EVERY == 0:
@@ -232,14 +236,14 @@ def choose(buckets: list[Bucket], phase: Phase, generator: torch.Generator) -> B
     return Bucket(latents[rows].float(), ids[rows, :, :length])
 
 
-def token_weights(target: Tensor, references: list[Tensor]) -> Tensor:
-    """What the edit changes counts more, and so does the rest where that is less: (B, L, 1), 1 or CHANGED_WEIGHT."""
+def token_weights(target: Tensor, references: list[Tensor], weight: float) -> Tensor:
+    """What the edit changes counts more, and so does the rest where that is less: (B, L, 1), 1 or `weight`."""
     tokens = flow.pack(target)
     if not references:
         return torch.ones_like(tokens[..., :1])
     changed = (tokens - flow.pack(references[0])).square().mean(-1, keepdim=True) > CHANGED
     most = changed.float().mean(1, keepdim=True) > 0.5
-    return torch.where(changed | most, CHANGED_WEIGHT, 1.0)
+    return torch.where(changed | most, weight, 1.0)
 
 
 def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,13 +253,13 @@ def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     return t, noise, flow.mix(target, noise, t)
 
 
-def flux_loss(nano: Nano, empty: Tensor, data: Bucket, generator: torch.Generator) -> Tensor:
+def flux_loss(nano: Nano, changed_weight: float, empty: Tensor, data: Bucket, generator: torch.Generator) -> Tensor:
     target, *references = data.latents.unbind(1)
     dropped = torch.rand(len(target), 1, 1, generator=generator) < CAPTION_DROPOUT
     ids = torch.where(dropped, empty, data.ids)
     t, noise, x_t = noisy(target, generator)
     v = flow.velocity(nano.flux, x_t, t, nano.condition(ids, references), torch.ones_like(t))
-    weights = token_weights(target, references)
+    weights = token_weights(target, references, changed_weight)
     error = (flow.pack(v) - flow.pack(noise - target)).square().mean(-1, keepdim=True)
     return (weights * error).sum() / weights.sum()
 
@@ -276,7 +280,7 @@ def distil_loss(nano: Nano, teacher: Nano, empty: Tensor, data: Bucket, generato
     return ((given - wanted).square().mean((1, 2, 3)) / scale**2).mean()
 
 
-def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int) -> None:
+def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int, bf16: bool) -> None:
     """Train through all phases in `work`/flux.pt, then distil guidance in distilled.pt; each is written to `folder`."""
     torch.manual_seed(2)
     nano, empty, total = Nano(), tokenizers_of(folder)([""]), sum(phase.steps for phase in phases)
@@ -286,17 +290,19 @@ def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...],
     def run(name: str, phase: Phase, steps: range, loss: Callable[..., Tensor], share_of: Callable[[int], float]):
         def loss_of(step: int) -> Tensor:
             generator = torch.Generator().manual_seed(step)
-            data = choose(buckets_of(phase), phase, generator)
-            return loss(empty[..., : data.ids.shape[-1]], data, generator)
+            with torch.autocast("cpu", enabled=False):  # which knows no fp16
+                data = choose(buckets_of(phase), phase, generator)
+            with sdpa_kernel(SDPBackend.MATH):  # of sequences as short as these, faster on CPUs
+                return loss(empty[..., : data.ids.shape[-1]], data, generator)
 
-        train(work / name, nano, optims, steps, loss_of, share_of)
+        train(work / name, nano, optims, steps, loss_of, share_of, bf16)
         export(folder, nano, vae)
 
     def share_of(step: int) -> float:
         return min(1.0, (step + 1) / WARM_UP, (total - step) / (DECAY * total))
 
     for phase, last in zip(phases, accumulate(phase.steps for phase in phases), strict=True):
-        run("flux.pt", phase, range(last), partial(flux_loss, nano), share_of)
+        run("flux.pt", phase, range(last), partial(flux_loss, nano, phase.changed_weight), share_of)
     loss = partial(distil_loss, nano, copy.deepcopy(nano).requires_grad_(False))
     half, last = replace(phases[-1], batch=phases[-1].batch // 2), total + distil
     run("distilled.pt", half, range(total, last), loss, lambda step: DISTIL_SHARE * (last - step) / distil)

@@ -54,7 +54,8 @@ def test_tokenizers_give_the_ids_of_transformers(tokenizers):
     assert ids[:, 1].max() == CLIP_TOKENS - 1
 
 
-def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_interrupted_pretraining_equals_uninterrupted_pretraining(bf16, tokenizers, tmp_path, monkeypatch):
     torch.manual_seed(0)
     vae = VAE(AUTOENCODER).requires_grad_(False)
     phase = replace(PHASES[0], examples=40, steps=3, batch=2)
@@ -69,7 +70,7 @@ def test_interrupted_pretraining_equals_uninterrupted_pretraining(tokenizers, tm
                 raise KeyboardInterrupt
 
         monkeypatch.setattr("kontext_min.nano.pretrain.export", export)
-        pretrain_flux(tmp_path / name, vae, tokenizers[0], phases, 2)
+        pretrain_flux(tmp_path / name, vae, tokenizers[0], phases, 2, bf16)
         return exported[-1]
 
     for name in ("whole", "parts"):
@@ -124,11 +125,11 @@ def test_changed_tokens_weigh_more_and_text_to_image_tokens_alike():
     target = torch.zeros(1, 16, 4, 4)
     reference = target.clone()
     reference[..., :2, :2] = 1
-    assert token_weights(target, [reference]).flatten().tolist() == [2, 1, 1, 1]
-    assert token_weights(target, []).flatten().tolist() == [1, 1, 1, 1]
+    assert token_weights(target, [reference], 2.0).flatten().tolist() == [2, 1, 1, 1]
+    assert token_weights(target, [], 2.0).flatten().tolist() == [1, 1, 1, 1]
     reference[:] = 1
     reference[..., 2:, 2:] = 0  # a new background: what stays is the harder part
-    assert token_weights(target, [reference]).flatten().tolist() == [2, 2, 2, 2]
+    assert token_weights(target, [reference], 2.0).flatten().tolist() == [2, 2, 2, 2]
 
 
 def test_success_needs_the_change_done_and_the_rest_left():
