@@ -20,7 +20,7 @@ from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
 from kontext_min.offload import Ahead, open_apart, unneeded
 from kontext_min.presets import Preset
-from kontext_min.quantize import any_linear, form_of, quantising
+from kontext_min.quantize import form_of, quantising
 
 Loras = list[tuple[AdapterFile, float]]
 PLAIN = ("no_change", Path("cache"), "no_change")
@@ -57,7 +57,7 @@ def open_editor(
         except ValueError as error:
             raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
     precision, cache, t5 = base
-    encoded = encode_texts(checkpoint, texts, device, dtype, quantising(t5, any_linear))
+    encoded = encode_texts(checkpoint, texts, device, dtype, quantising(t5))
     vae = load.load_vae(checkpoint, device, torch.float32)
     updates = [at_strength(update, strength) for lora, strength in loras for update in lora.updates if merge]
     place = torch.device("cpu") if device.type == "cuda" and form_of(precision) else device

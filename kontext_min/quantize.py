@@ -141,21 +141,17 @@ def is_modulation(name: str) -> bool:
     return name.startswith(EMBEDDERS) or any(f"{ending}." in name for ending in MODULATION)
 
 
-def is_quantised(name: str) -> bool:  # whether a tensor is a weight of a block's other linears: 72 %
-    return "_blocks." in name and name.endswith(".weight") and not is_modulation(name)
+def is_quantised(name: str) -> bool:  # whether a tensor is a weight of a block's other linears: of FLUX, 72 %
+    return "block" in name and name.endswith(".weight") and not is_modulation(name)
 
 
-def any_linear(name: str) -> bool:
-    return True
-
-
-def quantising(precision: str, only: Callable[[str], bool] = is_quantised) -> Hook:
-    """For `then` of `load_flux` and `load_t5`: the chosen linears are quantised as soon as their weight is there."""
+def quantising(precision: str) -> Hook:
+    """For `then` of `load_flux` and `load_t5`: the blocks' linears are quantised as soon as their weight is there."""
     form = form_of(precision)
 
     def then(model: nn.Module, name: str):
         stem, linear = name.removesuffix(".weight"), model.get_submodule(name.rpartition(".")[0])
-        if only(name) and isinstance(linear, nn.Linear) and name != stem:
+        if is_quantised(name) and isinstance(linear, nn.Linear):
             parts = parts_of(linear.weight, form)
             model.set_submodule(stem, QuantisedLinear(linear, parts, form.endswith("-dynamic")))
 

@@ -22,7 +22,7 @@ from kontext_min.encoders import TextEncoder, encode_texts
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.presets import WEIGHTS
-from kontext_min.quantize import NF4, QuantisedLinear, any_linear, form_of, open_flux, quantising
+from kontext_min.quantize import NF4, QuantisedLinear, form_of, open_flux, quantising
 
 FORMS, DYNAMIC = ["int8", "fp8", "nf4"], ["int8-dynamic", "fp8-dynamic"]
 ROOT = Path(__file__).parents[1]
@@ -416,7 +416,7 @@ def test_quantising_takes_less_than_1_gb_and_loading_less_than_1_gb_beyond_the_m
 def test_t5s_linears_are_quantised_as_they_load_and_nothing_else(precision, most):
     model, prompts = find(WEIGHTS / "nano"), ["make the red circle blue", "flip the picture"]
     exact = encode_texts(model, prompts, CPU, FP32)
-    encoder = TextEncoder(model, CPU, FP32, quantising(precision, any_linear))
+    encoder = TextEncoder(model, CPU, FP32, quantising(precision))
     plain = [name for name, module in encoder.t5.named_modules() if isinstance(module, nn.Linear)]
     assert not plain and sum(isinstance(module, QuantisedLinear) for module in encoder.t5.modules()) == 2 * 7
     assert encoder.t5.shared.weight.dtype == FP32 and any(isinstance(m, nn.Linear) for m in encoder.clip.modules())

@@ -26,7 +26,7 @@ from kontext_min.data.pairs import Picture
 from kontext_min.encoders import TextEncoder, encode_image, free, mask_weights
 from kontext_min.flow import Condition
 from kontext_min.models.vae import VAE
-from kontext_min.quantize import any_linear, form_of, quantising
+from kontext_min.quantize import form_of, quantising
 
 
 def draw(*parts: str | int) -> np.random.Generator:  # a generator whose seed is made of all the parts together
@@ -219,7 +219,7 @@ class Examples:
         views = {(cache, self.keys[view]): view for cache, view in kept if not cache.whole(self.keys[view])}
         parallel.wait()
         if mine := parallel.own(captions):
-            encode = TextEncoder(self.checkpoint, device, self.dtype, quantising(self.t5, any_linear))
+            encode = TextEncoder(self.checkpoint, device, self.dtype, quantising(self.t5))
             for caption in tqdm(mine, desc="encoding captions", unit=" captions"):
                 txt, vec = encode(caption)
                 self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
