@@ -12,10 +12,11 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import add_lora
 
 import infer
 import train
-from kontext_min.adapters.inject import add_lora, at_strength, matching_modules, updates
+from kontext_min.adapters.inject import at_strength, matching_modules, updates
 from kontext_min.adapters.merge import merge_into
 from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.write import write_adapter

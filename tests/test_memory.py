@@ -7,11 +7,11 @@ import tiny
 import torch
 from benchmarks import arms
 from benchmarks.arms import FULL
-from tiny import CPU, FP32
+from tiny import CPU, FP32, add_lokr, add_lora
 from torch import nn
 from torch.nn.attention import SDPBackend, _registry
 
-from kontext_min.adapters.inject import TARGETS, add_lokr, add_lora, matching_modules
+from kontext_min.adapters.inject import TARGETS, matching_modules
 from kontext_min.adapters.layers import Kronecker
 from kontext_min.checkpoints.load import load_flux
 from kontext_min.memory import (

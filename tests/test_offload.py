@@ -3,10 +3,10 @@
 import pytest
 import tiny
 import torch
-from tiny import CPU, FP32
+from tiny import CPU, FP32, add_lora
 
 from kontext_min import offload
-from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules
+from kontext_min.adapters.inject import TARGETS, matching_modules
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.quantize import is_modulation, is_quantised, open_flux

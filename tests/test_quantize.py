@@ -11,11 +11,11 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from tiny import CPU, FP32, detach_all, flux_inputs, part, quantise, quantised, random
+from tiny import CPU, FP32, add_lokr, add_lora, detach_all, flux_inputs, part, quantise, quantised, random
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kontext_min.adapters.inject import TARGETS, add_lokr, add_lora, matching_modules, muted, updates
+from kontext_min.adapters.inject import TARGETS, matching_modules, muted, updates
 from kontext_min.adapters.layers import Kronecker
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.encoders import TextEncoder, encode_texts

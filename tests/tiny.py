@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kontext_min import flow
-from kontext_min.adapters.layers import Adapted
+from kontext_min.adapters.inject import adapt
+from kontext_min.adapters.layers import Adapted, Kronecker
 from kontext_min.checkpoints.load import Checkpoint, find_component
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.quantize import QuantisedLinear, is_quantised, parts_of
@@ -310,3 +311,11 @@ def detach_all(flux: Flux):  # take every update off: the model is the very one 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], metadata: dict | None = None):
     """Read a safetensors file, change its tensors, write it in the same place."""
     save_file(change(load_file(path)), path, metadata=metadata)
+
+
+def add_lora(flux: Flux, names: list[str], rank: int, alpha: float, dropout=0.0, dora=False) -> list[nn.Parameter]:
+    return adapt(flux, dict.fromkeys(names, (rank, alpha)), dropout, dora)
+
+
+def add_lokr(flux: Flux, names: list[str], size: Kronecker) -> list[nn.Parameter]:
+    return adapt(flux, dict.fromkeys(names, size))

@@ -4,7 +4,7 @@ Module names are diffusers' (`transformer_blocks.0.attn.to_q`), known to trainer
 is a range of rows in one of our fused linears, the update acts on these rows alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from fnmatch import fnmatchcase
@@ -51,24 +51,18 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) if "*" in pattern else f".{name}".endswith(f".{pattern}")
 
 
-def add_lora(flux: Flux, names: list[str], rank: int, alpha: float, dropout=0.0, dora=False) -> list[nn.Parameter]:
-    """Put a fresh LoRA on every named module. -> the new parameters on the model's device, in the table's order.
+def adapt(flux: Flux, sizes: dict[str, tuple[int, float] | Kronecker], dropout=0.0, dora=False) -> list[nn.Parameter]:
+    """Put a fresh update on every named module: a LoRA of (rank, alpha), or a LoKr.
     dropout: share of each update's inputs left out in training. The draws come from torch's global generator: seed it.
     dora: train the length of each row of the weight too, beside its direction.
+    -> the new parameters on the model's device, in the table's order.
     """
-    return add(flux, names, lambda name, shape, start: LoRA.fresh(name, shape, rank, alpha, start), dropout, dora)
-
-
-def add_lokr(flux: Flux, names: list[str], size: Kronecker, dropout: float = 0.0) -> list[nn.Parameter]:
-    return add(flux, names, lambda name, shape, start: LoKr.fresh(name, shape, size, start), dropout)
-
-
-def add(flux: Flux, names: list[str], fresh: Callable, dropout: float, dora: bool = False) -> list[nn.Parameter]:
-    """Put what `fresh(name, (rows, in), start)` makes on every named module. -> the new parameters."""
-    parameters, wanted = [], set(names)
+    parameters = []
     for ours, parts in flux_linears(flux.config).items():
-        for part in (part for part in parts if part.name in wanted):
-            update = fresh(part.name, (part.rows, flux.get_submodule(ours).in_features), part.start)
+        for part in (part for part in parts if part.name in sizes):
+            size, shape = sizes[part.name], (part.rows, flux.get_submodule(ours).in_features)
+            kind, size = (LoKr, [size]) if isinstance(size, Kronecker) else (LoRA, size)
+            update = kind.fresh(part.name, shape, *size, part.start)
             if part.name == SWAPPED_THEIRS and isinstance(update, LoKr) and len(update.w1[0]) % 2:
                 raise ValueError(f"{part.name}: no file could hold a LoKr whose w1 has an odd number of rows; use LoRA")
             update.dropout = dropout

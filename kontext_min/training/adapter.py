@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from kontext_min.adapters.inject import CLASSES, TARGETS, add_lokr, add_lora, matches, matching_modules
+from kontext_min.adapters.inject import CLASSES, TARGETS, adapt, matches, matching_modules
 from kontext_min.adapters.layers import Kronecker
 from kontext_min.config import Config, LyCORIS
 from kontext_min.models.flux import Flux, FluxConfig
@@ -10,13 +10,7 @@ from kontext_min.models.flux import Flux, FluxConfig
 
 def add_adapter(config: Config, flux: Flux) -> list[nn.Parameter]:
     """Put fresh updates on the model. -> their parameters."""
-    parameters = []
-    for name, size in sizes(config, flux.config).items():
-        if isinstance(size, Kronecker):
-            parameters += add_lokr(flux, [name], size, config.lora_dropout)
-        else:
-            parameters += add_lora(flux, [name], *size, config.lora_dropout, config.use_dora)
-    return parameters
+    return adapt(flux, sizes(config, flux.config), config.lora_dropout, config.use_dora)
 
 
 def sizes(config: Config, model: FluxConfig) -> dict[str, tuple[int, float] | Kronecker]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from tiny import CPU, FP32, detach_all, error, run_flux
+from tiny import CPU, FP32, add_lora, detach_all, error, run_flux
 
-from kontext_min.adapters.inject import add_lora, apply_updates, updates
+from kontext_min.adapters.inject import apply_updates, updates
 from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.keys import flux_linears

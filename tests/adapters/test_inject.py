@@ -3,12 +3,10 @@
 import pytest
 import tiny
 import torch
-from tiny import CPU, FP32, detach_all
+from tiny import CPU, FP32, add_lokr, add_lora, detach_all
 
 from kontext_min.adapters.inject import (
     TARGETS,
-    add_lokr,
-    add_lora,
     apply_updates,
     attach,
     matching_modules,

@@ -14,11 +14,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CPU, FP32, detach_all, error
+from tiny import CPU, FP32, add_lora, detach_all, error
 
 import infer
 from kontext_min.adapters import read
-from kontext_min.adapters.inject import add_lora, apply_updates, start_from, updates
+from kontext_min.adapters.inject import apply_updates, start_from, updates
 from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.rows import by_linear
 from kontext_min.checkpoints import load

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kontext_min import flow
-from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
+from kontext_min.adapters.inject import TARGETS, adapt, matching_modules, updates
 from kontext_min.adapters.merge import merging
 from kontext_min.memory import Counted, apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
@@ -56,7 +56,7 @@ def names(config: FluxConfig) -> list[str]:
 def ours(config: FluxConfig) -> Flux:
     """Our transformer in the default dtype, with a LoRA."""
     flux = Flux(config).requires_grad_(False)
-    add_lora(flux, names(config), RANK, RANK)
+    adapt(flux, dict.fromkeys(names(config), (RANK, RANK)))
     return flux
 
 

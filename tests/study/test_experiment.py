@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import detach_all, random
+from tiny import add_lora, detach_all, random
 
 from kontext_min import flow
-from kontext_min.adapters.inject import add_lora, updates
+from kontext_min.adapters.inject import updates
 from kontext_min.adapters.write import write_adapter
 from kontext_min.compare import psnr, shift_between
 from kontext_min.encoders import encode_image

@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from tiny import random
+from tiny import add_lora, random
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kontext_min import flow
-from kontext_min.adapters.inject import add_lora, muted, updates
+from kontext_min.adapters.inject import muted, updates
 from kontext_min.flow import Condition
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.study import hooks

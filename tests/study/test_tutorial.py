@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import CPU, FP32, random
+from tiny import CPU, FP32, add_lora, random
 
-from kontext_min.adapters.inject import add_lora, updates
+from kontext_min.adapters.inject import updates
 from kontext_min.adapters.write import write_adapter
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.study.__main__ import main

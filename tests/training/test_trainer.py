@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import CPU, FP32, error, read_part
+from tiny import CPU, FP32, add_lora, error, read_part
 from torch import nn
 from torch._dynamo.utils import counters
 
 import train as train_py
-from kontext_min.adapters.inject import TARGETS, add_lora, matching_modules, updates
+from kontext_min.adapters.inject import TARGETS, matching_modules, updates
 from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.load import find, load_flux
 from kontext_min.config import Config, Dataset
