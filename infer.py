@@ -17,8 +17,7 @@ from tqdm import tqdm
 from kontext_min import presets
 from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
-from kontext_min.edit import Editor, edit, open_editor, output_size, prepare_reference
-from kontext_min.encoders import pixels_per_token
+from kontext_min.edit import TOKEN, Editor, edit, open_editor, output_size, prepare_reference
 from kontext_min.memory import attention_kernels
 from kontext_min.quantize import form_of
 from kontext_min.sampler import Sampling
@@ -140,13 +139,13 @@ def choose_device(name: str) -> torch.device:
 
 def prepare(settings: dict, images: list[Image.Image], editor: Editor) -> tuple[list[Image.Image], Size]:
     """The references as the model will see them, and the output's size; says what is cut off or rounded."""
-    multiple, rule = pixels_per_token(editor.vae), settings["reference_size"]
-    size = output_size([Size(*i.size) for i in images], settings["size"], rule, editor.preset, multiple)
+    rule = settings["reference_size"]
+    size = output_size([Size(*i.size) for i in images], settings["size"], rule, editor.preset)
     if settings["size"] not in ("auto", str(size)):
-        print(f"size {settings['size']} is made {size}: sides are multiples of {multiple}")
+        print(f"size {settings['size']} is made {size}: sides are multiples of {TOKEN}")
     if not images:
         print(f"no --image: text-to-image, {size}")
-    prepared = [prepare_reference(image, size, rule, editor.preset, multiple) for image in images]
+    prepared = [prepare_reference(image, size, rule, editor.preset) for image in images]
     for path, before, after in zip(settings["image"], images, prepared, strict=True):
         cut = 0.0 if rule == "keep" else share_cut(Size(*before.size), Size(*after.size))
         print(f"reference {path}: {Size(*before.size)} -> {Size(*after.size)}, {cut:.1%} cut off")

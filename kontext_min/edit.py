@@ -22,6 +22,7 @@ from kontext_min.offload import Ahead, open_apart, unneeded
 from kontext_min.presets import Preset
 from kontext_min.quantize import form_of, quantising
 
+TOKEN = 16  # pixels: sizes are multiples of it
 Loras = list[tuple[AdapterFile, float]]
 PLAIN = ("no_change", Path("cache"), "no_change")
 
@@ -68,23 +69,23 @@ def open_editor(
     return Editor(flux, vae, checkpoint.shift, presets.preset_of(checkpoint.folder), ahead), encoded
 
 
-def output_size(references: list[Size], size: str, reference_size: str, preset: Preset, multiple: int) -> Size:
+def output_size(references: list[Size], size: str, reference_size: str, preset: Preset) -> Size:
     """The size of the picture to make: as asked, else that of the first reference as the model will see it."""
     if size != "auto":
-        return parse_size(size).floored(multiple)
+        return parse_size(size).floored(TOKEN)
     if not references:
         return preset.default
-    return seen_size(references[0], reference_size, nearest_aspect(references[0], preset.sizes), preset, multiple)
+    return seen_size(references[0], reference_size, nearest_aspect(references[0], preset.sizes), preset)
 
 
-def seen_size(original: Size, rule: str, output: Size, preset: Preset, multiple: int) -> Size:
+def seen_size(original: Size, rule: str, output: Size, preset: Preset) -> Size:
     """The size in which the model sees a reference: `keep` its own in tokens, `match` the output's, `auto`, or WxH."""
-    sizes = {"match": output, "keep": original.floored(multiple), "auto": nearest_aspect(original, preset.sizes)}
-    return sizes.get(rule) or parse_size(rule).floored(multiple)
+    sizes = {"match": output, "keep": original.floored(TOKEN), "auto": nearest_aspect(original, preset.sizes)}
+    return sizes.get(rule) or parse_size(rule).floored(TOKEN)
 
 
-def prepare_reference(image: Image.Image, output: Size, rule: str, preset: Preset, multiple: int) -> Image.Image:
-    size = seen_size(Size(*image.size), rule, output, preset, multiple)
+def prepare_reference(image: Image.Image, output: Size, rule: str, preset: Preset) -> Image.Image:
+    size = seen_size(Size(*image.size), rule, output, preset)
     return image.resize(size, LANCZOS) if rule == "keep" else fit(image, size)
 
 

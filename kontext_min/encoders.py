@@ -77,7 +77,3 @@ def mask_weights(image: Image.Image, factor: int) -> Tensor:
     """A mask -> (1, 1, h, w) fp32, the share of white in every latent's area of factor x factor pixels."""
     white = torch.from_numpy(np.array(image.convert("L"), dtype=np.float32)) / 255
     return F.avg_pool2d(white[None, None], factor)
-
-
-def pixels_per_token(vae: VAE) -> int:  # width of a token in pixels: 2 latents, 16 pixels for FLUX
-    return 2 * vae.config.factor

@@ -57,15 +57,15 @@ RULES = {  # picture, --size, --reference-size -> output, reference as the model
 @pytest.mark.parametrize("case", RULES)
 def test_sizes_are_as_asked(case):  # trap 15
     picture, size, rule, output, reference = RULES[case]
-    made = output_size([Size(*picture)], size, rule, KONTEXT_DEV, 16)
+    made = output_size([Size(*picture)], size, rule, KONTEXT_DEV)
     assert made == output
-    assert prepare_reference(Image.new("RGB", picture), made, rule, KONTEXT_DEV, 16).size == reference
+    assert prepare_reference(Image.new("RGB", picture), made, rule, KONTEXT_DEV).size == reference
 
 
 def test_without_a_reference_the_output_is_the_presets():
-    assert output_size([], "auto", "keep", KONTEXT_DEV, 16) == (1024, 1024)
-    assert output_size([], "70x50", "auto", KONTEXT_DEV, 16) == (64, 48)
+    assert output_size([], "auto", "keep", KONTEXT_DEV) == (1024, 1024)
+    assert output_size([], "70x50", "auto", KONTEXT_DEV) == (64, 48)
 
 
 def test_the_first_reference_decides():
-    assert output_size([Size(100, 50), Size(50, 100)], "auto", "keep", KONTEXT_DEV, 16) == (96, 48)
+    assert output_size([Size(100, 50), Size(50, 100)], "auto", "keep", KONTEXT_DEV) == (96, 48)

@@ -21,7 +21,7 @@ from kontext_min.checkpoints.load import find
 from kontext_min.compare import card, page, psnr, shift_between
 from kontext_min.data.buckets import Size, fit, open_image
 from kontext_min.edit import open_editor, output_size
-from kontext_min.encoders import decode_image, encode_image, pixels_per_token
+from kontext_min.encoders import decode_image, encode_image
 from kontext_min.models.flux import Flux
 from kontext_min.models.tokenizers import Tokenizer, t5_tokenizer
 from kontext_min.models.vae import VAE
@@ -55,8 +55,7 @@ class Experiment:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         editor, texts = open_editor(model, loras, [*prompts, ""], device, dtype)
-        multiple = pixels_per_token(editor.vae)
-        picture = fit(picture, output_size([Size(*picture.size)], size, "auto", editor.preset, multiple))
+        picture = fit(picture, output_size([Size(*picture.size)], size, "auto", editor.preset))
         latents = encode_image(editor.vae, picture).to(device)
         conditions = {text: flow.Condition(*encoded, [latents]) for text, encoded in texts.items()}
         words = word_slices(t5_tokenizer(find(presets.locate(model)).folder / "tokenizer_2"), prompts[0])

@@ -7,9 +7,9 @@ from kontext_min.config import Config, ValidationItem, checked, read_json5
 from kontext_min.data.buckets import Size, Transform, bucket_size, crop_box, nearest_aspect, parse_size
 from kontext_min.data.examples import Use, View
 from kontext_min.data.pairs import Picture, Problems
+from kontext_min.edit import TOKEN
 from kontext_min.presets import Preset
 
-TOKEN = 16  # pixels: sizes are multiples of it
 TITLE = 60  # letters of a prompt that serve as a name
 
 
