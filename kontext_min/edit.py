@@ -15,7 +15,7 @@ from kontext_min.adapters.read import AdapterFile
 from kontext_min.adapters.rows import by_linear
 from kontext_min.checkpoints import load
 from kontext_min.data.buckets import LANCZOS, Size, fit, nearest_aspect, parse_size
-from kontext_min.encoders import Text, decode_image, encode_image, encode_texts
+from kontext_min.encoders import Text, TextEncoder, decode_image, encode_image, free
 from kontext_min.models.flux import Flux
 from kontext_min.models.vae import VAE
 from kontext_min.offload import Ahead, open_apart, unneeded
@@ -58,7 +58,10 @@ def open_editor(
         except ValueError as error:
             raise ValueError(f"{lora.path} does not fit {model}: {error}") from error
     precision, cache, t5 = base
-    encoded = encode_texts(checkpoint, texts, device, dtype, quantising(t5))
+    encode = TextEncoder(checkpoint, device, dtype, quantising(t5))
+    encoded = {text: encode(text) for text in dict.fromkeys(texts)}
+    del encode
+    free()
     vae = load.load_vae(checkpoint, device, torch.float32)
     updates = [at_strength(update, strength) for lora, strength in loras for update in lora.updates if merge]
     place = torch.device("cpu") if device.type == "cuda" and form_of(precision) else device

@@ -17,7 +17,7 @@ Text = tuple[Tensor, Tensor]  # txt (1, L, context_in_dim), vec (1, vec_in_dim)
 
 
 class TextEncoder:
-    """Both text encoders with their tokenizers. Large (9.8 GB for Kontext): use it, then `del` it.
+    """Both text encoders with their tokenizers. Large (9.8 GB for Kontext): use it, then `del` it, and `free`.
     then: as in `checkpoints.tensors.fill`, for T5: to quantise its linears, which in nf4 take 2.5 GB.
     """
 
@@ -34,17 +34,6 @@ class TextEncoder:
             print(f"{text[:40]!r}… is longer than {self.tokenize_t5.length} tokens; its last {excess} are not seen")
         ids, ids_clip = (tokenize([text]).to(self.device) for tokenize in (self.tokenize_t5, self.tokenize_clip))
         return self.t5(ids), self.clip(ids_clip)
-
-
-def encode_texts(
-    checkpoint: Checkpoint, texts: list[str], device: torch.device, dtype: torch.dtype, then: Callable | None = None
-) -> dict[str, Text]:
-    """Load the text encoders, encode every different text once, and free them. -> text -> (txt, vec) on the device."""
-    encode = TextEncoder(checkpoint, device, dtype, then)
-    encoded = {text: encode(text) for text in dict.fromkeys(texts)}
-    del encode
-    free()
-    return encoded
 
 
 def free():

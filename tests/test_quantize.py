@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from kontext_min.adapters.inject import TARGETS, matching_modules, muted, updates
 from kontext_min.adapters.layers import Kronecker
 from kontext_min.checkpoints.load import find, load_flux
-from kontext_min.encoders import TextEncoder, encode_texts
+from kontext_min.encoders import TextEncoder
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.presets import WEIGHTS
@@ -415,7 +415,7 @@ def test_quantising_takes_less_than_1_gb_and_loading_less_than_1_gb_beyond_the_m
 @pytest.mark.parametrize("precision, most", [("int8-torchao", 0.02), ("nf4", 0.2)])
 def test_t5s_linears_are_quantised_as_they_load_and_nothing_else(precision, most):
     model, prompts = find(WEIGHTS / "nano"), ["make the red circle blue", "flip the picture"]
-    exact = encode_texts(model, prompts, CPU, FP32)
+    exact = dict(zip(prompts, map(TextEncoder(model, CPU, FP32), prompts), strict=True))
     encoder = TextEncoder(model, CPU, FP32, quantising(precision))
     plain = [name for name, module in encoder.t5.named_modules() if isinstance(module, nn.Linear)]
     assert not plain and sum(isinstance(module, QuantisedLinear) for module in encoder.t5.modules()) == 2 * 7

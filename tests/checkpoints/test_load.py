@@ -14,7 +14,7 @@ from tiny import CPU, FP32
 
 from kontext_min.checkpoints import load
 from kontext_min.edit import Editor, edit
-from kontext_min.encoders import encode_texts, to_image
+from kontext_min.encoders import TextEncoder, to_image
 from kontext_min.presets import KONTEXT_DEV, Size
 from kontext_min.sampler import Sampling
 
@@ -40,7 +40,7 @@ def folder(kontext, tmp_path):
 def latents(folder: Path) -> torch.Tensor:
     """What two steps with a reference make of seed 0: everything of the model has a part in it."""
     checkpoint = load.find(folder)
-    text = encode_texts(checkpoint, ["make the sky red"], CPU, FP32)["make the sky red"]
+    text = TextEncoder(checkpoint, CPU, FP32)("make the sky red")
     vae, flux = load.load_vae(checkpoint, CPU, FP32), load.load_flux(checkpoint, CPU, FP32)
     reference, seen = to_image(tiny.random(3, 32, 48)), []
     edit(
