@@ -74,8 +74,8 @@ def inspect(args: argparse.Namespace):
         print("\n".join(line if len(line) <= 80 else line[:78] + " …" for line in lines))
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+@torch.no_grad()
+def main(argv: list[str] | None = None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m kontext_min.adapters", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="inspect | convert | merge")
@@ -98,12 +98,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"{args.out} is there already; give another name, or --force to replace it")
     if args.rank is not None and args.rank < 1:
         raise ValueError(f"--rank {args.rank}: a rank is at least 1")
-    return args
-
-
-@torch.no_grad()
-def main(argv: list[str] | None = None):
-    args = arguments(argv)
     args.work(args)
 
 
