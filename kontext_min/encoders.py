@@ -41,25 +41,18 @@ def free():
     torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
 
-def to_tensor(image: Image.Image) -> Tensor:  # an RGB picture -> (1, 3, H, W) fp32 in [-1, 1]
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
-    return pixels.permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def to_image(x: Tensor) -> Image.Image:  # (3, H, W), about [-1, 1] -> a picture, values rounded
-    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
 @torch.no_grad()
 def encode_image(vae: VAE, image: Image.Image) -> Tensor:
     """A picture whose sides are multiples of two latents -> (1, 16, h, w), normalised, on the VAE's device."""
-    return vae.encode(to_tensor(image).to(vae.decoder.conv_in.weight)).float()
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    return vae.encode((pixels / 127.5 - 1).to(vae.decoder.conv_in.weight)).float()
 
 
 @torch.no_grad()
-def decode_image(vae: VAE, latents: Tensor) -> Image.Image:  # (1, 16, h, w) -> a picture
-    return to_image(vae.decode(latents.to(vae.decoder.conv_in.weight.dtype))[0])
+def decode_image(vae: VAE, latents: Tensor) -> Image.Image:  # (1, 16, h, w) -> a picture, values rounded
+    x = vae.decode(latents.to(vae.decoder.conv_in.weight.dtype))[0]  # (3, H, W), about [-1, 1]
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def mask_weights(image: Image.Image, factor: int) -> Tensor:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 from tiny import CPU, FP32
 
 from kontext_min.checkpoints import load
 from kontext_min.edit import Editor, edit
-from kontext_min.encoders import TextEncoder, to_image
+from kontext_min.encoders import TextEncoder
 from kontext_min.presets import KONTEXT_DEV, Size
 from kontext_min.sampler import Sampling
 
@@ -42,7 +43,7 @@ def latents(folder: Path) -> torch.Tensor:
     checkpoint = load.find(folder)
     text = TextEncoder(checkpoint, CPU, FP32)("make the sky red")
     vae, flux = load.load_vae(checkpoint, CPU, FP32), load.load_flux(checkpoint, CPU, FP32)
-    reference, seen = to_image(tiny.random(3, 32, 48)), []
+    reference, seen = Image.radial_gradient("L").resize((48, 32)).convert("RGB"), []
     edit(
         Editor(flux, vae, checkpoint.shift, KONTEXT_DEV),
         text,
