@@ -17,7 +17,6 @@ from kontext_min.adapters.rows import SWAPPED_THEIRS, arrange, by_linear
 from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.models.flux import Flux, FluxConfig
 
-# fmt: off
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _CONTEXT_FF = ("ff_context.net.0.proj", "ff_context.net.2")
@@ -35,8 +34,7 @@ TARGETS = {  # `flux_lora_target` -> endings of module names, as SimpleTuner has
     "tiny":             ("single_transformer_blocks.7.proj_out", "single_transformer_blocks.20.proj_out"),
     "nano":             ("single_transformer_blocks.7.proj_out",),
     "mmdit":            ("transformer_blocks.*.attn.*", "transformer_blocks.*.ff*"),  # all but the modulation
-}
-# fmt: on
+}  # fmt: skip
 
 
 def matching_modules(config: FluxConfig, patterns: Sequence[str]) -> list[str]:

@@ -35,7 +35,6 @@ class Format(NamedTuple):
         return self.prefix + module.replace(".", self.separator)
 
 
-# fmt: off
 PEFT, KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
 FORMATS = {
     "diffusers":       Format("transformer.",       ".", "diffusers", *PEFT),  # also ai-toolkit, its LoKr too
@@ -49,8 +48,7 @@ FORMATS = {
     "diffsynth":       Format("",                   ".", "diffusers", "lora_A.default.weight", "lora_B.default.weight"),
     "comfy-diffusers": Format("diffusion_model.",   ".", "diffusers", *PEFT),
     "kohya-diffusers": Format("lora_unet_",         "_", "diffusers", *KOHYA),
-}
-# fmt: on
+}  # fmt: skip
 W1, W2 = ([(f"lokr_{side}",), (f"lokr_{side}_a", f"lokr_{side}_b")] for side in ("w1", "w2"))
 SIDES = [[("lora_B", "lora_A")], *([w1, w2] for w1 in W1 for w2 in W2)]  # what a module may have: a LoRA's or a LoKr's
 ENDINGS = {end: half for form in FORMATS.values() for end, half in ((form.a, "lora_A"), (form.b, "lora_B"))}
