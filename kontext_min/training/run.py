@@ -84,9 +84,10 @@ class Run:
         last = state.last(self.folder.path)
         if isinstance(error, torch.OutOfMemoryError):
             return f"step {self.done + 1} needs more memory than there is: {self.forecast.remedies()}\n{last}"
-        self.write_adapter(self.done)
-        so_far = f"; {self.trained} is the LoRA so far" if self.trained == self.folder.lora else ""
-        return f"{error}\n{last}{so_far}"
+        if self.config.model_type == "full":
+            return f"{error}\n{last}"
+        self.write(self.done)
+        return f"{error}\n{last}; {self.trained} is the LoRA so far"
 
     def parts(self, optimizer: torch.optim.Optimizer) -> state.Parts | parallel.Shards:
         if self.config.model_type == "full":
@@ -124,20 +125,14 @@ class Run:
 
     def write(self, step: int):
         if self.config.model_type == "full":
-            save_trained(self.flux, self.examples.checkpoint, self.folder.model, self.examples.dtype)
-        self.write_adapter(step)
-
-    @parallel.by_first
-    def write_adapter(self, step: int):
-        if self.config.model_type == "full":
-            return
+            return save_trained(self.flux, self.examples.checkpoint, self.folder.model, self.examples.dtype)
         recipe, dtype, adapter = {**self.recipe, "trained_steps": step}, self.examples.dtype, list(updates(self.flux))
         form = "lycoris" if self.config.lycoris_config else self.config.lora_format.replace("comfyui", "comfy")
-        write_adapter(self.folder.lora, adapter, recipe, dtype, form)
+        parallel.by_first(write_adapter)(self.folder.lora, adapter, recipe, dtype, form)
         if self.ema:
             recipe["ema"] = True
             with self.ema.applied():
-                write_adapter(self.folder.average, adapter, recipe, dtype, form)
+                parallel.by_first(write_adapter)(self.folder.average, adapter, recipe, dtype, form)
 
     def told(self, *_):  # Ctrl-C and SIGTERM let the step in hand finish; a second Ctrl-C stops at once
         self.interrupted.set()
