@@ -48,7 +48,9 @@ class Run:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
         config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
-        self.kept = self.parts(optimizer)
+        parts = {"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer}
+        parts |= {"ema": self.ema} if self.ema else {}
+        self.kept = parallel.Shards(self.flux, optimizer) if config.model_type == "full" else state.Parts(parts)
         self.done = self.start = start = 0
         signal.signal(signal.SIGINT, self.told)
         signal.signal(signal.SIGTERM, self.told)
@@ -88,12 +90,6 @@ class Run:
             return f"{error}\n{last}"
         self.write(self.done)
         return f"{error}\n{last}; {self.trained} is the LoRA so far"
-
-    def parts(self, optimizer: torch.optim.Optimizer) -> state.Parts | parallel.Shards:
-        if self.config.model_type == "full":
-            return parallel.Shards(self.flux, optimizer)
-        ema = {"ema": self.ema} if self.ema else {}
-        return state.Parts({"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer, **ema})
 
     def each_step(self, step: int) -> bool:
         """After the n-th step, counted from 1: what is due. -> whether to stop."""
