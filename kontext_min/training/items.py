@@ -1,7 +1,6 @@
 """What validation shows: pairs of the data, and pictures that the user asks for with prompts of their own."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from kontext_min.config import Config, ValidationItem, checked, read_json5
 from kontext_min.data.buckets import Size, Transform, bucket_size, crop_box, nearest_aspect, parse_size
@@ -44,10 +43,12 @@ def pair_item(config: Config, use: Use, unseen: bool | None) -> Item:
 
 def asked(config: Config, problems: Problems) -> list[ValidationItem]:
     """What `validation`, `validation_prompt` and the libraries ask for; what is wrong with it becomes problems."""
-    prompt, wanted = config.validation_prompt, list(config.validation)
+    prompt, file, wanted = config.validation_prompt, config.user_prompt_library, list(config.validation)
     wanted += [ValidationItem(prompt=prompt)] if prompt else []
     try:
-        wanted += from_library(config.user_prompt_library) if config.user_prompt_library else []
+        library = read_json5(file, dict, 'one object, {"name": "prompt"}') if file else {}
+        whole = {name: entry if isinstance(entry, dict) else {"prompt": entry} for name, entry in library.items()}
+        wanted += [checked(ValidationItem, {"name": name, **whole[name]}, f"{file}, {name}") for name in whole]
     except (ValueError, FileNotFoundError) as error:
         problems.add("prompt libraries that cannot be read", str(error))
     for item in wanted:
@@ -58,13 +59,6 @@ def asked(config: Config, problems: Problems) -> list[ValidationItem]:
         except (ValueError, FileNotFoundError) as error:
             problems.add("validation pictures that cannot be made", f"{item.name or item.prompt[:TITLE]}: {error}")
     return wanted
-
-
-def from_library(file: Path) -> list[ValidationItem]:
-    """A JSON file of name -> prompt, or name -> an entry as in `validation`."""
-    entries = read_json5(file, dict, 'one object, {"name": "prompt"}')
-    whole = {name: entry if isinstance(entry, dict) else {"prompt": entry} for name, entry in entries.items()}
-    return [checked(ValidationItem, {"name": name, **whole[name]}, f"{file}, {name}") for name in whole]
 
 
 def sizes_of(text: str | None) -> list[Size | None]:
