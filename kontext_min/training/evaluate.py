@@ -24,7 +24,6 @@ class Evaluator:
 
     def __init__(self, config: Config, flux: Flux, examples: Examples, unseen: bool):
         self.config, self.flux, self.examples, self.unseen = config, flux, examples, unseen
-        self.file = RunFolder(config.output_dir).eval
         chosen = [] if config.eval_loss_disable else examples.examples[: config.num_eval_pairs]
         self.uses = [use_of(i, example, examples.mix, epoch=0) for i, example in enumerate(chosen)]
         self.shown = [[view.key() for view in use.references] for use in self.uses]
@@ -40,7 +39,7 @@ class Evaluator:
         warned = bool(step) and ignored(probe)
         line = {"step": step, "loss": loss, "per_timestep": curve, "probe": probe, "pairs": len(self.uses)}
         line |= {"unseen": self.unseen, **({"warning": WARNING} if warned else {})}
-        parallel.by_first(append)(self.file, line)
+        parallel.by_first(append)(RunFolder(self.config.output_dir).eval, line)
         text = f"step {step}: eval loss {loss:.4f} on {len(self.uses)} {'unseen' if self.unseen else 'trained'} pairs"
         for kind, name in (("shuffled", "another pair's reference"), ("none", "no reference")):
             text += f", {probe[kind]:.4f} with {name}" if probe and probe[kind] is not None else ""
