@@ -90,7 +90,8 @@ class Modulation:
     def compute(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 2 + vec_in_dim) of time, guidance and pooled text -> vec (N, hidden), and all linears' outputs (N, …)."""
         rows = rows.to(self.home.device)
-        vec = self.embed(rows[:, 0], rows[:, 2:].to(self.home.dtype), rows[:, 1])
+        text = rows[:, 2:].to(self.home.dtype).contiguous()  # in part of a row, some CPUs sum in another order
+        vec = self.embed(rows[:, 0], text, rows[:, 1])
         return vec, torch.cat([linear(F.silu(vec)) for linear in self.linears.values()], dim=-1)
 
     def vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor) -> Tensor:

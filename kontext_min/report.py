@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm.std import EMA
 
-from kontext_min.run_folder import RunFolder, read_lines
+from kontext_min.run_folder import SMOOTHING, RunFolder, read_lines
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PIXELS = 24_000_000  # of all pictures together: with JPEG's quality below about 8 MB of photographs
@@ -81,16 +82,9 @@ def curves(metrics: list[dict], psnr: list[dict], held_out: list[dict]) -> dict:
         name: [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         for name, (lines, key) in drawn.items()
     }
-    made["smooth"] = smooth(made["loss"])
+    mean = EMA(1 - SMOOTHING)
+    made["smooth"] = [(step, mean(loss)) for step, loss in made["loss"]]
     return {name: thinned(points) for name, points in made.items()} | {"times": timed[:1] + timed[1:][-1:]}
-
-
-def smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:  # the running mean over about fifty steps
-    total, weight, made = 0.0, 0.0, []
-    for step, value in points:
-        total, weight = 0.98 * total + value, 0.98 * weight + 1
-        made.append((step, total / weight))
-    return made
 
 
 def thinned(points: list) -> list:  # at most about POINTS of them, evenly taken, the last one always

@@ -4,10 +4,10 @@ Names and layout are those of Black Forest Labs' `ae.safetensors` (83,819,683 pa
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,11 @@ def by_strips(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return f(x)
     out = None
     for top in range(0, height, rows):
-        above = min(top, 1)
-        strip = f(x[:, :, top - above : top + rows + 1])
+        strip = f(x[:, :, max(0, top - 1) : top + rows + 1])
         scale = strip.shape[3] // x.shape[3]
         out = strip.new_empty(*strip.shape[:2], height * scale, strip.shape[3]) if out is None else out
         place = out[:, :, top * scale : (top + rows) * scale]
-        place.copy_(strip[:, :, above * scale :][:, :, : place.shape[2]])
+        place.copy_(strip[:, :, min(top, 1) * scale :][:, :, : place.shape[2]])
     return out
 
 
@@ -59,10 +58,10 @@ def normalised(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     """conv(silu(norm(x))), of large x by strips, with mean and variance of all of it."""
     if x.numel() <= STRIP:
         return conv(F.silu(norm(x)))
-    var, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0, keepdim=True)
-    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (var + norm.eps).rsqrt()  # (B, groups, C / groups, 1, 1)
-    shift = norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale
-    scale, shift = scale.flatten(1, 2), shift.flatten(1, 2)  # (B, C, 1, 1)
+    var, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0)
+    var, mean = (m.repeat_interleave(x.shape[1] // norm.num_groups, 1)[..., None, None] for m in (var, mean))
+    scale = norm.weight[:, None, None] * (var + norm.eps).rsqrt()  # (B, C, 1, 1)
+    shift = norm.bias[:, None, None] - mean * scale
     return by_strips(lambda rows: conv(F.silu(shift + rows * scale)), x)
 
 
@@ -97,10 +96,6 @@ class AttnBlock(nn.Module):
 
 class Upsample(nn.Sequential):
     """Twice the resolution, nearest neighbour, and a convolution."""
-
-    def __init__(self, channels: int):
-        parts = {"nearest": nn.Upsample(scale_factor=2.0), "conv": conv(channels, channels)}
-        super().__init__(OrderedDict(parts))
 
     def forward(self, x: Tensor) -> Tensor:
         return by_strips(super().forward, x)
@@ -142,19 +137,19 @@ def decoder(config: VAEConfig) -> nn.Sequential:
         before = channels[min(i + 1, len(channels) - 1)]
         parts["up"].add_module(str(i), stage := level([before] + [out] * (config.layers_per_block + 1), groups))
         if i:
-            stage.upsample = Upsample(out)
+            stage.upsample = Upsample(OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=conv(out, out)))
     return named(**parts, norm_out=norm(groups, out), silu=nn.SiLU(), conv_out=conv(out, config.in_channels))
 
 
-def parts(module: nn.Module) -> Iterable[nn.Module]:
-    """What sequences of sequences run, one after another."""
-    return chain.from_iterable(map(parts, module)) if type(module) is nn.Sequential else [module]
-
-
-def run(sequence: nn.Sequential, x: Tensor) -> Tensor:
-    """sequence(x); inside of it, each sequence would hold its input until its end."""
-    for part in parts(sequence):
-        x = part(x)
+def run(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x); by itself, each sequence of sequences would hold its input until its end."""
+    waiting = [module]
+    while waiting:
+        part, *waiting = waiting
+        if type(part) is nn.Sequential:
+            waiting = [*part, *waiting]
+        else:
+            x = part(x)
     return x
 
 

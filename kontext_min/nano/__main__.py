@@ -21,8 +21,7 @@ from kontext_min.presets import WEIGHTS
 EDITS = (*HELD_OUT, *MIX)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def main() -> None:  # one command
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--folder", type=Path, default=WEIGHTS / "nano", help="the model folder")
     shared.add_argument("--cases", type=int, default=200, help="held-out cases of each edit")
@@ -42,11 +41,7 @@ def arguments() -> argparse.Namespace:
     command.add_argument("output", type=Path, help="a folder that is new or empty")
     command.add_argument("--count", type=int, default=160)
     command.add_argument("--replay", type=float, default=0.0, help="share of pairs of the edits that nano knows")
-    return parser.parse_args(sys.argv[1:] or ["pretrain"])
-
-
-def main() -> None:  # one command
-    args = arguments()
+    args = parser.parse_args(sys.argv[1:] or ["pretrain"])
     if args.command == "pairs":
         print(write_pairs(args.edit, args.output, args.count, args.replay))
         return

@@ -1,7 +1,6 @@
 """nano's pretraining: the autoencoder; transformer and text encoders on its cached latents; then guidance, distilled.
 
 Everything resumes. Muon is for matrices and kernels, Adam for the rest (Jordan et al. 2024; Adam's step size).
-With `bf16` linears and attention of the transformer multiply in it, parameters and sums stay fp32.
 """
 
 import copy
@@ -11,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate, chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,7 +27,7 @@ from kontext_min.checkpoints.tensors import whole_file
 from kontext_min.data.buckets import Size
 from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import TARGETS, any_picture, example
-from kontext_min.nano.model import AUTOENCODER, LENGTH, Nano, export, tokenizers_of
+from kontext_min.nano.model import AUTOENCODER, Nano, export, tokenizers_of
 from kontext_min.nano.scenes import Picture, pick
 
 MOMENTUM = 0.95
@@ -36,7 +35,6 @@ LOG_EVERY, SAVE_EVERY = 50, 250  # steps
 VAE_SIZES, VAE_BATCH = (Size(64, 64), Size(96, 96), Size(64, 64), Size(112, 80)), 8  # in turn; as many pixels of each
 VAE_STEPS, VAE_RATE = 8000, 2e-3
 KL_WEIGHT = 1e-2  # so much that the decoder bears small errors of the latents
-VAE_FIRST_INDEX = 10**8  # the transformer's examples count from 0
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
 WARM_UP, DECAY = 100, 0.45  # steps; the last share of all steps, in which the rates fall linearly to zero
 ADAM_NAMES = ("clip.", "t5.shared", "relative_attention_bias", "_in.", "_mod.", "modulation", "final_layer")
@@ -56,7 +54,6 @@ class Phase:
     examples: int
     steps: int
     batch: int  # examples of the first size; as many pixels of the others
-    text_length: int  # tokens; early on, instructions lose padding (none is longer)
     changed_weight: float  # of the tokens that an edit changes
     first_index: int
 
@@ -71,10 +68,10 @@ class Bucket(NamedTuple):
 # fmt: off
 PHASES = (
     Phase("64px", (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80)),
-          examples=60_000, steps=2000, batch=96, text_length=16, changed_weight=5.0, first_index=0),
+          examples=60_000, steps=2000, batch=96, changed_weight=5.0, first_index=0),
     Phase("96px", (*[Size(96, 96)] * 10, *[Size(112, 80)] * 3, *[Size(80, 112)] * 3, Size(128, 64), Size(64, 128),
                    Size(144, 144), Size(192, 128), Size(128, 192)),
-          examples=80_000, steps=5000, batch=96, text_length=24, changed_weight=2.0, first_index=3 * 10**6),
+          examples=80_000, steps=5000, batch=96, changed_weight=2.0, first_index=3 * 10**6),
 )
 DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on
@@ -118,7 +115,7 @@ def train(
     file: Path, network: nn.Module, optims: list[torch.optim.Optimizer], steps: range,
     loss_of: Callable[[int], Tensor], share_of: Callable[[int], float], bf16: bool = False,
 ) -> None:  # fmt: skip
-    """Steps of a loss, at shares of the learning rates. Goes on from the file, written at times and at the end."""
+    """Steps of a loss, at shares of the rates; bf16: of products alone. Goes on from the file that it writes at times."""
     step, losses = steps.start, []
     if file.exists():
         state = torch.load(file, weights_only=True)
@@ -157,7 +154,7 @@ def training_picture(index: int, size: Size) -> Picture:
     if r.random() < 0.6:
         _, picture = any_picture(r, "train", size)
     else:
-        task = example("train", VAE_FIRST_INDEX + index, size)
+        task = example("train", 10**8 + index, size)  # the transformer's count from 0
         picture = pick(r, (task.target, *task.references))
     return pick(r, TARGETS.values())[1](picture).astype(np.float32) if r.random() < 0.1 else picture
 
@@ -185,10 +182,9 @@ def pretrain_vae(folder: Path, steps: int) -> VAE:
     torch.manual_seed(1)
     vae = VAE(AUTOENCODER).to(memory_format=torch.channels_last)
 
-    def share_of(step: int) -> float:  # warm-up over 50 steps, then half a cosine down to zero
-        return min(1.0, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    train(folder / "vae.pt", vae, optimizers(vae, VAE_RATE, VAE_RATE), range(steps), partial(vae_loss, vae), share_of)
+    cosine = [min(1.0, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps)) for i in range(steps)]  # to zero
+    optims, loss = optimizers(vae, VAE_RATE, VAE_RATE), partial(vae_loss, vae)
+    train(folder / "vae.pt", vae, optims, range(steps), loss, cosine.__getitem__)
     vae.eval().requires_grad_(False)
     z = torch.cat([vae.moments(pictures_of(10**6 + i * len(VAE_SIZES)))[0] for i in range(64)])
     shift, scale = round(z.mean().item(), 5), round(1 / z.std().item(), 5)  # which make latents N(0, 1)
@@ -232,8 +228,7 @@ def choose(buckets: list[Bucket], phase: Phase, generator: torch.Generator) -> B
     latents, ids = buckets[torch.multinomial(counts, 1, generator=generator).item()]
     count = round(phase.batch * math.prod(phase.sizes[0]) / (64 * latents[0, 0, 0].numel()))
     rows = torch.randint(len(ids), (count,), generator=generator)
-    length = phase.text_length if latents.shape[1] > 1 else LENGTH  # captions of text-to-image are longer and stay
-    return Bucket(latents[rows].float(), ids[rows, :, :length])
+    return Bucket(latents[rows].float(), ids[rows])
 
 
 def token_weights(target: Tensor, references: list[Tensor], weight: float) -> Tensor:
@@ -285,15 +280,15 @@ def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...],
     torch.manual_seed(2)
     nano, empty, total = Nano(), tokenizers_of(folder)([""]), sum(phase.steps for phase in phases)
     optims = optimizers(nano, MUON_RATE, ADAM_RATE, ADAM_NAMES)
-    buckets_of = lru_cache(maxsize=1)(partial(cached_buckets, work, vae, folder))
 
     def run(name: str, phase: Phase, steps: range, loss: Callable[..., Tensor], share_of: Callable[[int], float]):
+        buckets = cached_buckets(work, vae, folder, phase)
+
         def loss_of(step: int) -> Tensor:
             generator = torch.Generator().manual_seed(step)
-            with torch.autocast("cpu", enabled=False):  # which knows no fp16
-                data = choose(buckets_of(phase), phase, generator)
+            data = choose(buckets, phase, generator)
             with sdpa_kernel(SDPBackend.MATH):  # of sequences as short as these, faster on CPUs
-                return loss(empty[..., : data.ids.shape[-1]], data, generator)
+                return loss(empty, data, generator)
 
         train(work / name, nano, optims, steps, loss_of, share_of, bf16)
         export(folder, nano, vae)

@@ -14,10 +14,9 @@ from tqdm.std import EMA, tqdm
 from kontext_min import parallel
 from kontext_min.config import Config
 from kontext_min.memory import in_use
-from kontext_min.run_folder import RunFolder, append, read_lines
+from kontext_min.run_folder import SMOOTHING, RunFolder, append, read_lines
 
 Reporter = tuple[Callable, Callable]  # of (step, numbers by name, pictures by name); and what ends it
-SMOOTHING = 0.98  # of the loss in the bar: a mean over about 50 steps
 
 
 class Tracker(AbstractContextManager):
