@@ -115,7 +115,7 @@ def train(
     file: Path, network: nn.Module, optims: list[torch.optim.Optimizer], steps: range,
     loss_of: Callable[[int], Tensor], share_of: Callable[[int], float], bf16: bool = False,
 ) -> None:  # fmt: skip
-    """Steps of a loss, at shares of the rates; bf16: of products alone. Goes on from the file that it writes at times."""
+    """Steps of a loss, at shares of the rates; bf16: of products alone. Goes on from its file, written at times."""
     step, losses = steps.start, []
     if file.exists():
         state = torch.load(file, weights_only=True)
