@@ -215,7 +215,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(config, tmp_path, monk
 
 def start(config, out):
     command = [sys.executable, "train.py", str(config), f"output_dir={out}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: some CPUs sum in another order with two
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_steps(out, count, process):
