@@ -51,11 +51,8 @@ class Computed(nn.Module):
         self.linear, self.give = linear, give
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
 
-    def forward(self, _: Tensor) -> Tensor:
-        return self.give()
-
-    def onto(self, change: Tensor, _: Tensor) -> Tensor:
-        return change + self.give()
+    def forward(self, _: Tensor, change: Tensor | None = None) -> Tensor:
+        return self.give() if change is None else change + self.give()
 
 
 class Modulation:
@@ -83,7 +80,9 @@ class Modulation:
         future = new and self.thread.submit(self.compute, rows[[*new.values()]])
         made = self.made | {key: (future, i) for i, key in enumerate(new)}
         asked = {key: made.pop(key) for key in dict.fromkeys(keys)}
-        self.made = dict([*made.items(), *asked.items()][-KEPT:])
+        self.made = dict([*asked.items(), *made.items()][:KEPT])  # of what was asked for, the first is needed first
+        if new and self.home.device.type == "mps":  # two threads at once end a process there (pytorch#197805)
+            future.result()
         return keys
 
     @torch.no_grad()

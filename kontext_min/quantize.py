@@ -87,12 +87,9 @@ class QuantisedLinear(nn.Module):
     def stored(self) -> tuple[Tensor, Tensor | None]:  # weight and scale; `Ring` puts another in its place
         return self.weight, self.scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self, self.bias)
-
-    def onto(self, change: Tensor, x: Tensor) -> Tensor:
-        """change (…, out) + x W'^T, as `Adapted` asks for it, without the bias."""
-        return Product.apply(x, self, change)
+    def forward(self, x: Tensor, change: Tensor | None = None) -> Tensor:
+        """x (…, in) W'^T plus the bias; or plus a change (…, out), as `Adapted` asks for it, without the bias."""
+        return Product.apply(x, self, self.bias if change is None else change)
 
     def dequantised(self, rows: slice = slice(None)) -> Tensor:
         """These rows of W', in the scale's dtype, rounded once; both levels of a byte are looked up as one number."""

@@ -12,7 +12,7 @@ from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.quantize import is_modulation, is_quantised, open_flux
 
 
-def gradients(kontext, cache, precision, target, policy, parts) -> list[torch.Tensor]:
+def gradients(kontext, cache, precision, target, policy, parts, dora=False) -> list[torch.Tensor]:
     """Of three steps of a model with these parts of it elsewhere; their outputs, too."""
     flux = open_flux(tiny.part(kontext, "transformer"), CPU, FP32, precision, cache)
     made = {}
@@ -21,7 +21,7 @@ def gradients(kontext, cache, precision, target, policy, parts) -> list[torch.Te
     if "blocks" in parts:
         made["blocks"] = offload.Ring(flux, CPU)
     torch.manual_seed(0)
-    for i, parameter in enumerate(add_lora(flux, matching_modules(flux.config, TARGETS[target]), 4, 4)):
+    for i, parameter in enumerate(add_lora(flux, matching_modules(flux.config, TARGETS[target]), 4, 4, dora=dora)):
         parameter.data += 0.1 * tiny.random(*parameter.shape, seed=i)
     if policy:
         apply_checkpointing(flux, policy)
@@ -59,6 +59,13 @@ def test_what_is_elsewhere_changes_no_bit(kontext, tmp_path, monkeypatch, precis
             assert all(map(torch.equal, plain, other)), parts
 
 
+def test_a_dora_on_modulation_that_is_elsewhere_gives_what_it_gives_in_its_place(kontext, tmp_path):
+    plain, other = (
+        gradients(kontext, tmp_path, "no_change", "ai-toolkit", "block", parts, dora=True) for parts in ((), ("modulation",))
+    )
+    assert len(plain) == len(other) and max(tiny.error(a, b) for a, b in zip(other, plain, strict=True)) < 1e-5
+
+
 def test_modulation_is_all_that_sees_no_tokens_by_the_published_shapes():
     with torch.device("meta"):
         named = dict(Flux(FluxConfig()).named_parameters())
@@ -83,8 +90,8 @@ def test_what_is_computed_ahead_is_computed_once_and_is_the_same(kontext, tmp_pa
         assert tiny.error(a, b) < 1e-6
     again = flux(**{**one, "timesteps": times[:1], "guidance": guidance})  # nobody told of this one
     assert made == [5, 1] and tiny.error(again, plain[0]) < 1e-6
-    modulation.ahead(torch.linspace(0, 1, 300), y.expand(300, -1), guidance.expand(300))
-    assert len(modulation.made) == offload.KEPT  # what never comes is let go
+    told = modulation.ahead(torch.linspace(0, 1, 300), y.expand(300, -1), guidance.expand(300))
+    assert [*modulation.made] == told[: offload.KEPT]  # what comes last is let go
 
 
 def test_updates_on_what_embeds_time_are_refused_where_it_is_computed_ahead(kontext, tmp_path):

@@ -133,7 +133,7 @@ class Shared(torch.autograd.Function):
 
 class Adapted(nn.Module):
     """A frozen linear, or what stands for one, with any number of updates, each added to its own output rows.
-    What stands for a linear has `onto(change, x)`, its product with x added to the change. An update's `dropout` is the
+    What stands for a linear takes a change, too, to which it adds its product with x alone. An update's `dropout` is the
     share of its inputs left out, by draws of torch's global generator, wherever gradients are recorded.
     """
 
@@ -154,7 +154,7 @@ class Adapted(nn.Module):
         add = Tensor.add_ if lows or len(self.updates) > 1 else torch.add  # one update's own output stays as it is
         change = change if self.base.bias is None else add(change, self.base.bias)
         if not isinstance(self.base, nn.Linear):
-            return self.base.onto(change, x)
+            return self.base(x, change)
         return torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.base.weight.t()).view(change.shape)
 
     def lows(self, x: Tensor) -> tuple[Tensor, dict[Update, Tensor]]:
@@ -190,8 +190,13 @@ class Adapted(nn.Module):
 
     def weight_of(self, update: Update) -> Tensor:
         """The rows of the frozen weight that an update stands beside, (rows, in), as the forward pass uses them."""
-        rows = slice(update.start, update.start + update.shape[0])
-        return self.base.weight[rows] if isinstance(self.base, nn.Linear) else self.base.dequantised(rows)
+        rows, base = slice(update.start, update.start + update.shape[0]), self.linear
+        weight = base.weight[rows] if isinstance(base, nn.Linear) else base.dequantised(rows)
+        return weight.to(next(update.parameters()).device)
+
+    @property
+    def linear(self) -> nn.Module:  # the base, or the linear whose outputs it gives, computed elsewhere
+        return getattr(self.base, "linear", self.base)
 
     def decomposed(self, update: Update, delta: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
         """What DoRA adds: (gain - 1) W x + gain * delta, gain = magnitude / |W + delta W|, that length held constant.
@@ -199,7 +204,7 @@ class Adapted(nn.Module):
         4.3, as in PEFT. At strength 0 nothing is left of it; PEFT, which weakens delta alone, keeps the magnitudes.
         """
         weight, rows = self.weight_of(update), slice(update.start, update.start + update.shape[0])
-        bias = 0.0 if self.base.bias is None else self.base.bias[rows]
+        bias = 0.0 if self.linear.bias is None else self.linear.bias[rows].to(x.device)
         plain = F.linear(x, weight) if y is None else y[..., rows] - bias
         with torch.no_grad():
             lengths = update.lengths(weight).clamp(min=1e-12)
