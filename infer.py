@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import TOKEN, Editor, edit, open_editor, output_size, prepare_reference
 from kontext_min.memory import attention_kernels
-from kontext_min.quantize import form_of
+from kontext_min.quantize import form_of, refuse_on
 from kontext_min.sampler import Sampling
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8", "nf4", "fp8", "int8-dynamic", "fp8-dynamic")
@@ -46,6 +47,7 @@ OPTIONS = {  # setting -> default, help, and what else argparse should know
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 OF_THE_SAMPLE = ("image", "size", "reference_size", "seed")  # of what a LoRA file says
 LARGEST = 8192  # pixels
+SMALLER = "the GPU's memory is too small: try --precision int8 or nf4, --text-encoder-2-precision nf4, a smaller --size"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -63,9 +65,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def recall(path: Path) -> dict:  # the settings of a picture of this program
     try:
-        return {key: value for key, value in json.loads(Image.open(path).info[CHUNK]).items() if key in DEFAULTS}
+        kept = json.loads(Image.open(path).info[CHUNK])
     except (OSError, KeyError) as error:
         raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings") from error
+    for file, before in kept.get("checksums", {}).items():
+        if Path(file).is_file() and crc32(Path(file).read_bytes()) != before:
+            print(f"warning: {file} is not what it was when {path} was made; this will be another picture")
+    return {key: value for key, value in kept.items() if key in DEFAULTS}
 
 
 def valid(key: str, value) -> bool:
@@ -168,7 +174,11 @@ def paths_for(out: Path, count: int) -> list[Path]:
 def save(image: Image.Image, path: Path, settings: dict):  # a PNG with everything needed to make it again
     kept = {key: settings[key] for key in DEFAULTS} | {"num_images": 1}
     kept["image"] = [str(Path(path).resolve()) for path in settings["image"]]
-    kept["lora"] = [f"{lora.path.resolve()}:{strength:g}" for lora, strength in settings["adapters"]]
+    loras = [(str(lora.path.resolve()), strength) for lora, strength in settings["adapters"]]
+    kept["lora"] = [f"{file}:{strength!r}" for file, strength in loras]
+    kept["checksums"] = {
+        file: crc32(Path(file).read_bytes()) for file in [*kept["image"], *(lora for lora, _ in loras)]
+    }
     if presets.locate(kept["model"]) == kept["model"] and Path(kept["model"]).is_dir():
         kept["model"] = str(Path(kept["model"]).resolve())
     info = PngInfo()
@@ -187,6 +197,7 @@ def main(argv: list[str] | None = None):
     plain = "fp32" if device.type == "cpu" else "bf16"
     if settings["precision"] == "auto":  # kept as it is chosen here, for another machine
         settings["precision"] = plain
+    refuse_on(device, settings["precision"])
     span = parse_range(settings["cfg_range"])
     paths = iter(paths_for(out, len(settings["prompt"]) * settings["num_images"]))
     texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
@@ -212,5 +223,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"infer.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"infer.py: {SMALLER}")
     except KeyboardInterrupt:
         sys.exit(130)

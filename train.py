@@ -23,7 +23,7 @@ from kontext_min.edit import Editor
 from kontext_min.memory import apply_checkpointing, attention_kernels
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.offload import Ahead, Inputs, open_apart, unneeded
-from kontext_min.quantize import open_flux
+from kontext_min.quantize import open_flux, refuse_on
 from kontext_min.run_folder import RunFolder
 from kontext_min.training import state, track
 from kontext_min.training.adapter import add_adapter, sizes
@@ -36,6 +36,7 @@ from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
 from kontext_min.training.validate import Validator, items_of, sampling_of
 
 OPTIONS = {"--explain", "--check", "--prune-cache"}
+SMALLER = "the GPU's memory is too small: text_encoder_2_precision=nf4 takes less to encode, a smaller memory all else"
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
 
 
@@ -132,7 +133,8 @@ def main(argv: list[str]):
         if not parallel.lost(error):
             raise
         what = f"a rank died, or was silent for {config.distributed_timeout:g} minutes; {state.last(config.output_dir)}"
-        remedy = "go on with resume_from_checkpoint=latest, or let torchrun do it: --max-restarts=3"
+        remedy = "go on with resume_from_checkpoint=latest, or let torchrun do it: --max-restarts=3; a rank that makes"
+        remedy += " what all will read, such as a quantised base, on a slow disk needs a larger distributed_timeout"
         raise ConnectionError(f"{what}; {remedy}") from error
     parallel.leave()
 
@@ -145,6 +147,7 @@ def run(config: Config, prune: bool = False):
     folder.path.mkdir(parents=True, exist_ok=True)
     name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device, dtype = torch.device(name), torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    refuse_on(device, config.base_model_precision)
     items = items_of(config, sets, presets.preset_of(checkpoint.folder))
     examples, validation = encode(config, sets, items, checkpoint, (device, dtype))
     if prune:
@@ -187,6 +190,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         parallel.last_words(f"train.py: {error}")
+    except torch.OutOfMemoryError:  # beside the steps, whose own remedies are counted
+        parallel.last_words(f"train.py: {SMALLER}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

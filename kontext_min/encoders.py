@@ -39,6 +39,8 @@ class TextEncoder:
 def free():
     gc.collect()
     torch.cuda.empty_cache()  # nothing where CUDA is not in use
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 @torch.no_grad()
@@ -51,6 +53,8 @@ def encode_image(vae: VAE, image: Image.Image) -> Tensor:
 @torch.no_grad()
 def decode_image(vae: VAE, latents: Tensor) -> Image.Image:  # (1, 16, h, w) -> a picture, values rounded
     x = vae.decode(latents.to(vae.decoder.conv_in.weight.dtype))[0]  # (3, H, W), about [-1, 1]
+    if not x.isfinite().all():
+        print("the picture is not of numbers alone: try --precision fp32, or less strength of the LoRA")
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

@@ -37,6 +37,14 @@ def form_of(precision: str) -> str | None:
     return None if kind in ("no_change", "bf16", "fp32") else f"{kind}-dynamic" if how == "dynamic" else kind
 
 
+def refuse_on(device: torch.device, precision: str):
+    """ValueError where a device lacks the numbers of a precision, or their products."""
+    kind, _, how = (form_of(precision) or "").partition("-")
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)  # before Ada
+    if (kind == "fp8" and how and old) or (device.type == "mps" and (kind == "fp8" or how)):
+        raise ValueError(f"this {device.type} device cannot multiply in {precision}; use int8 or nf4")
+
+
 def parts_of(weight: Tensor, form: str) -> dict[str, Tensor]:
     """A weight (rows, in) -> what is kept of it, by name; made of some million numbers at a time."""
     kind, dtype, step, wholes = KINDS[form.partition("-")[0]], weight.dtype, max(1, 2**21 // weight.shape[1]), []

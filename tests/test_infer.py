@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -353,6 +354,16 @@ def test_again_names_a_file_that_is_gone(quick, tmp_path):
         run("--again", made, *quick)
 
 
+def test_again_says_if_a_file_is_not_what_it_was(quick, tmp_path, capsys):
+    image = picture(tmp_path / "photo.png", 64, 48)
+    (made,) = run("--image", image, "--prompt", PROMPT, "--size", "32x32", *quick)
+    run("--again", made, *quick)
+    assert "warning" not in capsys.readouterr().out
+    Image.open(image).rotate(180).save(image)
+    run("--again", made, *quick)
+    assert f"warning: {image} is not what it was when {made} was made" in capsys.readouterr().out
+
+
 def test_a_lora_file_alone_says_everything_else(small, tmp_path):
     image, file = picture(tmp_path / "photo.png", 100, 50), tmp_path / "lora.safetensors"
     flux = load_flux(tiny.part(small, "transformer"), tiny.CPU, tiny.FP32)
@@ -463,6 +474,25 @@ def test_what_cannot_be_done_is_said_in_one_sentence(case, small, tmp_path, monk
         infer.main([*model, "--steps", "1", *flags, "--out", "out"])
     assert "\n" not in str(refusal.value)
     assert not Path("out").exists()
+
+
+def test_a_gpu_that_is_too_small_is_told_what_takes_less(small, tmp_path, monkeypatch, capfd):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.50 GiB.")
+
+    monkeypatch.setattr("kontext_min.edit.open_editor", full)
+    monkeypatch.setattr(
+        "sys.argv", ["infer.py", "--model", str(small), "--prompt", "x", "--out", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit, match="^infer.py: the GPU's memory is too small: try --precision int8 or nf4"):
+        runpy.run_path(infer.__file__, run_name="__main__")
+    monkeypatch.setattr("kontext_min.data.examples.Examples.encode", full)
+    nano = str(Path(train.__file__).parent / "configs" / "nano.json")
+    folders = [f"{key}={tmp_path / key}" for key in ("output_dir", "cache_dir")]
+    monkeypatch.setattr("sys.argv", ["train.py", nano, *folders])
+    with pytest.raises(SystemExit):
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert "train.py: the GPU's memory is too small: text_encoder_2_precision=nf4" in capfd.readouterr().err
 
 
 def test_a_refusal_is_one_line_and_exit_code_1(tmp_path):

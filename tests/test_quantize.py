@@ -22,7 +22,7 @@ from kontext_min.encoders import TextEncoder
 from kontext_min.memory import apply_checkpointing
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.presets import WEIGHTS
-from kontext_min.quantize import NF4, QuantisedLinear, form_of, open_flux, quantising
+from kontext_min.quantize import NF4, QuantisedLinear, form_of, open_flux, quantising, refuse_on
 
 FORMS, DYNAMIC = ["int8", "fp8", "nf4"], ["int8-dynamic", "fp8-dynamic"]
 ROOT = Path(__file__).parents[1]
@@ -260,6 +260,18 @@ NAMES = {
     "no_change": None, "bf16": None, "fp32": None, "int8-quanto": "int8", "int8-torchao": "int8", "int8": "int8",
     "fp8-torchao": "fp8", "int8-dynamic": "int8-dynamic", "fp8-dynamic": "fp8-dynamic", "nf4": "nf4",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-torchao", "fp8-dynamic", "int8-dynamic"])
+def test_what_a_device_cannot_multiply_in_is_refused(precision):
+    with pytest.raises(ValueError, match=f"this mps device cannot multiply in {precision}; use int8 or nf4"):
+        refuse_on(torch.device("mps"), precision)
+    refuse_on(CPU, precision)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no_change", "int8", "int8-torchao", "nf4"])
+def test_what_every_device_can_multiply_in_is_not_refused(precision):
+    refuse_on(torch.device("mps"), precision)
 
 
 def test_the_names_of_precisions_are_simpletuners():

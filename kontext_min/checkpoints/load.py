@@ -7,7 +7,6 @@ and stream its weights in. Sizes come from config.json, or from the tensors' sha
 import math
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from kontext_min.models.vae import VAE, VAEConfig
 Shapes = dict[str, tuple[int, ...]]  # of a file's tensors, by name
 HUB_FILES = ["model_index.json", "scheduler/*", *(f"{part}/*" for part in keys.FILES), "tokenizer/*", "tokenizer_2/*"]
 ODD_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+NOT_READ = (".bin", ".pt", ".ckpt", ".pth", ".gguf")
 NOT_USED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP files
 
 
@@ -49,6 +49,8 @@ class Checkpoint:
 def find(model: str | Path, download: bool = True) -> Checkpoint:
     """A folder (diffusers layout or single files) or a hub id -> its parts; FileNotFoundError says what to do."""
     folder = Path(model).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give its folder, which holds the rest of the model, too")
     if not folder.is_dir():
         folder = hub_folder(str(model), download)
     if absent := [name for name in ("tokenizer", "tokenizer_2") if not (folder / name).is_dir()]:
@@ -63,12 +65,15 @@ def hub_folder(repo_id: str, download: bool) -> Path:
         raise FileNotFoundError(f"{repo_id} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
+    last = "a part of it is missing"
     for local in (True, False) if download else (True,):
-        with suppress(OSError):  # every failure of huggingface_hub is one
+        try:
             folder = Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, local_files_only=local))
             if not local or all((folder / part).is_dir() for part in keys.FILES):
                 return folder
-    why = "is not on this machine, and is gated, private, unknown or out of reach"
+        except OSError as error:
+            last = str(error).strip().partition("\n")[0]
+    why = f"is not on this machine, and is gated, private, unknown or out of reach ({last})"
     remedy = f"accept its licence on its hub page, run `hf auth login` and `hf download {repo_id} --local-dir weights/"
     raise FileNotFoundError(f"{repo_id} {why}; {remedy}{repo_id.partition('/')[2]}`")
 
@@ -84,8 +89,8 @@ def find_component(folder: Path, part: str) -> Component:
         matches = sorted(place.glob(pattern), key=lambda path: (path.name.count("."), len(path.name), path.name))
         if matches:
             return Component((matches[0],), config)
-    pickles = [path.name for path in own.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth")]
-    found = f"; {part}/{pickles[0]} is a pickle: use the .safetensors instead" if pickles else ""
+    others = [path for path in (*own.glob("*"), *folder.glob("*.gguf")) if path.suffix in NOT_READ]
+    found = f"; {others[0].relative_to(folder)} is not read: use the .safetensors instead" if others else ""
     raise FileNotFoundError(f"{folder} has no {part}: expected {part}/*.safetensors or {keys.FILES[part][0]}{found}")
 
 

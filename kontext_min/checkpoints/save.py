@@ -95,7 +95,7 @@ def save_trained(flux: Flux, checkpoint: Checkpoint, folder: Path, dtype: torch.
     target = folder / old[0].name if alone else folder / "transformer" / "diffusion_pytorch_model.safetensors"
     stream(target, tensors)
     for path in checkpoint.folder.iterdir():
-        if path not in old and path.name != "transformer":
+        if path not in old and (alone or path.name != "transformer"):
             (folder / path.name).symlink_to(path.resolve())
     for path in () if alone else old[0].parent.glob("config.json"):
         shutil.copy(path, target.parent)

@@ -220,8 +220,19 @@ def test_damaged_file_is_refused_in_one_sentence(damage, singles):
 
 def test_pickled_weights_are_refused_by_name(folder):
     (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model.bin is a pickle"):
+    with pytest.raises(FileNotFoundError, match="vae/diffusion_pytorch_model.bin is not read: use the .safetensors"):
         load.find(folder)
+
+
+def test_a_model_in_gguf_is_refused_by_name(singles):
+    (singles / WEIGHTS["transformer"]).rename(singles / "flux1-kontext-dev-Q8_0.gguf")
+    with pytest.raises(FileNotFoundError, match="no transformer.*; flux1-kontext-dev-Q8_0.gguf is not read"):
+        load.find(singles)
+
+
+def test_a_file_in_place_of_its_folder_is_refused(singles):
+    with pytest.raises(ValueError, match="ae.safetensors is a file; give its folder"):
+        load.find(singles / WEIGHTS["vae"])
 
 
 def test_shard_that_is_not_there_is_named(folder):
@@ -261,6 +272,15 @@ def test_hub_id_without_network_says_what_to_run(cache):
     with pytest.raises(FileNotFoundError) as error:
         load.find("black-forest-labs/FLUX.1-Kontext-dev")
     assert "hf download black-forest-labs/FLUX.1-Kontext-dev" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_the_hub_says_is_passed_on(cache, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(FileNotFoundError, match=r"out of reach \(.*No space left on device\); accept"):
+        load.find("black-forest-labs/FLUX.1-Kontext-dev")
 
 
 def test_what_is_neither_folder_nor_hub_id_says_so():
