@@ -61,7 +61,8 @@ def test_what_is_elsewhere_changes_no_bit(kontext, tmp_path, monkeypatch, precis
 
 def test_a_dora_on_modulation_that_is_elsewhere_gives_what_it_gives_in_its_place(kontext, tmp_path):
     plain, other = (
-        gradients(kontext, tmp_path, "no_change", "ai-toolkit", "block", parts, dora=True) for parts in ((), ("modulation",))
+        gradients(kontext, tmp_path, "no_change", "ai-toolkit", "block", parts, dora=True)
+        for parts in ((), ("modulation",))
     )
     assert len(plain) == len(other) and max(tiny.error(a, b) for a, b in zip(other, plain, strict=True)) < 1e-5
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from kontext_min.adapters.read import read_adapter
 from kontext_min.checkpoints.save import write_json
@@ -23,6 +23,7 @@ SAMPLING = Sampling(steps=8, guidance=1.0)  # the seed is the case's number
 CHANGED = 19  # of 255: a pixel counts as changed if a channel of reference and target differ by more
 ENOUGH = 0.25  # success: the squared error on changed pixels is below this share of the reference's there,
 UNDISTURBED = 20.0  # and the other pixels have at least this PSNR in dB
+NEAR = 16  # pixels, a token's side: an unchanged pixel further from every changed one is "elsewhere"
 KEPT = 25.0  # where nothing should change, success is this PSNR in dB
 GUIDANCES = {f"guidance {scale:g}": replace(SAMPLING, guidance=scale) for scale in (1.0, 2.5, 4.0)}
 GUIDANCES |= {f"true CFG {scale:g}": replace(SAMPLING, cfg_scale=scale) for scale in (2.5, 4.0)}
@@ -32,15 +33,17 @@ def cases(name: str, count: int) -> list[Example]:
     return [example("validation", 10_000 + i, SIZES[i % len(SIZES)], name) for i in range(count)]
 
 
-def judge(output: Image.Image, reference: Image.Image, target: Image.Image) -> tuple[bool, float]:
-    """Whether what should change came out and the rest stayed; the rest's PSNR in dB, nan where all should change."""
+def judge(output: Image.Image, reference: Image.Image, target: Image.Image) -> tuple[bool, float, float]:
+    """Whether what should change came out and the rest stayed; PSNR in dB of the rest, and elsewhere; nan of nothing."""
     made, before, wanted = (np.asarray(image, np.float64) for image in (output, reference, target))
     changed = np.abs(wanted - before).max(-1) > CHANGED  # what one can see, (H, W)
-    outside = math.nan if changed.all() else psnr(made[~changed], wanted[~changed])
+    near = np.asarray(Image.fromarray(changed).convert("L").filter(ImageFilter.MaxFilter(2 * NEAR + 1))) > 0
+    rests = ~changed, ~near
+    outside, elsewhere = (psnr(made[rest], wanted[rest]) if rest.any() else math.nan for rest in rests)
     if not changed.any():
-        return outside > KEPT, outside
+        return outside > KEPT, outside, elsewhere
     error, least = (np.square(picture - wanted)[changed].sum() for picture in (made, before))
-    return error < ENOUGH * least and not outside < UNDISTURBED, outside
+    return error < ENOUGH * least and not outside < UNDISTURBED, outside, elsewhere
 
 
 def measure(
@@ -55,11 +58,12 @@ def measure(
     if references:
         shuffled = edit(editor, texts[task.prompt], list(map(to_image, other.references)), *given)
         made = (output, ceiling, shuffled)
-        (done, outside), (best, apart), (wrong, _) = (judge(picture, references[0], target) for picture in made)
+        (done, *rest), (best, *ceilings), (wrong, *_) = (judge(picture, references[0], target) for picture in made)
         numbers |= {
             "copy": min(60.0, psnr(references[0], target)),
             "success": done, "success_ceiling": best, "shuffled": wrong, "shuffled_psnr": psnr(shuffled, target),
-            "outside": outside, "outside_ceiling": apart, "photographs": done if task.photograph else math.nan,
+            "photographs": done if task.photograph else math.nan, "outside": rest[0], "outside_ceiling": ceilings[0],
+            "elsewhere": rest[1], "elsewhere_ceiling": ceilings[1],
         }  # fmt: skip
     named = [*(("reference", picture) for picture in references), ("nano", output), ("target", target)]
     return numbers, card([task.prompt], named)

@@ -146,6 +146,21 @@ def test_success_needs_the_change_done_and_the_rest_left():
     assert judge(target, reference, target)[1] == 99
 
 
+@pytest.mark.parametrize(("x", "far"), [(20, False), (40, True)])
+def test_elsewhere_is_more_than_a_token_away_from_what_changes(x, far):
+    reference = Image.new("RGB", (64, 64), "gray")
+    target = reference.copy()
+    target.paste("white", (0, 0, 8, 64))
+    spoilt = target.copy()
+    spoilt.putpixel((x, 32), (0, 0, 0))
+    _, outside, elsewhere = judge(spoilt, reference, target)
+    assert outside < 50 and elsewhere == pytest.approx(psnr_of_one(64 * (64 - 8 - 16)) if far else 99)
+
+
+def psnr_of_one(pixels: int) -> float:  # dB where one of so many gray pixels is black
+    return 10 * math.log10(255**2 * pixels / 128**2)
+
+
 @pytest.mark.slow
 def test_smoke_pretraining_writes_a_whole_model_folder(tmp_path):
     command = [sys.executable, "-m", "kontext_min.nano", "pretrain", "--smoke"]
