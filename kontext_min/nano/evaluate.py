@@ -34,7 +34,7 @@ def cases(name: str, count: int) -> list[Example]:
 
 
 def judge(output: Image.Image, reference: Image.Image, target: Image.Image) -> tuple[bool, float, float]:
-    """Whether what should change came out and the rest stayed; PSNR in dB of the rest, and elsewhere; nan of nothing."""
+    """Whether what should change came out and the rest stayed; PSNR in dB of the rest, and elsewhere; nan of none."""
     made, before, wanted = (np.asarray(image, np.float64) for image in (output, reference, target))
     changed = np.abs(wanted - before).max(-1) > CHANGED  # what one can see, (H, W)
     near = np.asarray(Image.fromarray(changed).convert("L").filter(ImageFilter.MaxFilter(2 * NEAR + 1))) > 0
