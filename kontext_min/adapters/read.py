@@ -45,6 +45,7 @@ FORMATS = {
     "onetrainer":      Format("lora_transformer_",  "_", "diffusers", *KOHYA),
     "fal":             Format("base_model.model.",  ".", "bfl",       *PEFT),
     "peft":            Format("base_model.model.",  ".", "diffusers", *PEFT),
+    "diffusers-peft":  Format("transformer.base_model.model.", ".", "diffusers", *PEFT),
     "diffsynth":       Format("",                   ".", "diffusers", "lora_A.default.weight", "lora_B.default.weight"),
     "comfy-diffusers": Format("diffusion_model.",   ".", "diffusers", *PEFT),
     "kohya-diffusers": Format("lora_unet_",         "_", "diffusers", *KOHYA),
@@ -56,15 +57,19 @@ ENDINGS |= {name: name for names in (*W1, *W2, ("alpha", "dora_scale")) for name
 ENDINGS |= {"lora_magnitude_vector": "dora_scale"}  # PEFT's, (rows,)
 CONFIG_KEY = "lora_adapter_metadata"  # in the file's header: PEFT's LoraConfig as JSON, keys prefixed `transformer.`
 RECIPE_KEY = "kontext_min"  # in the file's header: what infer.py needs to show this LoRA
+CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of PEFT's first values, those for which the base changes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *FP8)
+TEXT_ENCODER = r"^(lora_te|text_encoder|clip_l|t5xxl)"
 REFUSED = {  # a regular expression of tensors' names -> what such tensors are, and what to do
-    r"^(lora_te|text_encoder|clip_l|t5xxl).*\.(lora|lokr|hada)_":
-        "tensors change a text encoder, which is not done here (save the LoRA of the transformer alone)",
+    TEXT_ENCODER: "tensors change a text encoder, which is not done here "
+        "(python -m kontext_min.adapters convert --transformer-only leaves them out)",
     r"^(double|single)_blocks\..*\.lora_B\.bias$":
         "tensors are of a Control LoRA of BFL, which makes another model: it also replaces biases, norms and img_in",
     r"\.processor\.(qkv|proj)_lora":
         "tensors are in XLabs' format, which is not read here (load it in diffusers and save it again)",
-    r"\.hada_": "tensors are of a LoHa, whose products of two LoRAs cannot be applied here (convert it to LoRA)",
+    r"[._]to_(added_)?qkv\.": "tensors are of q, k, v fused by SimpleTuner's fuse_qkv_projections (train without it)",
+    r"\.hada_": "tensors are of a LoHa, which cannot be applied here (merge it into a model where it was made)",
+    r"\.oft_": "tensors are of OFT, which cannot be applied here (merge it into a model where it was made)",
     r"\.(lora_mid\.weight|lokr_t2)$": "tensors are of a convolution's update, of which the transformer has none",
     r"\.(diff|diff_b|set_weight|reshape_weight)$":
         "tensors replace or add whole weights, which cannot be applied here (extract a LoRA from them)",
@@ -96,14 +101,21 @@ def split_lora(text: str) -> tuple[Path, float]:  # 'FILE:0.5' -> (FILE, 0.5); w
         return Path(text), 1.0  # the colon belongs to the path
 
 
-def read_adapter(path: Path) -> AdapterFile:
-    """An adapter file, or a folder with one. ValueError names what cannot be used."""
+def read_adapter(path: Path, transformer_only: bool = False) -> AdapterFile:
+    """An adapter file, or a folder with one. ValueError names what cannot be used, such as changes of a text encoder,
+    unless it is `transformer_only` that is wanted or they are zero: then they are left out, which is said.
+    """
     if path.is_dir():
         own, raw = path / "pytorch_lora_weights.safetensors", path / "adapter_model.safetensors"  # PEFT's by itself
         path = raw if raw.exists() and not own.exists() else own
     handle = open_safetensors(path)
     header = handle.metadata() or {}
     names = sorted(handle.keys())
+    text = [name for name in names if re.match(TEXT_ENCODER, name)]
+    told = (handle.get_tensor(name) for name in text if not name.endswith((".alpha", "down.weight", "lora_A.weight")))
+    if text and (transformer_only or not any(tensor.float().any() for tensor in told)):
+        print(f"{path}: {len(text)} tensors of a text encoder are left out{'' if transformer_only else ', all zero'}")
+        names = [name for name in names if name not in text]
     for pattern, problem in REFUSED.items():
         refuse(str(path), problem, filter(re.compile(pattern).search, names))
     form, found = recognise(path, names)
@@ -149,8 +161,7 @@ def lora_settings(header: dict[str, str], path: Path) -> dict:
     odd = [key for key in ("lora_bias", "use_qalora", "alora_invocation_tokens") if values.get(key)]
     method, start = values.get("peft_type"), str(values.get("init_lora_weights"))
     odd += [f"peft_type {method}"] if method not in (None, "LORA") else []
-    changed = start.startswith(("pissa", "olora", "corda", "loftq"))  # the frozen weights, too
-    odd += [f"init_lora_weights {start}"] if changed else []
+    odd += [f"init_lora_weights {start}"] if start.startswith(CHANGING) else []
     if odd:
         raise ValueError(f"{path} was made with {', '.join(odd)}, which cannot be applied here")
     return values
@@ -174,8 +185,8 @@ def update_of(module: str, tensors: dict[str, Tensor], settings: dict) -> Update
     update = LoKr(module, *sides, scale) if len(sides) == 2 else LoRA(module, *reversed(sides[0]), scale)
     if magnitude is not None:
         if magnitude.shape not in ((update.shape[0],), (update.shape[0], 1)):
-            shape = list(magnitude.shape)
-            raise ValueError(f"has a DoRA scale of shape {shape}; only one for each output row, not input, is applied")
+            said = f"has a DoRA scale of shape {list(magnitude.shape)}"
+            raise ValueError(f"{said}; only one for each output row is used (OneTrainer: lora_decompose_output_axis)")
         update.magnitude = nn.Parameter(magnitude.flatten())
     elif settings.get("use_dora"):
         raise ValueError("has no lora_magnitude_vector, though the file says use_dora")

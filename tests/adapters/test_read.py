@@ -37,6 +37,7 @@ PLACES = {  # diffusers' module -> BFL's, and which of its rows: the table of th
     for row in tiny.table("transformer_map")
 }
 DIFFUSERS = [name for name, (ours, _) in PLACES.items() if ours in BFL]
+FP8 = torch.float8_e4m3fn
 PEFT, KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
 FORMATS = {  # prefix, separator, whose names, endings or "lokr", dtype
     "a diffusers": ("transformer.", ".", DIFFUSERS, PEFT, FP32),
@@ -273,7 +274,9 @@ def test_dora_by_input_channel_is_refused(flux, tmp_path):
     network = lycoris(flux, "lora_unet", BFL, network_module="lora", weight_decompose=True, wd_on_out=False)
     network.save_weights(str(tmp_path / "lora.safetensors"), FP32, {})
     network.restore()
-    with pytest.raises(ValueError, match=r"has a DoRA scale of shape \[1, .*not input"):
+    with pytest.raises(
+        ValueError, match=r"DoRA scale of shape \[1, .* each output row .*OneTrainer: lora_decompose_output_axis"
+    ):
         read_adapter(tmp_path / "lora.safetensors")
 
 
@@ -370,6 +373,25 @@ def test_training_starts_from_fused_modules_of_another_program(flux, tmp_path):
     assert max(error(made[name], total[name]) for name in total) < 1e-6
 
 
+@pytest.mark.parametrize("down, up", [(1.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("ends", [KOHYA, PEFT, ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")])
+def test_a_text_encoder_that_is_not_changed_is_left_out_and_said(ends, down, up, tmp_path, capsys):
+    stem = "lora_te1_text_model_0_q_proj" if ends is KOHYA else "text_encoder.text_model.0.q_proj"
+    idle = {f"{stem}.{ends[0]}": torch.full((4, 64), down), f"{stem}.{ends[1]}": torch.full((64, 4), up)}
+    idle |= {f"{stem}.alpha": torch.tensor(4.0), "text_encoders.t5xxl.x.lora_up.weight": torch.zeros(8, 4).to(FP8)}
+    save_file(GOOD | idle, path := tmp_path / "lora.safetensors")
+    (update,) = read_adapter(path).updates
+    assert update.name == "double_blocks.0.img_attn.proj"
+    assert capsys.readouterr().out == f"{path}: 4 tensors of a text encoder are left out, all zero\n"
+
+
+@torch.no_grad()
+def test_names_of_peft_below_the_pipelines_prefix_are_read(flux, tmp_path):
+    total = make(flux, "a diffusers", "half the rank", "split", path := tmp_path / "lora.safetensors")
+    tiny.rewrite(path, lambda ts: {n.replace("transformer.", "transformer.base_model.model.", 1): ts[n] for n in ts})
+    assert_adds(flux, path, total)
+
+
 # ------------------------------------------------------------------------------------------------ refused
 
 
@@ -427,14 +449,19 @@ BROKEN = {  # what is in the file: tensors, tensors with a header, or bytes -> w
     "LoKr without w1": ({n: t for n, t in LOKR.items() if "w2" in n}, f"{K} has lokr_w2_a, lokr_w2_b; it needs"),
     "LoKr of too many": (LOKR | {f"{K}.lokr_w2": torch.ones(32, 32)}, f"{K} has lokr_w1, lokr_w2, .*_b; it needs"),
     "infinite alpha of LoKr": (LOKR | {f"{K}.alpha": torch.tensor(float("inf"))}, f"{K} has an alpha of inf"),
-    "text encoder only": (TE, "2 tensors change a text encoder, which is not done here.*lora_te1"),
+    "text encoder only": (TE, "2 tensors change a text encoder.*convert --transformer-only leaves them out.*lora_te1"),
     "text encoder too": (GOOD | TE, "2 tensors change a text encoder, which is not done here.*lora_te1"),
-    "LoHa": ({f"{K}.hada_w1_a": torch.ones(64, 4)}, "1 tensors are of a LoHa"),
+    "only a text encoder that is zero": ({n: 0 * t for n, t in TE.items()}, "is no LoRA: it has no tensors"),
+    "LoHa": ({f"{K}.hada_w1_a": torch.ones(64, 4)}, "1 tensors are of a LoHa.*merge it into a model where it was made"),
+    "OFT": ({f"{K}.oft_blocks": torch.ones(2, 4, 4), f"{K}.alpha": torch.ones(1)}, "1 tensors are of OFT"),
+    "fused": (pair("transformer.transformer_blocks.0.attn.to_qkv"), "fused by SimpleTuner's fuse_qkv_projections"),
+    "fused, lycoris": (pair("lycoris_transformer_blocks_0_attn_to_added_qkv"), "2 tensors are of q, k, v fused by"),
     "difference": (GOOD | {f"{K}.diff_b": torch.ones(64)}, "1 tensors replace or add whole weights.*diff_b"),
     "LoCon": (GOOD | {f"{K}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "of a convolution's update"),
     "Control LoRA": (CONTROL, "3 tensors are of a Control LoRA of BFL, which makes another model"),
     "XLabs": ({"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(4, 64)}, "in XLabs' format"),
     "PiSSA": ((TO_Q, {"lora_adapter_metadata": PISSA}), "init_lora_weights pissa_niter_4, which cannot"),
+    "LoRA-GA": ((TO_Q, {"lora_adapter_metadata": '{"init_lora_weights": "lora_ga"}'}), "init_lora_weights lora_ga, wh"),
     "settings": ((GOOD, {"lora_adapter_metadata": "[1"}), "its settings are no JSON object"),
     "recipe": ((GOOD, {"kontext_min": "3"}), "its settings are no JSON object"),
     "wrong recipe": ((GOOD, {"kontext_min": '{"steps": "many", "prompt": 5}'}), "steps 'many', prompt 5, which"),
