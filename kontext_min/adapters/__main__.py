@@ -3,7 +3,7 @@
 python -m kontext_min.adapters inspect FILE                       what a file is, and where it changes the model
 python -m kontext_min.adapters convert IN OUT --to FORMAT         the same change in another program's format
 python -m kontext_min.adapters merge A B:0.5 OUT                  several adapters as one, their ranks added
-python -m kontext_min.adapters merge --base MODEL A B:0.5 OUT     the base model's transformer with the adapters in it
+python -m kontext_min.adapters merge --base MODEL A B:0.5 OUT     the base model with the adapters in its transformer
 
 Every adapter written is read back and compared. --rank R makes LoRAs of rank R at most, also of LoKr, by SVD.
 """
@@ -20,7 +20,7 @@ import torch
 from kontext_min.adapters.inject import at_strength
 from kontext_min.adapters.merge import merge_into, reduced
 from kontext_min.adapters.read import read_adapter, split_lora
-from kontext_min.adapters.rows import arrange, by_linear
+from kontext_min.adapters.rows import by_linear
 from kontext_min.adapters.write import WRITTEN, write_adapter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def write(args: argparse.Namespace):
     """One adapter in another format, or several in one, or in the base's weights."""
-    sources = [(read_adapter(file), strength) for file, strength in map(split_lora, args.loras)]
+    sources = [(read_adapter(file, args.transformer_only), times) for file, times in map(split_lora, args.loras)]
     for source, strength in sources:
         print(f"{source.path}: {source.title}, at strength {strength:g}")
     updates = [at_strength(update, strength) for source, strength in sources for update in source.updates]
@@ -41,13 +41,14 @@ def write(args: argparse.Namespace):
     if len(sources) > 1 or sources[0][1] != 1:
         if any(update.magnitude is not None for update in updates):
             raise ValueError("DoRA cannot be added to others or weakened in one file; use --base, or infer.py with all")
-        updates, recipe = arrange(updates, fused=False), {}
+        recipe = {}
+    table, *_, note = WRITTEN[form]
     if args.rank:
-        updates, lost = reduced(updates, args.rank)
+        updates, lost = reduced(updates, args.rank, table.names == "bfl")
         print(f"rank {args.rank} at most, by SVD: {lost:.3%} of the change is lost")
     error = write_adapter(args.out, updates, recipe, DTYPES[args.dtype], form)
     print(f"{args.out}: {form}; read back, every change of a weight is the same to {error:.1e} of its size")
-    print(f"note: {WRITTEN[form][1]}")
+    print(f"note: {note}")
 
 
 def inspect(args: argparse.Namespace):
@@ -85,13 +86,16 @@ def main(argv: list[str] | None = None):
     converted.add_argument("loras", nargs=1, metavar="IN")
     converted.set_defaults(base=None)
     merged.add_argument("loras", nargs="+", metavar="LORA[:STRENGTH]")
-    merged.add_argument("--base", type=Path, help="a model folder or a single file: write its transformer, changed")
+    merged.add_argument(
+        "--base", type=Path, help="a model folder or a single file: write it with its transformer changed"
+    )
     for command in (converted, merged):
         command.set_defaults(work=write)
         command.add_argument("out", type=Path, metavar="OUT")
         command.add_argument("--to", choices=WRITTEN, required=command is converted, help="the format")
         command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of what is written; default bf16")
         command.add_argument("--rank", type=int, metavar="R", help="make LoRAs of at most this rank, by SVD")
+        command.add_argument("--transformer-only", action="store_true", help="leave out what changes a text encoder")
         command.add_argument("--force", action="store_true", help="replace OUT if it is there")
     args = parser.parse_args(argv)
     if args.out and args.out.exists() and not args.force:

@@ -17,10 +17,9 @@ from kontext_min.adapters.rows import SWAPPED_THEIRS, arrange, by_linear
 from kontext_min.checkpoints.keys import flux_linears
 from kontext_min.models.flux import Flux, FluxConfig
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _CONTEXT_FF = ("ff_context.net.0.proj", "ff_context.net.2")
-_ALL = (*_ATTENTION, *_CONTEXT)
+_ALL = ("to_q", "to_k", "to_v", "to_out.0", *_CONTEXT)
 _FF = ("ff.net.0.proj", "ff.net.2", *_CONTEXT_FF)
 _ALL_FF = (*_ALL, *_FF, "proj_mlp", "proj_out")
 CLASSES = {"Attention": _ALL, "FeedForward": _FF}  # class in diffusers -> endings of its linears' names
@@ -112,10 +111,9 @@ def start_from(flux: Flux, given: Sequence[Update]):
         try:
             own.load_state_dict(update.state_dict())
         except RuntimeError as error:
-            raise ValueError(
-                f"init_lora: {name} is a {update.kind} for {list(update.shape)}, this run's is a {own.kind} for "
-                f"{list(own.shape)}; set lora_rank, use_dora, or lora_type and lycoris_config"
-            ) from error
+            theirs, ours = (f"a {some.kind} for {list(some.shape)}" for some in (update, own))
+            remedy = "set lora_rank, use_dora, or lora_type and lycoris_config"
+            raise ValueError(f"init_lora: {name} is {theirs}, this run's is {ours}; {remedy}") from error
         (own.B if isinstance(own, LoRA) else own.w2[0]).data.mul_(update.scale / own.scale)
 
 

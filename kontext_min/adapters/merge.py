@@ -9,25 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kontext_min.adapters.layers import LoRA, Update
-from kontext_min.adapters.rows import SWAPPED_THEIRS, by_linear, overlap
+from kontext_min.adapters.layers import LoKr, LoRA, Update
+from kontext_min.adapters.rows import SWAPPED_THEIRS, arrange, by_linear, overlap
 from kontext_min.checkpoints.keys import Part
 from kontext_min.checkpoints.load import Component, bare, find_component, flux_config, on_meta
 from kontext_min.checkpoints.save import stream
-from kontext_min.checkpoints.tensors import Tensors
+from kontext_min.checkpoints.tensors import refuse
 from kontext_min.models.flux import Flux
 
 
-def reduced(updates: Sequence[Update], rank: int) -> tuple[list[LoRA], float]:
-    """The closest LoRAs of at most this rank, by SVD, and the share of the whole change (its norm) that is lost."""
-    made, lost = [], torch.zeros(2, dtype=torch.float64)
-    for update in updates:
+def reduced(updates: Sequence[Update], rank: int, fused: bool) -> tuple[list[LoRA], float]:
+    """The closest LoRAs of at most this rank, by SVD, of our linears (fused) or their parts; LoKrs become LoRAs first.
+    -> also the share of the whole change (its norm) that is lost.
+    """
+    lost = torch.zeros(2, dtype=torch.float64)  # what is lost, and all, squared
+
+    def lower(update: Update) -> LoRA:
         u, s, v = svd(update, rank)
-        root = s[:rank].sqrt()
-        made.append(LoRA(update.name, root[:, None] * v, u * root, 1.0, update.start).requires_grad_(False))
-        made[-1].magnitude = update.magnitude
-        lost += torch.stack([s[rank:].square().sum(), s.square().sum()])
-    return made, share(lost)
+        root, tail = s[:rank].sqrt(), s[rank:].square().sum()
+        made = LoRA(update.name, root[:, None] * v, u * root, 1.0, update.start).requires_grad_(False)
+        made.magnitude = update.magnitude
+        lost.add_(torch.stack([tail, tail if isinstance(update, LoKr) else s.square().sum()]))
+        return made
+
+    loras = [lower(update) if isinstance(update, LoKr) else update for update in updates]
+    return [lower(update) for update in arrange(loras, fused)], float((lost[0] / (lost[1] or 1.0)).sqrt())
 
 
 def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,35 +51,42 @@ def svd(update: Update, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def merge_into(base: Path, updates: Sequence[Update], out: Path, dtype: torch.dtype) -> float:
     """Write the base's transformer with the updates in its weights, under its names, in one file, tensor by tensor.
-    base and out: both a single file, or both a folder; nothing appears before all is whole. -> the share of the change
-    (its norm) that rounding to dtype loses. ValueError where the updates do not fit, or where the base is quantised.
+    base and out: both a file, or both a folder, to which all else is linked unless it is called transformer. Nothing
+    appears before all is whole. -> the share of the change (its norm) that rounding to dtype loses. ValueError where
+    the updates do not fit, or where the base is quantised.
     """
-    if base.is_file():
-        component, target = Component((base,), {}), out
-    else:
-        component = find_component(*((base.parent, base.name) if base.name == "transformer" else (base, "transformer")))
-        target = out / "diffusion_pytorch_model.safetensors"
-    if others := sorted({*out.glob("*.safetensors*")} - {target}):
-        raise ValueError(f"{out} holds {others[0].name}, too, which would be read with it; give a new folder")
+    single, model = base.is_file(), base.parent if base.is_file() or base.name == "transformer" else base
+    component = Component((base,), {}) if single else find_component(model, "transformer")
+    own = out if out.name == "transformer" else out / "transformer"
+    target = out if single else own / "diffusion_pytorch_model.safetensors"
+    if single != (out.suffix == ".safetensors") or (out.exists() and single != out.is_file()):
+        raise ValueError(f"{out} must be a {'.safetensors file' if single else 'folder'}, as {base} is")
+    if (others := sorted({*own.glob("*.safetensors*")} - {target})) and not single:
+        raise ValueError(f"{own} holds {others[0].name}, too, which would be read with it; give a new folder")
     flux, tensors = on_meta(Flux, flux_config, component, bare)
     touched = by_linear(updates).items()
     changes = {f"{part.name}.weight": (part, here) for whole, (parts, here) in touched for part in (whole, *parts)}
-    refuse_quantised(tensors, changes)
+    kinds = {name: handle.get_slice(key).get_dtype() for name, (handle, key) in tensors.where.items()}
+    quantised = [name for name in changes if kinds.get(name, "F32") not in ("F32", "F16", "BF16")]
+    refuse(tensors.title, "weights are quantised; merge into the bf16 model, or use the LoRA unmerged", quantised)
     by_linear(updates, flux)  # says what does not fit
-    lost = torch.zeros(2, dtype=torch.float64)
+    lost = torch.zeros(2, dtype=torch.float64)  # as above
 
     def merged() -> Iterator[tuple[str, Tensor]]:
         for name, (_, in_file) in tensors.where.items():
             weight = tensors.read(name)
             if change := changes.get(name):
                 before, weight = weight, with_updates(weight.float(), *change)
-                lost.add_(loss(before, weight, weight.to(dtype)))
+                lost.add_(torch.stack([(weight.to(dtype) - weight).norm(), (weight - before).norm()]).double().square())
             yield in_file, weight.to(dtype)
 
     stream(target, merged())
-    for file in () if base.is_file() else component.files[0].parent.glob("config.json"):
-        shutil.copy(file, out)
-    return share(lost)
+    for file in () if single else (model / "transformer").glob("config.json"):
+        shutil.copy(file, own)
+    for file in () if single or own == out else model.iterdir():
+        if file not in component.files and file.name != "transformer" and not (out / file.name).exists():
+            (out / file.name).symlink_to(file.resolve())
+    return float((lost[0] / (lost[1] or 1.0)).sqrt())
 
 
 def merging(given: Sequence[Update], flux: Flux) -> Callable[[Flux, str], None]:
@@ -103,43 +116,3 @@ def with_updates(weight: Tensor, part: Part, here: list[Update]) -> Tensor:
             delta = update.strength * (longer - weight[rows])
         merged[rows] += delta
     return merged.roll(turn, 0)
-
-
-def loss(weight: Tensor, merged: Tensor, rounded: Tensor) -> Tensor:
-    return torch.stack([(rounded - merged).norm(), (merged - weight).norm()]).double().square()
-
-
-def share(squares: Tensor) -> float:  # (lost, whole), squared -> lost / whole
-    lost, whole = squares.tolist()
-    return (lost / (whole or 1.0)) ** 0.5
-
-
-def refuse_quantised(tensors: Tensors, changes: dict[str, tuple[Part, list[Update]]]):
-    """Raise ValueError if a weight to be changed is quantised, with the measured share of the change it would lose."""
-    lost, places = torch.zeros(2, dtype=torch.float64), sorted(tensors.where.items())
-    forms = {name: handle.get_slice(key).get_dtype() for name, (handle, key) in places if name in changes}
-    quantised = [name for name, form in forms.items() if form not in ("F32", "F16", "BF16")]
-    for name in quantised[:8]:  # enough to measure on
-        levels, scale, numbers = grid(tensors, name)
-        weight = (numbers.reshape(len(scale), -1) * scale).view(-1, changes[name][1][0].shape[1])
-        merged = with_updates(weight, *changes[name])
-        nearest = torch.bucketize(merged.view(len(scale), -1) / scale, (levels[1:] + levels[:-1]) / 2)
-        lost += loss(weight, merged, (levels[nearest] * scale).view(merged.shape))
-    if quantised:
-        raise ValueError(
-            f"{tensors.title}: {len(quantised)} of the weights to change are {forms[quantised[0]]}, whose rounding "
-            f"would lose {share(lost):.0%} of the change; merge into the bf16 model, or use the LoRA unmerged"
-        )
-
-
-def grid(tensors: Tensors, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A quantised weight -> the levels that its numbers can have, the scale of each block (blocks, 1), the numbers."""
-    handle, key = tensors.where[name]
-    kept = handle.get_tensor(key)
-    if kept.dtype == torch.uint8:  # as bitsandbytes has it: two levels of a table in a byte
-        levels, scale = (handle.get_tensor(f"{key}.{what}").float() for what in ("quant_map", "absmax"))
-        return levels, scale[:, None], levels[torch.stack([kept >> 4, kept & 15], dim=-1).long()]
-    levels = torch.arange(256, dtype=torch.uint8).view(kept.dtype).float()
-    handle, key = tensors.scales.get(name, (None, None))
-    scale = handle.get_tensor(key).float().reshape(-1, 1) if handle else torch.ones(1, 1)
-    return levels[levels.isfinite()].unique(), scale, kept.float()

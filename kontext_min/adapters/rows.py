@@ -38,10 +38,10 @@ def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
         for update in here:
             (rows, columns), part = update.shape, named[update.name]
             if (rows, columns) != (part.rows, inputs):
-                raise ValueError(
-                    f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}; "
-                    f"it was made for another model"
+                said = (
+                    f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}"
                 )
+                raise ValueError(f"{said}; it was made for another model")
             update.start = part.start
         found[whole] = parts, here
     return found
@@ -100,7 +100,7 @@ def joined(part: Part, pieces: list[Update]) -> LoRA:
     if magnitudes:
         made.magnitude = nn.Parameter(torch.cat(magnitudes), requires_grad=False)
         if len(magnitudes) < len(pieces) or len(made.magnitude) != part.rows:
-            raise ValueError(f"{part.name} has DoRA on some of its rows only; a diffusers file keeps its parts apart")
+            raise ValueError(f"{part.name} has DoRA on some of its rows only; a lycoris file keeps its parts apart")
     return made
 
 
@@ -108,10 +108,8 @@ def take_rows(update: Update, name: str, *ranges: slice) -> Update:
     """These rows of an update, frozen, one range after the other, by another name. ValueError within a LoKr's w2."""
     unit = 1 if isinstance(update, LoRA) else len(update.w2[0])  # rows of the product for one of its first factor
     if any(edge % unit for rows in ranges for edge in (rows.start, rows.stop)):
-        raise ValueError(
-            f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}; make it a "
-            f"LoRA first (python -m kontext_min.adapters convert --rank)"
-        )
+        said = f"{update.name} is a Kronecker product of blocks of {unit} rows, which cannot be cut for {name}"
+        raise ValueError(f"{said}; make it a LoRA first (python -m kontext_min.adapters convert --rank)")
     if isinstance(update, LoRA):
         made: Update = LoRA(name, update.A, torch.cat([update.B[rows] for rows in ranges]), update.scale)
     else:
@@ -124,7 +122,5 @@ def take_rows(update: Update, name: str, *ranges: slice) -> Update:
 
 def swapped(update: Update) -> Update:
     """The update as diffusers has it, or as we do: of its last modulation, the halves of the rows change places."""
-    half = update.shape[0] // 2
-    if update.name != SWAPPED_THEIRS:
-        return update
-    return take_rows(update, update.name, slice(half, 2 * half), slice(0, half))
+    half, name = update.shape[0] // 2, update.name
+    return take_rows(update, name, slice(half, 2 * half), slice(0, half)) if name == SWAPPED_THEIRS else update

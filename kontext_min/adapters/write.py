@@ -18,16 +18,15 @@ from kontext_min.adapters.read import CONFIG_KEY, FORMATS, KOHYA, RECIPE_KEY, W1
 from kontext_min.adapters.rows import arrange, by_linear, swapped
 from kontext_min.checkpoints.tensors import whole_file
 
-WRITTEN = {  # what can be written -> how its tensors are called, and what to know of it
-    "diffusers": ("diffusers", "ComfyUI and most others read it too"),  # with PEFT's settings
-    "kohya": ("kohya", "diffusers silently leaves out DoRA's magnitudes and linears that are outside the blocks"),
-    "comfy": ("comfy", "diffusers silently leaves out DoRA's magnitudes and linears that are outside the blocks"),
-    "bfl": ("fal", "diffusers reads it only where all linears of all blocks are there"),  # bare names are read by none
-    "lycoris": ("lycoris", "it is read by LyCORIS, SimpleTuner and ComfyUI, not by diffusers"),
-    "ai-toolkit": ("diffusers", "diffusers does not read a LoKr"),  # without PEFT's settings
-}
-WITH_LOKR = ("kohya", "comfy", "lycoris", "ai-toolkit")
-MAGNITUDES = {"diffusers": "lora_magnitude_vector"} | dict.fromkeys(("kohya", "comfy", "lycoris"), "dora_scale")
+_OUTSIDE = "diffusers silently leaves out DoRA's magnitudes and linears that are outside the blocks"
+WRITTEN = {  # what can be written -> its table, whether a LoKr fits, the name of DoRA's magnitudes, what to know of it
+    "diffusers":  (FORMATS["diffusers"], False, "lora_magnitude_vector", "ComfyUI and others read it, but not DoRA"),
+    "kohya":      (FORMATS["kohya"],     True,  "dora_scale", _OUTSIDE),
+    "comfy":      (FORMATS["comfy"],     True,  "dora_scale", _OUTSIDE),
+    "bfl":        (FORMATS["fal"],       False, "", "diffusers reads it only if all linears of all blocks are there"),
+    "lycoris":    (FORMATS["lycoris"],   True,  "dora_scale", "LyCORIS, SimpleTuner, ComfyUI read it, not diffusers"),
+    "ai-toolkit": (FORMATS["diffusers"], True,  "", "diffusers does not read a LoKr"),
+}  # fmt: skip
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # of a delta-W, for rounding A and B
 ERROR_KEY = "kontext_min_error"  # in the file's header: the largest relative error of a delta-W when it was read back
 
@@ -38,11 +37,12 @@ def write_adapter(path: Path, updates: Sequence[Update], recipe: dict, dtype: to
     recipe: what infer.py needs to show the adapter, kept in the header. -> the largest relative error, kept there too.
     The file appears whole and verified or not at all: ValueError says what the format cannot hold, or what differs.
     """
-    arranged = arrange(updates, FORMATS[WRITTEN[form][0]].names == "bfl")
-    if any(isinstance(update, LoKr) for update in arranged) and form not in WITH_LOKR:
-        raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, {', '.join(WITH_LOKR)} hold it")
-    if any(update.magnitude is not None for update in arranged) and form not in MAGNITUDES:
-        raise ValueError(f"{form} files cannot hold DoRA's magnitudes; {', '.join(MAGNITUDES)} do")
+    table, with_lokr, magnitudes, _ = WRITTEN[form]
+    arranged = arrange(updates, table.names == "bfl")
+    if any(isinstance(update, LoKr) for update in arranged) and not with_lokr:
+        raise ValueError(f"{form} files cannot hold a LoKr; --rank makes a LoRA of it, lycoris files hold it")
+    if any(update.magnitude is not None for update in arranged) and not magnitudes:
+        raise ValueError(f"{form} files cannot hold DoRA's magnitudes; diffusers and lycoris files do")
     if not arranged:
         raise ValueError("there is nothing to write: no update changes anything")
     tensors = {name: tensor for update in arranged for name, tensor in tensors_of(update, form, dtype).items()}
@@ -51,14 +51,15 @@ def write_adapter(path: Path, updates: Sequence[Update], recipe: dict, dtype: to
         save_file(tensors, temporary, metadata)
         error, where = largest_error(updates, read_adapter(temporary).updates)
         if not error <= TOLERANCE[dtype]:
-            raise ValueError(f"{path} is not written: read back, the change of {where} is off by {error:.1e} of it")
+            wider = {torch.float16: "; use --dtype bf16", torch.bfloat16: "; use --dtype fp32"}.get(dtype, "")
+            raise ValueError(f"{path} is not written: read back, the change of {where} is off by {error:.1e}{wider}")
         save_file(tensors, temporary, metadata | {ERROR_KEY: f"{error:.1e}"})
     return error
 
 
 def tensors_of(update: Update, form: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """An arranged update's tensors by their names in the file; its strength is in B or w1."""
-    table, update = FORMATS[WRITTEN[form][0]], swapped(update)
+    (table, _, magnitudes, _), update = WRITTEN[form], swapped(update)
     if isinstance(update, LoRA):
         found = {table.a: update.A, table.b: update.B.float() * update.scale}
     else:
@@ -67,7 +68,7 @@ def tensors_of(update: Update, form: str, dtype: torch.dtype) -> dict[str, Tenso
     found = {ending: tensor.detach().to("cpu", dtype, copy=True).contiguous() for ending, tensor in found.items()}
     if update.magnitude is not None:  # of the size of the weight itself, not of its change, so never rounded
         magnitude = update.magnitude.detach().float().cpu()
-        found[MAGNITUDES[form]] = magnitude if form == "diffusers" else magnitude[:, None]
+        found[magnitudes] = magnitude if form == "diffusers" else magnitude[:, None]
     if (table.a, table.b) == KOHYA or isinstance(update, LoKr):
         found["alpha"] = torch.tensor(float(update.rank))
     return {f"{table.stem(update.name)}.{ending}": tensor for ending, tensor in found.items()}
@@ -78,14 +79,15 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     ranks = {update.name: update.rank for update in updates}
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     kind = "LoKr" if any(isinstance(update, LoKr) for update in updates) else "LoRA"
-    bfl = FORMATS[WRITTEN[form][0]].names == "bfl"
     own = {CONFIG_KEY: peft_settings(updates, ranks, usual)} if form == "diffusers" else {}
     return own | {
         "format": "pt",
         RECIPE_KEY: json.dumps(recipe),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "flux-kontext/lora",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux" if bfl else "diffusers",
+        "modelspec.implementation": "https://github.com/black-forest-labs/flux"
+        if WRITTEN[form][0].names == "bfl"
+        else "diffusers",
         "modelspec.title": str(recipe.get("title", f"kontext_min {kind}")),
         "modelspec.resolution": recipe.get("size", "1024x1024"),
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -97,7 +99,7 @@ def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> s
     """PEFT's LoraConfig as JSON; alpha equals rank. ValueError where it cannot say which modules have DoRA."""
     dora = {update.magnitude is not None for update in updates}
     if len(dora) > 1:
-        raise ValueError("some modules have DoRA and some do not, which a diffusers file cannot say; kohya's can")
+        raise ValueError("some modules have DoRA and some do not, which a diffusers file cannot say; lycoris can")
     pattern = {f"^{name}": r for name, r in ranks.items() if r != usual}  # ^: not every name that ends so
     config = {
         "peft_type": "LORA", "r": usual, "lora_alpha": usual, "rank_pattern": pattern, "alpha_pattern": pattern,

@@ -21,13 +21,13 @@ from kontext_min.adapters.layers import LoKr, LoRA
 from kontext_min.adapters.merge import merge_into, reduced
 from kontext_min.adapters.read import read_adapter
 from kontext_min.adapters.write import write_adapter
-from kontext_min.checkpoints.load import Checkpoint, Component, find_component, load_flux
+from kontext_min.checkpoints.load import Checkpoint, Component, find, find_component, load_flux
 from kontext_min.checkpoints.save import stream
 
-Q, V = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v"
+Q, K, V = (f"transformer_blocks.0.attn.to_{part}" for part in "qkv")
 QKV, LINEAR1 = "double_blocks.0.img_attn.qkv", "single_blocks.1.linear1"
 MLP, TOP = "single_transformer_blocks.1.proj_mlp", "norm_out.linear"
-SHAPES = {Q: (64, 64), V: (64, 64), QKV: (192, 64), MLP: (256, 64), TOP: (128, 64), LINEAR1: (448, 64)}
+SHAPES = {Q: (64, 64), K: (64, 64), V: (64, 64), QKV: (192, 64), MLP: (256, 64), TOP: (128, 64), LINEAR1: (448, 64)}
 
 
 def lora(name: str, rank: int = 4, seed: int = 0, size: float = 0.1) -> LoRA:
@@ -105,7 +105,7 @@ def test_inspect_shows_a_page_of_80_columns(tmp_path, capsys):
 @torch.no_grad()
 def test_lower_rank_loses_what_torch_says_it_must(update, rank):
     """Eckart-Young: the error is the tail of the singular values, and no other matrix of that rank is closer."""
-    (made,), lost = reduced([update], rank)
+    (made,), lost = reduced([update], rank, fused=True)
     values = torch.linalg.svdvals(update.delta().double())
     assert made.A.shape[0] <= rank
     assert lost == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-6)
@@ -122,6 +122,21 @@ def test_lokr_becomes_a_lora_on_request_only(tmp_path, capsys):
     run("convert", source, out, "--to", "diffusers", "--rank", 2, "--force")
     values = torch.linalg.svdvals(lokr(Q).delta().detach())
     assert f"{float(values[2:].norm() / values.norm()):.3%} of the change is lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["kohya", "comfy", "bfl"])
+@torch.no_grad()
+def test_rank_is_that_of_the_file_also_where_its_modules_are_fused(form, tmp_path, capsys):
+    given = [lora(name, 4, seed=seed) for seed, name in enumerate((Q, K, V, LINEAR1))]
+    source, out = write(tmp_path / "in.safetensors", *given), tmp_path / "out.safetensors"
+    run("convert", source, out, "--to", form, "--rank", 5, "--dtype", "fp32")
+    made = {update.name: update for update in read_adapter(out).updates}
+    assert {name: update.rank for name, update in made.items()} == {QKV: 5, LINEAR1: 4}
+    whole = torch.cat([update.delta() for update in given[:3]])
+    u, s, v = torch.linalg.svd(whole, full_matrices=False)
+    assert error(made[QKV].delta(), u[:, :5] * s[:5] @ v[:5]) < 1e-5
+    lost = float(s[5:].norm() / torch.cat([whole.flatten(), given[3].delta().flatten()]).norm())
+    assert f"{lost:.3%} of the change is lost" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ several into one
@@ -142,6 +157,36 @@ def test_several_loras_become_one_whose_ranks_add(tmp_path, capsys):
     u, s, v = torch.linalg.svd(total)
     assert error(change(tmp_path / "small.safetensors", Q), u[:, :3] * s[:3] @ v[:3]) < 1e-5
     assert "rank 3 at most, by SVD" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@torch.no_grad()
+def test_with_a_rank_a_lokr_is_added_to_a_lora(form, tmp_path, capsys):
+    files = [write(tmp_path / f"{i}.safetensors", u, form="lycoris") for i, u in enumerate((lokr(Q), lora(Q, 4)))]
+    run("merge", *files, tmp_path / "out.safetensors", "--to", form, "--rank", 16, "--dtype", "fp32")  # 4 * 3 + 4
+    (made,) = read_adapter(tmp_path / "out.safetensors").updates
+    assert error(made.delta()[:64], lokr(Q).delta() + lora(Q, 4).delta()) < 1e-5 and made.rank == 16
+    assert "0.000% of the change is lost" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_a_lokr_of_a_fused_module_is_weakened_without_being_cut(tmp_path):
+    update = LoKr(QKV, (tiny.random(4, 8),), (tiny.random(48, 8),), 1.0)  # 48 rows are no part of 64
+    file = write(tmp_path / "in.safetensors", update, form="kohya")
+    run("merge", f"{file}:0.5", tmp_path / "out.safetensors", "--to", "kohya", "--dtype", "fp32")
+    (made,) = read_adapter(tmp_path / "out.safetensors").updates
+    assert isinstance(made, LoKr) and error(made.delta(), 0.5 * update.delta()) < 1e-6
+
+
+def test_the_transformers_part_of_a_file_is_written_on_request(tmp_path, capsys):
+    source, out = write(tmp_path / "in.safetensors", lora(Q), form="kohya"), tmp_path / "out.safetensors"
+    te = {f"lora_te1_text_model.{name}": torch.ones(4, 4) for name in ("lora_down.weight", "lora_up.weight")}
+    save_file(load_file(source) | te | {"lora_te1_text_model.alpha": torch.tensor(4.0)}, source)
+    with pytest.raises(ValueError, match="3 tensors change a text encoder.*convert --transformer-only leaves them out"):
+        run("convert", source, out, "--to", "diffusers")
+    run("convert", source, out, "--to", "diffusers", "--dtype", "fp32", "--transformer-only")
+    assert "in.safetensors: 3 tensors of a text encoder are left out\n" in capsys.readouterr().out
+    assert error(change(out, Q), lora(Q).delta()) < 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ into the base
@@ -203,6 +248,25 @@ def test_merged_model_is_the_model_with_the_adapters(layout, kontext, single_fil
         theirs = diffusers.FluxTransformer2DModel.from_pretrained(out, dtype=FP32)
         assert error(run_flux(theirs, **given), flux(**given)) < 1e-5
         assert len(list(out.iterdir())) == 2 and len(list((kontext / "transformer").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "single files"])
+@pytest.mark.parametrize("again", [False, True])
+@torch.no_grad()
+def test_a_merged_folder_is_a_whole_model(again, layout, kontext, single_files, tmp_path):
+    base, out = kontext if layout == "diffusers" else single_files, tmp_path / "merged"
+    file, before = write(tmp_path / "a.safetensors", lora(Q)), {path: path.stat() for path in base.rglob("*")}
+    for _ in range(1 + again):
+        run("merge", "--base", base, file, out, "--dtype", "fp32", "--force")
+    assert before == {path: path.stat() for path in base.rglob("*")}
+    given, merged = find(base), find(out)
+    assert merged.components["transformer"].files[0].parent == out / "transformer"
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        theirs, ours = (found.components[part].files for found in (given, merged))
+        assert [path.resolve() for path in ours] == [path.resolve() for path in theirs]
+    flux, inputs = load_flux(given, CPU, FP32), tiny.flux_inputs(load_flux(given, CPU, FP32).config)
+    apply_updates(flux, [lora(Q)], 1.0, FP32)
+    assert error(load_flux(merged, CPU, FP32)(**inputs), flux(**inputs)) < 1e-5
 
 
 def test_merge_leaves_all_else_to_the_last_bit_and_says_what_rounding_lost(kontext, tmp_path, capsys):
@@ -279,53 +343,17 @@ def anonymous() -> int:
 # ------------------------------------------------------------------------------------------------ quantised bases
 
 
-def fp8(w):
-    scale = w.abs().max() / 448
-    stored = (w / scale).to(torch.float8_e4m3fn)
-    return {
-        "": stored,
-        "scale_weight": scale,
-    }, lambda t: (t / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-
-
-def int8(w):
-    scale = w.abs().amax(dim=1, keepdim=True) / 127
-    return {
-        "": (w / scale).round().to(torch.int8),
-        "weight_scale": scale,
-    }, lambda t: (t / scale).round().clamp(-128, 127) * scale
-
-
-def nf4(w):
-    levels = torch.erfinv(torch.linspace(-0.95, 0.95, 16))
-    levels, blocks = levels / levels.max(), w.reshape(-1, 64)
-    scale = blocks.abs().amax(dim=1, keepdim=True)
-    numbers = lambda t: (t.reshape(-1, 64, 1) / scale[:, None] - levels).abs().argmin(-1)  # noqa: E731
-    packed = numbers(w).to(torch.uint8).flatten()
-    stored = {
-        "": (packed[::2] * 16 + packed[1::2])[:, None],
-        "weight.quant_map": levels,
-        "weight.absmax": scale.flatten(),
-    }
-    return stored, lambda t: (levels[numbers(t)] * scale).reshape(t.shape)
-
-
-@pytest.mark.parametrize("form", [fp8, int8, nf4])
-def test_quantised_base_is_refused_with_the_measured_loss(form, single_files, tmp_path):
+@pytest.mark.parametrize("kept", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_a_base_whose_weights_to_change_are_quantised_is_refused(kept, single_files, tmp_path):
     tensors = load_file(single_files / "flux1-kontext-dev.safetensors")
-    stored, rounded = form(tensors[f"{QKV}.weight"].float())
-    tensors[f"{QKV}.weight"] = stored.pop("")
-    tensors |= {f"{QKV}.{name}": tensor for name, tensor in stored.items()}
+    tensors[f"{QKV}.weight"] = tensors[f"{QKV}.weight"].to(kept)
     save_file(tensors, tmp_path / "base.safetensors")
-    small = lora(QKV, size=2e-3)
-    w = rounded(load_file(single_files / "flux1-kontext-dev.safetensors")[f"{QKV}.weight"].float())
-    lost = float((rounded(w + small.delta()) - w - small.delta()).norm() / small.delta().norm())
-    file, out = write(tmp_path / "a.safetensors", small), tmp_path / "out.safetensors"
-    with pytest.raises(
-        ValueError, match=rf"1 of the weights to change are .*would lose {lost:.0%} of the change; merge"
-    ):
-        run("merge", "--base", tmp_path / "base.safetensors", file, out)
-    assert not out.exists() and lost > 0.2
+    file, other = (write(tmp_path / f"{name}.safetensors", lora(name)) for name in (Q, MLP))
+    with pytest.raises(ValueError, match=f"1 weights are quantised; merge into the bf16 model, .*: {QKV}.weight$"):
+        run("merge", "--base", tmp_path / "base.safetensors", file, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    if kept is torch.float8_e4m3fn:  # one that is not to be changed may be
+        run("merge", "--base", tmp_path / "base.safetensors", other, tmp_path / "out.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ refused
@@ -340,12 +368,17 @@ REFUSED = {
     "not a base": (["merge", "--base", "a", "a", "new"], "img_in"),
     "two doras": (["merge", "dora", "a", "new"], "DoRA cannot be added"),
     "weaker dora": (["merge", "dora:0.5", "new"], "DoRA cannot be added to others or weakened"),
-    "lokr and lora": (["merge", "lokr", "a", "new", "--rank", "4"], "Kronecker product.*--rank"),
+    "lokr and lora": (["merge", "lokr", "a", "new"], "Kronecker product.*--rank"),
+    "file into folder": (["merge", "--base", "base", "a", "folder"], "folder must be a .safetensors file, as .*base"),
+    "file into a folder there": (["merge", "--base", "base", "a", ".", "--force"], "must be a .safetensors file, as"),
+    "folder into file": (["merge", "--base", "model", "a", "new"], "must be a folder, as .*kontext.* is"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_done_is_one_sentence_and_exit_code_1(case, single_files, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_done_is_one_sentence_and_exit_code_1(
+    case, kontext, single_files, tmp_path, monkeypatch, capsys
+):
     shutil.copy(single_files / "flux1-kontext-dev.safetensors", tmp_path / "base.safetensors")
     write(tmp_path / "a.safetensors", lora(Q))
     write(tmp_path / "wide.safetensors", LoRA(Q, torch.ones(2, 96), torch.ones(96, 2), 1.0))
@@ -357,6 +390,9 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_code_1(case, single_files,
     words, sentence = REFUSED[case]
     names = {"a", "new", "gone", "base", "wide", "lokr", "dora"}
     words = [f"{tmp_path / word}.safetensors" if word in names else word for word in words]
+    words = [
+        {"model": str(kontext), "folder": f"{tmp_path}/folder", ".": str(tmp_path)}.get(word, word) for word in words
+    ]
     words = [word.replace("dora:", f"{tmp_path / 'dora'}.safetensors:") for word in words]
     monkeypatch.setattr(sys, "argv", ["adapters", *words])
     monkeypatch.delitem(sys.modules, "kontext_min.adapters.__main__")

@@ -299,11 +299,13 @@ def test_dora_is_refused_where_it_cannot_be_said(tmp_path):
     path = tmp_path / "dora.safetensors"
     with pytest.raises(ValueError, match="bfl files cannot hold DoRA"):
         write_adapter(path, [with_magnitude(lora("proj_out"))], {}, FP32, "bfl")
-    with pytest.raises(ValueError, match="qkv has DoRA on some of its rows only"):
+    with pytest.raises(ValueError, match="qkv has DoRA on some of its rows only; a lycoris file"):
         write_adapter(path, [with_magnitude(lora(SPLIT[0])), lora(SPLIT[1])], {}, FP32, "kohya")
-    with pytest.raises(ValueError, match="some modules have DoRA and some do not"):
+    with pytest.raises(ValueError, match="some modules have DoRA and some do not, .* lycoris can"):
         write_adapter(path, [with_magnitude(lora(SPLIT[0])), lora(SPLIT[1])], {}, FP32, "diffusers")
     assert not list(tmp_path.iterdir())
+    write_adapter(path, [with_magnitude(lora(SPLIT[0])), lora(SPLIT[1])], {}, FP32, "lycoris")
+    assert [update.magnitude is None for update in read_adapter(path).updates] == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------ verified
@@ -332,7 +334,7 @@ def test_writer_that_corrupts_is_found_out_and_replaces_nothing(fault, tmp_path,
 def test_dtype_that_cannot_hold_the_change_is_found_out(tmp_path):
     small = lora(SPLIT[0])
     small.B.data *= 1e-8
-    with pytest.raises(ValueError, match=f"the change of {QKV} is off by"):
+    with pytest.raises(ValueError, match=f"the change of {QKV} is off by .*; use --dtype bf16$"):
         write_adapter(tmp_path / "lora.safetensors", [small], {}, torch.float16)
     write_adapter(tmp_path / "lora.safetensors", [small], {}, torch.bfloat16)
 
