@@ -16,11 +16,12 @@ from torch import Tensor
 from kontext_min import flow, presets, sampler
 from kontext_min.adapters.inject import muted, updates
 from kontext_min.adapters.layers import Adapted
-from kontext_min.adapters.read import read_adapter
+from kontext_min.adapters.merge import svd
+from kontext_min.adapters.read import read_adapter, split_lora
 from kontext_min.checkpoints.load import find
 from kontext_min.compare import card, page, psnr, shift_between
 from kontext_min.data.buckets import Size, fit, open_image
-from kontext_min.edit import open_editor, output_size
+from kontext_min.edit import PLAIN, open_editor, output_size
 from kontext_min.encoders import decode_image, encode_image
 from kontext_min.models.flux import Flux
 from kontext_min.models.tokenizers import Tokenizer, t5_tokenizer
@@ -47,14 +48,15 @@ class Experiment:
     guidance: float
 
     @classmethod
-    def open(cls, image, *prompts: str, model="nano", lora=None, size="auto", steps=8, guidance=2.5, seed=0):
-        """Load a picture, a model and a LoRA from their files. size: of the picture and the output, or auto."""
+    def open(cls, image, *prompts, model="nano", lora=None, size="auto", steps=8, guidance=2.5, seed=0, base=PLAIN):
+        """Load a picture, a model, a LoRA (FILE or FILE:0.5). size: of both pictures, or auto; base: of open_editor."""
         if not prompts or not all(prompts) or steps < 1 or not 0 <= seed < 2**63:
             raise ValueError("nothing to study: it takes an instruction, 1 step or more, and a seed of 0 or more")
-        picture, loras = open_image(Path(image)), [(read_adapter(Path(lora)), 1.0)] if lora else []
+        picture, named = open_image(Path(image)), [split_lora(str(lora))] if lora else []
+        loras = [(read_adapter(file), strength) for file, strength in named]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        editor, texts = open_editor(model, loras, [*prompts, ""], device, dtype)
+        editor, texts = open_editor(model, loras, [*prompts, ""], device, dtype, base)
         picture = fit(picture, output_size([Size(*picture.size)], size, "auto", editor.preset))
         latents = encode_image(editor.vae, picture).to(device)
         conditions = {text: flow.Condition(*encoded, [latents]) for text, encoded in texts.items()}
@@ -126,10 +128,11 @@ def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
         raise ValueError("the model has no LoRA; give one with --lora FILE")
 
     def energies(call: Call) -> Tensor:  # (updates, 2): of what is added to their rows, and of what is there
-        module = flux.get_submodule(call.site)
-        there = module.base(*call.inputs).float()
-        added, rows = call.output - there, [slice(u.start, u.start + u.shape[0]) for u in module.updates]
-        return torch.tensor([[float(part[..., own].square().sum()) for part in (added, there)] for own in rows])
+        module, (x,) = flux.get_submodule(call.site), call.inputs
+        there = module.base(x)
+        parts = module.change(x, {}, there).float(), there.float()
+        rows = [slice(update.start, update.start + update.shape[0]) for update in module.updates]
+        return torch.tensor([[float(part[..., own].square().sum()) for part in parts] for own in rows])
 
     with ExitStack() as stack:
         means = [stack.enter_context(average(flux, place, energies)) for place in places]
@@ -138,7 +141,7 @@ def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
     for place, mean in zip(places, means, strict=True):
         block = ".".join(place.split(".")[:2])
         for update, (added, there) in zip(flux.get_submodule(place).updates, mean[place].tolist(), strict=True):
-            singular = torch.linalg.svdvals(update.delta().detach())
+            singular = svd(update, 0)[1].detach()
             share = singular / singular.sum().clamp(min=1e-30)
             name = ".".join(update.name.split(".")[2:]).removeprefix("attn.") or update.name
             norm[block][name] = float(singular.norm())

@@ -84,9 +84,7 @@ def average(flux: Flux, pattern: str, what: Callable[[Call], Tensor]) -> Iterato
         yield means
 
 
-def attention(
-    queries: slice = slice(None), keys: slice = slice(None), mean: bool = False, chunk: int = 64
-) -> Callable[[Call], Tensor]:
+def attention(queries=slice(None), keys=slice(None), mean: bool = False, chunk: int = 64) -> Callable[[Call], Tensor]:
     """What `attend` looks at: softmax(q k^T / sqrt(D)) of some queries at some keys, (B, H, Q, K) fp32.
     mean: of the queries, (B, H, K). The softmax is over all L keys, for `chunk` queries at a time: exact, and beside
     the result at most two arrays of B * H * chunk * L numbers are held (and fp32 copies of q and k). At 1024 px with

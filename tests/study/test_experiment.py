@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from kontext_min.adapters.write import write_adapter
 from kontext_min.compare import psnr, shift_between
 from kontext_min.encoders import encode_image
 from kontext_min.flow import Condition
+from kontext_min.quantize import QuantisedLinear
 from kontext_min.study import hooks
-from kontext_min.study.__main__ import main
+from kontext_min.study.__main__ import COMMANDS, main
 from kontext_min.study.experiment import Experiment, ablation, anatomy, follow, repeat
 
 PICTURE = "configs/photos/validation_reference/cat.jpg"
@@ -72,8 +74,11 @@ def test_ablation_measures_the_distance_to_the_undisturbed_result(experiment):
     assert quality["a"]["all"] == psnr(pictures["a"]["all"], pictures["as it is"][""])
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-7])  # also of what rounding of the output would swallow
 @pytest.mark.parametrize(("name", "rows"), [("to_v", slice(384, 576)), ("proj_mlp", slice(576, 1344))])
-def test_the_anatomy_of_a_lora_is_that_of_its_matrices(lora, name, rows):
+def test_the_anatomy_of_a_lora_is_that_of_its_matrices(lora, name, rows, size):
+    for other in updates(lora.flux):
+        other.B.data *= size
     seen, update = [], next(u for u in updates(lora.flux) if u.name.startswith("single") and u.name.endswith(name))
     module = lora.flux.single_blocks[2].linear1
     with module.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0])):
@@ -165,6 +170,17 @@ def test_every_command_writes_a_page_and_its_pictures(command, lora_file, tmp_pa
     for name in names:
         colours = Image.open(tmp_path / "page" / f"{name}.png").convert("RGB").getcolors(1 << 24)
         assert len(colours) > 20, f"{name} is blank"
+
+
+def test_a_lora_may_be_weakened_and_the_base_be_quantised(lora_file, tmp_path, monkeypatch):
+    seen, picture = [], str(Path(PICTURE).resolve())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(COMMANDS, "path", lambda edit, args: seen.append(edit.flux) or [])
+    main(["path", *SMALL, "--image", picture, "--lora", f"{lora_file}:0.5", "--precision", "int8"])
+    (flux,) = seen
+    assert {update.scale for update in updates(flux)} == {0.5} and len(list(updates(flux))) == len(LORA)
+    assert any(isinstance(module, QuantisedLinear) for module in flux.modules())
+    assert len(list((tmp_path / "cache" / "base").glob("*.safetensors"))) == 1
 
 
 WRONG = {
