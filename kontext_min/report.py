@@ -50,7 +50,8 @@ def gather(folder: RunFolder) -> dict:
     done = f"step {metrics[-1]['step']} of {config.get('max_train_steps', '?')}" if metrics else "no step yet"
     kind = f"{'DoRA' if config.get('use_dora') else 'LoRA'} of rank {config.get('lora_rank', '?')}"
     kind = "LoKr" if config.get("lora_type") == "lycoris" else kind
-    what = f"{done} · {kind} on {config.get('flux_lora_target', 'modules of a preset')}"
+    kind += f" on {config.get('flux_lora_target', 'modules of a preset')}"
+    what = f"{done} · {'all parameters' if config.get('model_type') == 'full' else kind}"
     return {
         "title": folder.path.resolve().name, "subtitle": f"{what} · {config.get('pretrained_model_name_or_path', '?')}",
         "items": items, "steps": steps, "numbers": numbers(metrics, psnr),

@@ -145,6 +145,20 @@ def test_the_blob_has_the_runs_pictures_numbers_and_settings(run):
     assert blob["findings"] == [] and blob["missing"] == []
 
 
+TRAINED = {
+    "LoRA of rank 16 on all": {"lora_rank": 16, "flux_lora_target": "all"},
+    "DoRA of rank 4 on modules of a preset": {"use_dora": True, "lora_rank": 4},
+    "LoKr on modules of a preset": {"lora_type": "lycoris"},
+    "all parameters": {"model_type": "full"},
+}
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_the_page_says_what_was_trained(run, what):
+    (run / "config.json").write_text(json.dumps({"max_train_steps": 150, **TRAINED[what]}))
+    assert page_of(run).blob["subtitle"] == f"step 150 of 150 · {what} · ?"
+
+
 def test_large_pictures_and_long_runs_stay_small(run):
     validation = run / "validation"
     for i in range(3):
