@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 LANCZOS = Image.Resampling.LANCZOS
 ORIENTATION = 0x0112  # of EXIF: 5 to 8 are turned by a quarter
+PNG_TURNED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG may say it
 
 
 class Size(NamedTuple):
@@ -34,8 +35,7 @@ def parse_size(text: str) -> Size:  # '1024x768' -> Size(1024, 768)
 
 def nearest_aspect(size: Size, choices: Sequence[Size]) -> Size:
     """The choice whose width / height is nearest to the exact one; a tie goes to the narrower (BFL's rule)."""
-    aspect = size.width / size.height
-    return min(choices, key=lambda choice: (abs(aspect - choice.width / choice.height), *choice))
+    return min(choices, key=lambda choice: (abs(size.width / size.height - choice.width / choice.height), *choice))
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def open_image(path: Path) -> Image.Image:
         if image.mode in ("I", "F"):
             raise ValueError("32 bits a channel; save it with 8 or 16")
         if image.mode.startswith("I;16"):
-            image = image.point(lambda value: value / 256).convert("L")
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -147,6 +147,9 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} is not a readable picture ({str(error) or type(error).__name__})") from error
 
 
-def oriented_size(path: Path) -> Size:  # the size of a picture as `open_image` would give it, from its header alone
+def oriented_size(path: Path) -> Size:  # the size of a picture as `open_image` would give it, without its pixels
     with Image.open(path) as image:
-        return Size(*image.size[:: -1 if image.getexif().get(ORIENTATION) in (5, 6, 7, 8) else 1])
+        upright = ORIENTATION in getattr(image, "tag_v2", ())  # a TIFF, whose size Pillow has turned
+        if image.format == "PNG":  # getexif would decode it
+            upright = not any(map(path.read_bytes().__contains__, PNG_TURNED))
+        return Size(*image.size[:: -1 if not upright and image.getexif().get(ORIENTATION) in (5, 6, 7, 8) else 1])

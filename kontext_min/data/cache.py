@@ -67,8 +67,7 @@ class Cache:
             self.path(key).unlink(missing_ok=True)
             return False
 
-    def get(self, key: str) -> dict[str, Tensor]:
-        """An entry. ValueError with the remedy when it is gone or damaged."""
+    def get(self, key: str) -> dict[str, Tensor]:  # an entry; ValueError with the remedy when it is gone or damaged
         try:
             with safe_open(self.path(key), framework="pt") as handle:
                 value = {name: handle.get_tensor(name) for name in handle.keys()}

@@ -94,9 +94,8 @@ def summary(examples: list[Example], text: tuple[int, int, int] = (512, 4096, 2)
 
 
 def histogram(examples: list[Example]) -> list[str]:
-    sizes = Counter(e.target.size for e in examples)
+    sizes, lines = Counter(e.target.size for e in examples), [f"training sizes of {len(examples)} targets:"]
     most = max(sizes.values())
-    lines = [f"training sizes of {len(examples)} targets:"]
     lines += [f"  {size!s:>9} {count:6} {'#' * math.ceil(40 * count / most)}" for size, count in sizes.most_common()]
     own = Counter(v.size for e in examples for v in e.references if v.size != e.target.size)
     same = sum(v.size == e.target.size for e in examples for v in e.references)

@@ -30,8 +30,7 @@ def ascending(ends: tuple[int, int]) -> tuple[int, int]:  # the ends of a range 
     return ends
 
 
-Radius = Annotated[float, Field(ge=0)]  # in pixels
-Share = Annotated[float, Field(ge=0, le=1)]  # of full brightness
+Radius, Share = Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0, le=1)]  # in pixels; of full brightness
 Quality = Annotated[int, Field(ge=1, le=100)]
 TYPES = {  # parameter -> what it may be; all others are switches
     "blur_type": Literal[*BLURS], "blur_radius": Radius, "pre_blur_radius": Radius,

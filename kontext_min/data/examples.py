@@ -51,22 +51,21 @@ class View:
     transform: Transform
     degradation: Degradation | None = None
     strict: bool = False  # a reference that must show its target's frame
-    crop: Callable[[int], Transform] | None = None  # cut anew in every epoch
+    crop: Callable[[int], Transform] | None = None  # cut anew at every use
     mask: bool = False  # no picture, but where the loss counts
-    epoch: int = 0
+    number: int = 0  # of the use
 
     @property
     def size(self) -> Size:
         return self.transform.size
 
     @property
-    def fleeting(self) -> bool:
-        """Whether it differs from epoch to epoch, so that keeping its latents would be of no use."""
+    def fleeting(self) -> bool:  # whether it differs from use to use, so that keeping its latents would be of no use
         return self.crop is not None or (self.degradation is not None and self.degradation.folder is None)
 
-    def at(self, epoch: int) -> "View":  # the view of an epoch: itself unless it is made anew at every use
-        transform = self.crop(epoch) if self.crop else self.transform
-        return replace(self, epoch=epoch, transform=transform) if self.fleeting else self
+    def at(self, number: int) -> "View":  # at a use of that number: itself unless it is made anew at every use
+        transform = self.crop(number) if self.crop else self.transform
+        return replace(self, number=number, transform=transform) if self.fleeting else self
 
     def key(self) -> str:  # content and everything that shapes the pixels
         how = self.degradation
@@ -74,12 +73,12 @@ class View:
         return digest(self.picture.path.read_bytes(), self.picture.half, repr(self.transform), *made)
 
     def open(self) -> Image.Image:
-        """RGB, of the view's size; a degradation, unless it is kept, is made now, seeded by name and epoch."""
+        """RGB, of the view's size; a degradation, unless it is kept, is made now, seeded by name and number."""
         how, file = self.degradation, self.file()
         if file and file.is_file():
             return Image.open(file).convert("RGB")
         image = self.transform(self.picture.open())
-        return degrade(image, how.name, how.parameters, draw(*how.seed, self.epoch)) if how else image
+        return degrade(image, how.name, how.parameters, draw(*how.seed, self.number)) if how else image
 
     def file(self) -> Path | None:  # where a kept degradation lies; its name changes with source and parameters
         folder = self.degradation and self.degradation.folder
@@ -144,7 +143,7 @@ class Use:
 
 def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) -> Use:
     """References, caption and dropout of one use. A set's own captions replace the target's when it alone serves it."""
-    r = draw("use", mix.seed, example.set_id, example.name, epoch, repeat)
+    r, n = draw("use", mix.seed, example.set_id, example.name, epoch, repeat), epoch * (example.repeats + 1) + repeat
     picked, caption_draw, no_caption, no_reference, masked = r.random(5)
     references, own = example.references, example.reference_captions
     if mix.several == "random":
@@ -154,8 +153,8 @@ def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) 
     caption = captions[int(caption_draw * len(captions))] if no_caption >= mix.caption_dropout else ""
     if no_reference < mix.reference_dropout:
         references = ()
-    mask = example.mask.at(epoch) if example.mask and masked < mix.masked else None
-    return Use(index, repeat, example, example.target.at(epoch), tuple(v.at(epoch) for v in references), caption, mask)
+    mask = example.mask.at(n) if example.mask and masked < mix.masked else None
+    return Use(index, repeat, example, example.target.at(n), tuple(v.at(n) for v in references), caption, mask)
 
 
 @dataclass(frozen=True)
@@ -197,16 +196,14 @@ class Examples:
     def _text_key(self, caption: str) -> str:
         return digest("text", self.text_id, caption)
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
     def captions(self) -> list[str]:
         shown = [c for e in self.examples for group in (e.captions, *e.reference_captions) for c in group]
         return list(dict.fromkeys([*shown, *self.prompts, *([""] if self.mix.caption_dropout else [])]))
 
     def fingerprint(self) -> str:
-        """The data's content: every picture, every caption, how often and how mixed; places do not count."""
-        parts = [(repr(e.captions), repr(e.reference_captions), e.repeats, e.probability) for e in self.examples]
+        """The data's content: every picture, caption and name, how often and how mixed; folders do not count."""
+        own = ("set_id", "name", "captions", "reference_captions", "repeats", "probability", "regularise")
+        parts = [[getattr(example, key) for key in own] for example in self.examples]
         views = [self.keys.get(view) or view.key() for e in self.examples for view in e.views()]
         return digest(repr(parts), *views, repr(self.mix), self.vae_id, self.text_id)
 
@@ -257,8 +254,7 @@ class Examples:
 
     def batch(self, uses: list[Use], device: torch.device) -> Batch:
         rows = ([self.latents(use.example, view) for view in (use.target, *use.references)] for use in uses)
-        texts = zip(*(self.text(use.caption) for use in uses), strict=True)
-        columns = (*texts, *zip(*rows, strict=True))
+        columns = (*zip(*(self.text(use.caption) for use in uses), strict=True), *zip(*rows, strict=True))
         txt, vec, target, *references = (torch.cat(column).to(device) for column in columns)
         condition, weight = Condition(txt, vec, references), None
         if any(use.mask for use in uses):
@@ -282,9 +278,7 @@ class Examples:
 
     def epoch(self, number: int, batch_size: int) -> list[list[Use]]:
         """What one epoch shows, in batches of equal shapes (the last of a shape may be smaller), shuffled."""
-        r = draw("order", self.mix.seed, number)
-        uses = self.uses(number)
-        groups = defaultdict(list)
+        r, uses, groups = draw("order", self.mix.seed, number), self.uses(number), defaultdict(list)
         for i in r.permutation(len(uses)):
             groups[uses[i].shape].append(uses[i])
         batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
@@ -296,8 +290,7 @@ def make_all(views: list[View], workers: int | None = None):
     missing = {file: view for view in views if (file := view.file()) is not None and not file.is_file()}
     if missing:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            made = pool.map(View.make, missing.values(), chunksize=8)
-            list(tqdm(made, total=len(missing), desc="making references"))
+            list(tqdm(pool.map(View.make, missing.values(), chunksize=8), total=len(missing), desc="making references"))
 
 
 def encode_view(vae: VAE, view: View) -> Tensor:

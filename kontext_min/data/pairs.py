@@ -36,8 +36,7 @@ class Problems:
     def count(self) -> int:
         return sum(len(entries) for entries in self.found.values())
 
-    def raise_any(self):
-        """ValueError listing all of them, if there are any."""
+    def raise_any(self):  # ValueError listing all of them, if there are any
         lines = ["the data cannot be used as it is; nothing was started", *(f"  {fact}" for fact in self.facts)]
         for kind, found in self.found.items():
             entries = list(dict.fromkeys(found))  # a set that two others name was looked at twice
@@ -68,7 +67,7 @@ class Picture:
         left = image.width - width if self.half == "right" else 0
         return image.crop((left, 0, left + width, image.height)) if self.half else image
 
-    def size(self) -> Size:  # of the opened picture, from the file's header
+    def size(self) -> Size:  # of the opened picture, which is not decoded
         size = oriented_size(self.path)
         return Size(size.width // 2, size.height) if self.half else size
 
@@ -77,13 +76,15 @@ Pictures, Captions = dict[str, Picture], dict[str, tuple[str, ...]]  # by relati
 
 
 def in_folder(folder: Path, problems: Problems) -> Pictures:
-    """All pictures under a folder; hidden files are left out, names that only differ in extension are problems."""
+    """All pictures under a folder, but hidden files and folders; names that only differ in extension are problems."""
     found, locked = defaultdict(list), []
     tree = os.walk(folder, onerror=locked.append, followlinks=True)
     for path in sorted(Path(parent, name) for parent, _, names in tree for name in names):
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-            found[path.relative_to(folder).with_suffix("").as_posix()].append(path)
-        elif path.suffix.lower() in NOT_READ:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        kind = "" if "/." in f"/{name}" else path.suffix.lower()
+        if kind in EXTENSIONS:
+            found[name].append(path)
+        elif kind in NOT_READ:
             problems.add("pictures of a kind that is not read", f"{path}; save it as .png")
     for error in locked:
         problems.add("folders that cannot be read", f"{error.filename} ({error.strerror}); correct instance_data_dir")
@@ -110,7 +111,7 @@ def check_readable(sets: list[Pictures], problems: Problems):
 def check_captions(folder: Path, pictures: Pictures, problems: Problems):
     for path in sorted(folder.rglob("*.txt")) if folder.is_dir() else []:
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if name not in pictures and path.name.lower() not in ("readme.txt", "license.txt"):
+        if name not in pictures and "/." not in f"/{name}" and path.name.lower() not in ("readme.txt", "license.txt"):
             problems.add("captions without a picture", f"{path}{near_miss(name, pictures)}")
 
 
@@ -176,8 +177,7 @@ def from_file(file: Path, problems: Problems) -> tuple[Pictures, Captions, list[
     counts = sorted({len(row) for row in rows.values()})
     if len(counts) > 1:
         problems.add("malformed lines", f"{file}: lines have {counts} references; every line needs as many")
-    columns = [{name: row[i] for name, row in rows.items()} for i in range(min(counts, default=0))]
-    return targets, captions, columns
+    return targets, captions, [{name: row[i] for name, row in rows.items()} for i in range(min(counts, default=0))]
 
 
 def records(file: Path, problems: Problems) -> Iterable[tuple[int, str | dict]]:

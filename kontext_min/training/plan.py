@@ -17,13 +17,12 @@ from kontext_min.config import Config, read_json5
 from kontext_min.data.buckets import Size
 from kontext_min.data.check import histogram
 from kontext_min.data.examples import Example, Examples
-from kontext_min.edit import Editor
+from kontext_min.edit import TOKEN, Editor
 from kontext_min.memory import FUSED, FUSED_BACKWARD, GB, LESS, POLICIES, size_of
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.models.vae import VAE, VAEConfig
 from kontext_min.quantize import QuantisedLinear, form_of, is_modulation, is_quantised, parts_of
 from kontext_min.training.adapter import add_adapter
-from kontext_min.training.items import TOKEN
 from kontext_min.training.optim import make_optimizer
 
 CARDS = read_json5(Path(__file__).parents[1] / "cards.json5")
@@ -258,16 +257,15 @@ def screen(config: Config, editor: Editor, examples: Examples, forecast: Forecas
     frozen += sum(m.in_features * m.out_features for m in flux.modules() if isinstance(m, QuantisedLinear))
     trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
     kinds = Counter(update.kind for update in updates(flux)).items()
-    batches = examples.epoch(0, config.train_batch_size)
-    share = config.gradient_accumulation_steps * ranks
+    batches, share = examples.epoch(0, config.train_batch_size), config.gradient_accumulation_steps * ranks
     steps, uses = math.ceil(len(batches) / share), sum(map(len, batches))
-    pairs, epochs = sum(bool(e.references) for e in examples.examples), config.max_train_steps / steps
+    pairs, epochs = sum(bool(e.references) for e in examples.examples), config.max_train_steps / max(1, steps)
     adapter = ", ".join(f"{kind} on {n} modules" for kind, n in kinds) or "none"
     return [
         f"model    {config.pretrained_model_name_or_path}: {frozen:,} frozen parameters, on {editor.device}",
         *[f"ranks    {ranks}, each with batches of its own"] * (ranks > 1),
         f"adapter  {adapter}: {trained:,} trainable parameters",
-        f"data     {pairs} pairs and {len(examples) - pairs} pictures without a reference",
+        f"data     {pairs} pairs and {len(examples.examples) - pairs} pictures without a reference",
         f"epoch    {uses} uses in {len(batches)} batches: {steps} steps; max_train_steps {config.max_train_steps} is "
         f"{epochs:.1f} epochs",
         *histogram(examples.examples),

@@ -41,33 +41,26 @@ class Run:
         self.trained = self.folder.lora if config.model_type == "lora" else self.folder.model
         first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), None)
         self.recipe = recipe(config, (validator.items or [first])[0])
-        self.identity = state.identity(config, examples)
-        self.interrupted = Event()
+        self.identity, self.interrupted = state.identity(config, examples), Event()
 
     def go(self, optimizer: torch.optim.Optimizer) -> str:
         """Train from the beginning or from a checkpoint to the end or to an interruption. -> what to say at last."""
-        config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
-        self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
-        parts = {"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer}
-        parts |= {"ema": self.ema} if self.ema else {}
-        self.kept = parallel.Shards(self.flux, optimizer) if config.model_type == "full" else state.Parts(parts)
-        self.done = self.start = start = 0
-        signal.signal(signal.SIGINT, self.told)
-        signal.signal(signal.SIGTERM, self.told)
-        if config.validation_on_startup or config.model_type == "full":  # later there is no base
-            self.validator.prepare()
-        if path := state.chosen(config):
-            self.done = self.start = start = state.restore(path, self.kept, self.identity, config.allow_changed_resume)
-            print(f"going on from {path}, after step {start}")
-        if start >= config.max_train_steps:
+        config, start = self.config, self.resume(optimizer)
+        unwritten, *unseen = owed = self.owed()
+        if start >= config.max_train_steps and not any(owed):
             return f"max_train_steps {config.max_train_steps} is already reached; nothing to do"
+        if config.validation_on_startup and config.model_type == "lora":
+            self.validator.prepare()
         parallel.by_first(self.folder.config.write_text)(config.record(), encoding="utf-8")
-        parallel.by_first(self.folder.rewind)(start)  # logs end where it goes on
+        if aside := parallel.by_first(self.folder.rewind)(start):  # logs end where it goes on
+            print(f"checkpoints after step {start} were moved to {aside}")
         parallel.wait()
         skipped = sum("skipped" in line for line in read_lines(self.folder.metrics))
         with Tracker(config, parallel.place(self.flux), start) as self.tracker:
-            if not start:
-                self.look(0, False, True)  # the base model's loss
+            if unwritten:
+                self.write(start)
+            if any(unseen):
+                self.look(start, *unseen)
             try:
                 for step, values in train(config, self.validator.editor, optimizer, self.examples, start, skipped):
                     self.tracker.log(step, values)
@@ -77,10 +70,32 @@ class Run:
                 raise ValueError(self.what_is_left(error)) from error
         if config.model_type == "lora":
             parallel.by_first(write_card)(config, {**self.recipe, "trained_steps": self.done}, self.examples)
-        if self.interrupted.is_set():
-            return f"stopped; {self.trained} is what is trained so far; go on with resume_from_checkpoint=latest"
+        stopped = f"stopped; {self.trained} is what is trained so far; go on with resume_from_checkpoint=latest"
         left = (self.trained, self.folder.average, self.folder.sheet(self.done))
-        return "\n".join(str(file) for file in left if file.exists())
+        return stopped if self.interrupted.is_set() else "\n".join(str(file) for file in left if file.exists())
+
+    def resume(self, optimizer: torch.optim.Optimizer) -> int:  # bring all to the checkpoint to go on from; -> its step
+        config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
+        self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
+        parts = {"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer}
+        parts |= {"ema": self.ema} if self.ema else {}
+        self.kept = parallel.Shards(self.flux, optimizer) if config.model_type == "full" else state.Parts(parts)
+        self.done = self.start = 0
+        signal.signal(signal.SIGINT, self.told)
+        signal.signal(signal.SIGTERM, self.told)
+        if config.model_type == "full":  # later there is no base
+            self.validator.prepare()
+        if path := state.chosen(config):
+            self.done = self.start = state.restore(path, self.kept, self.identity, config.allow_changed_resume)
+            print(f"going on from {path}, after step {self.start}")
+        return self.start
+
+    def owed(self) -> list[bool]:  # what to write, show, measure first: at the end what a run that died has not left
+        folder, end = self.folder, self.done >= self.config.max_train_steps
+        written = self.trained.exists() and (folder.card.exists() or self.config.model_type == "full")
+        shown = folder.sheet(self.done).exists() or not self.validator.items
+        measured = any(line["step"] == self.done for line in read_lines(folder.eval)) or not self.evaluator.uses
+        return parallel.gathered([end and not written, end and not shown, (end or not self.done) and not measured])[0]
 
     def what_is_left(self, error: Exception) -> str:
         last = state.last(self.folder.path)
@@ -102,10 +117,10 @@ class Run:
             self.ema.update()
         done, shown = step == config.max_train_steps, due(step, config.validation_steps)
         interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
+        if stop or done or shown:
+            self.write(step)  # before the checkpoint, from which a run would not come back to it
         if stop or done or due(step, config.checkpointing_steps):
             state.save(self.folder.path, step, self.kept, self.identity, config.checkpoints_total_limit)
-        if stop or done or shown:
-            self.write(step)
         if done or shown or due(step, interval):
             self.look(step, done or shown, done or due(step, interval))
         return stop
@@ -170,7 +185,7 @@ def write_card(config: Config, recipe: dict, examples: Examples):
     values = recipe | {
         "kind": "LoKr" if config.lycoris_config else "DoRA" if config.use_dora else "LoRA", "lora": LORA,
         "model": model, "licence": "\n".join(LICENCES.get(Path(model).name, [])),
-        "pairs": pairs, "alone": len(examples) - pairs,
+        "pairs": pairs, "alone": len(examples.examples) - pairs,
         "base": quoted("weights/nano" if model == "nano" else model),  # a folder of kontext_min's repository
         "dtype": "float32" if recipe["precision"] == "fp32" else "bfloat16", "width": width, "height": height,
         "picture": f"load_image({quoted(Path(recipe['image'][0]).name)})" if recipe["image"] else None,

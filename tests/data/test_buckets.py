@@ -90,13 +90,37 @@ def test_a_malformed_size_is_refused(text):
         parse_size(text)
 
 
+@pytest.mark.parametrize("kind", ["jpg", "tif", "png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_in_the_header_is_the_size_of_the_opened_picture(tmp_path, orientation):
-    picture = Image.new("RGB", (30, 20))
+def test_the_size_in_the_header_is_the_size_of_the_opened_picture(tmp_path, orientation, kind):
+    picture, file = Image.new("RGB", (30, 20)), tmp_path / f"x.{kind}"
     exif = picture.getexif()
     exif[0x0112] = orientation
-    picture.save(tmp_path / "x.jpg", exif=exif)
-    assert oriented_size(tmp_path / "x.jpg") == open_image(tmp_path / "x.jpg").size
+    picture.save(file, exif=exif)
+    assert oriented_size(file) == open_image(file).size == ((20, 30) if orientation > 4 else (30, 20))
+
+
+def test_the_size_of_a_png_is_told_without_its_pixels_and_wherever_it_says_that_it_is_turned(tmp_path):
+    file, picture, exif = tmp_path / "x.png", Image.effect_noise((30, 20), 50), Image.Exif()
+    picture.save(file)
+    file.write_bytes(file.read_bytes()[:100])
+    assert oriented_size(file) == (30, 20)
+    exif[0x0112] = 6
+    picture.save(file, exif=exif)
+    whole = file.read_bytes()
+    start = whole.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(whole[start : start + 4], "big")
+    assert b"IDAT" in whole[end:]
+    file.write_bytes(whole[:start] + whole[end:-12] + whole[start:end] + whole[-12:])  # behind the pixels
+    assert oriented_size(file) == open_image(file).size == (20, 30)
+
+
+@pytest.mark.parametrize("mode, name", [("I;16", "x.png"), ("I;16", "x.tif"), ("I;16B", "x.tif")])
+def test_pictures_of_16_bits_become_8_by_their_upper_halves(tmp_path, mode, name):
+    values = np.arange(0, 65536, 13).astype("<u2" if mode == "I;16" else ">u2").reshape(2, 2521)
+    Image.frombytes(mode, (2521, 2), values.tobytes()).save(tmp_path / name)
+    assert Image.open(tmp_path / name).mode == mode
+    assert np.array_equal(np.asarray(open_image(tmp_path / name))[..., 0], values >> 8)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

@@ -187,6 +187,26 @@ def test_renaming_keeps_the_cache_and_a_change_of_content_renews_it(kontext, tmp
     assert first._latent_key(view(moved, 96)) != first._latent_key(renamed)
 
 
+def test_repeats_in_an_epoch_are_made_anew_too_and_without_repeats_the_epoch_counts(examples):
+    fleeting = Degradation("superresolution", {"noise_level": 0.1}, (1,), None)
+    (example,) = one_set(examples[:1])
+    once = replace(example, references=(replace(example.target, degradation=fleeting),))
+    four = replace(once, repeats=3)
+    made = [use_of(0, four, Mix(), epoch, repeat).references[0].open() for epoch in (0, 1) for repeat in range(4)]
+    assert len({image.tobytes() for image in made}) == 8
+    assert [use_of(0, once, Mix(), epoch).references[0].number for epoch in range(3)] == [0, 1, 2]
+
+
+def test_the_fingerprint_tells_of_everything_that_decides_what_is_learnt(kontext, tmp_path, examples):
+    def fingerprint(**changes):
+        changed = [replace(examples[0], **changes), *examples[1:]]
+        return Examples(changed, find(kontext), Cache(tmp_path / "text"), FP32).fingerprint()
+
+    changes = [{}, {"set_id": "other"}, {"name": "other"}, {"regularise": True}, {"repeats": 1}, {"captions": ("x",)}]
+    assert len({fingerprint(**change) for change in changes}) == len(changes)
+    assert fingerprint() == fingerprint(cache_dir=tmp_path / "elsewhere")
+
+
 def test_the_second_start_encodes_nothing_and_other_weights_encode_anew(kontext, tmp_path, examples):
     shutil.copytree(kontext, tmp_path / "model")
 

@@ -25,6 +25,19 @@ def test_pictures_are_known_by_their_relative_path_without_extension(tmp_path):
     assert not problems.count()
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    for name in ("a.png", "._a.png", "sub/._b.gif", ".ipynb_checkpoints/a-checkpoint.png", "sub/.trash/c.svg"):
+        save(tmp_path / name) if name.endswith("png") else (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt"):
+        (tmp_path / name).write_text("make it red")
+    problems = Problems()
+    found = pairs.in_folder(tmp_path, problems)
+    pairs.check_captions(tmp_path, found, problems)
+    assert found == {"a": Picture(tmp_path / "a.png")} and not problems.count(), problems.found
+    assert len(pairs.in_folder(tmp_path / ".ipynb_checkpoints", problems)) == 1  # which was asked for
+
+
 def test_side_by_side_pictures_are_cut_in_two(tmp_path):
     picture = Image.new("RGB", (21, 8), "red")
     picture.paste("blue", (10, 0, 21, 8))
