@@ -178,6 +178,16 @@ def test_a_lokr_of_a_fused_module_is_weakened_without_being_cut(tmp_path):
     assert isinstance(made, LoKr) and error(made.delta(), 0.5 * update.delta()) < 1e-6
 
 
+def test_a_dora_of_diffusers_becomes_one_that_comfyui_reads(tmp_path, capsys):  # as the card says
+    update = lora(Q)
+    update.magnitude = torch.nn.Parameter(1 + tiny.random(64, seed=5).abs())
+    source, out = write(tmp_path / "in.safetensors", update), tmp_path / "out.safetensors"
+    run("convert", source, tmp_path / "same.safetensors", "--to", "diffusers")
+    assert "note: ComfyUI and others read it, but not DoRA" in capsys.readouterr().out
+    run("convert", source, out, "--to", "lycoris")
+    assert torch.equal(load_file(out)[f"lycoris_{Q.replace('.', '_')}.dora_scale"], update.magnitude[:, None])
+
+
 def test_the_transformers_part_of_a_file_is_written_on_request(tmp_path, capsys):
     source, out = write(tmp_path / "in.safetensors", lora(Q), form="kohya"), tmp_path / "out.safetensors"
     te = {f"lora_te1_text_model.{name}": torch.ones(4, 4) for name in ("lora_down.weight", "lora_up.weight")}
