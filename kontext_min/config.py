@@ -20,29 +20,20 @@ def knob(default, meaning: str, **limits):  # a key with its meaning, as `--expl
     return Field(default, description=meaning, **limits)
 
 
-def as_list(value):  # one of something may stand without brackets, and none as null
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def as_mapping(value):  # `key=value,key=value` -> a mapping
     if not isinstance(value, str):
         return value or {}
     return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
 
 
-def read_object(value):  # a JSON file's path -> what it holds
-    return read_json5(Path(value)) if isinstance(value, str | Path) else value
-
-
-Listed, Mapped, Read = map(BeforeValidator, (as_list, as_mapping, read_object))
-Positive = Annotated[float, Field(gt=0)]
-SizeText = Annotated[str, Field(coerce_numbers_to_str=True)]
-Unit = Literal["pixel_area", "pixel", "area"]
-Captions = Literal["textfile", "filename", "instanceprompt"]
+Mapped = BeforeValidator(as_mapping)
+Listed = BeforeValidator(lambda v: v if isinstance(v, list) else [] if v is None else [v])  # one may lack its brackets
+Read = BeforeValidator(lambda v: read_json5(Path(v)) if isinstance(v, str | Path) else v)  # a JSON file's path
+Positive, SizeText = Annotated[float, Field(gt=0)], Annotated[str, Field(coerce_numbers_to_str=True)]
+Unit, Captions = Literal["pixel_area", "pixel", "area"], Literal["textfile", "filename", "instanceprompt"]
 ModuleClass = Literal["Attention", "FeedForward"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"]
-Recompute = Literal["block", "keep_attn", "keep_gemm", "none"]
-Several = Literal["random", "combined"]
+Recompute, Several = Literal["block", "keep_attn", "keep_gemm", "none"], Literal["random", "combined"]
 Base = Literal["no_change", "bf16", "int8-quanto", "int8-torchao", "int8-dynamic", "nf4", "fp8-torchao", "fp8-dynamic"]
 Encoder = Literal["no_change", "int8-quanto", "int8-torchao", "nf4"]
 Kind = Literal["reference_strict", "reference_loose", "mask"]
@@ -177,9 +168,9 @@ class Config(Strict):
 
     # model
     model_family: Literal["flux"] = "flux"
-    model_flavour: Literal["kontext"] = "kontext"
+    model_flavour: Literal["kontext"] = knob("kontext", "given without a path it implies FLUX.1-Kontext-dev")
     model_type: Literal["lora", "full"] = knob("lora", "full: all parameters, spread over the ranks of torchrun")
-    pretrained_model_name_or_path: str = knob("nano", "model folder, hub id, or nano, the embedded model")
+    pretrained_model_name_or_path: str = knob("nano", "folder, hub id, or nano, which is embedded; see model_flavour")
     base_model_precision: Base = knob("no_change", "of the frozen base; -dynamic: of its inputs, too")
     text_encoder_2_precision: Encoder = knob("no_change", "of T5, 9.5 GB in bf16, while captions are encoded")
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
@@ -323,7 +314,9 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def agree(self):
-        """Settings that contradict each other."""
+        """Settings that contradict each other; and the model that SimpleTuner takes by its flavour alone."""
+        if "model_flavour" in self.model_fields_set and "pretrained_model_name_or_path" not in self.model_fields_set:
+            self.__dict__["pretrained_model_name_or_path"] = "black-forest-labs/FLUX.1-Kontext-dev"
         idle = ", ".join(sorted(key for key in self.idle & self.model_fields_set if getattr(self, key)))
         lokr, form, split = self.lora_type == "lycoris", self.lora_format, self.validation_split
         flows, curve = self.flow_use_uniform_schedule + self.flow_use_beta_schedule, "constant" not in self.lr_scheduler
@@ -374,9 +367,12 @@ class Config(Strict):
         if not isinstance(file, list):
             entries = read_json5(file, list, "a list of datasets, [...]")
             entries = [checked(Dataset, entry, f"{file}, entry {i}") for i, entry in enumerate(entries, 1)]
-        return [self.completed(entry) for entry in entries]
+        named = {name for e in entries if not e.disabled for name in e.conditioning_data if name != e.id}
+        return [self.completed(entry, named) for entry in entries]
 
-    def completed(self, entry: Dataset) -> Dataset:  # a set with this config's values for what it does not say itself
+    def completed(self, entry: Dataset, named: set[str]) -> Dataset:  # with this config's values for what it leaves out
+        if entry.id in named and entry.role == "image" and not entry.conditioning_data:  # another's references
+            entry = entry.model_copy(update={"conditioning_type": "reference_strict"})
         shared = {"resolution", "resolution_type", "minimum_image_size", "maximum_image_size", "target_downsample_size"}
         shared |= {"caption_strategy"} if entry.role in ("image", "eval") else set()
         return entry.model_copy(update=self.model_dump(include=shared - entry.model_fields_set, exclude_none=True))
@@ -397,8 +393,7 @@ def read_json5(path: Path, kind: type = object, what: str = ""):
 
 def read_config(path: Path, overrides: list[str]) -> Config:
     """A config file with KEY=VALUE overrides on top -> Config. Raises ValueError listing every problem at once."""
-    values = read_json5(path, dict, "one object, {...}")
-    values = {key.removeprefix("--"): value for key, value in values.items()}
+    values = {key.removeprefix("--"): value for key, value in read_json5(path, dict, "one object, {...}").items()}
     if (beside := Path(path).parent / "multidatabackend.json").is_file():
         values.setdefault("data_backend_config", beside)
     for override in overrides:
@@ -416,8 +411,7 @@ def checked(kind: type[Strict], values: dict, where: str):
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [problem(kind, entry) for entry in error.errors()]
-        raise ValueError(f"{where}: " + "; ".join(lines)) from error
+        raise ValueError(f"{where}: " + "; ".join(problem(kind, entry) for entry in error.errors())) from error
 
 
 def problem(kind: type[Strict], entry: dict) -> str:
@@ -443,10 +437,10 @@ OWNERS = {"validation": ValidationItem, "lycoris_config": LyCORIS}
 def explain(config: Config) -> list[str]:
     lines = []
     for name in [key for key in Config.model_fields if key not in config.idle]:
-        value = getattr(config, name)
+        value, known = getattr(config, name), Config.model_fields[name]
+        source = "given" if name in config.model_fields_set else "default" if value == known.default else "implied"
         value = "…" if name == "data_backend_config" else str(value) if isinstance(value, Path) else repr(value)
-        source = "given" if name in config.model_fields_set else "default"
-        lines.append(f"{name:36} {value:28} {source:8} {Config.model_fields[name].description or ''}".rstrip())
+        lines.append(f"{name:36} {value:28} {source:8} {known.description or ''}".rstrip())
     return lines + [f"{name:36} {'ignored':28} {'given':8} {why}" for name, why in config.ignored.items()]
 
 

@@ -27,8 +27,7 @@ class Item:
 
     def record(self) -> dict:
         said = {key: getattr(self, key) for key in ("name", "prompt", "negative", "seed", "unseen")}
-        counts = {"references": len(self.references), "target": self.target is not None}
-        return {**said, "size": str(self.size), **counts}
+        return said | {"size": str(self.size), "references": len(self.references), "target": self.target is not None}
 
     def title(self) -> str:
         kind = {True: " (unseen)", False: " (trained on)", None: "" if self.references else " (text-to-image)"}
@@ -82,8 +81,7 @@ def asked_items(config: Config, wanted: ValidationItem, first: Item, preset: Pre
             own = size.floored(TOKEN)
         else:
             own = first.size if borrowed else views[0].size if views else preset.default
-        title = name if len(sizes) == 1 else f"{name} {size}"
-        items.append(Item(title, wanted.prompt, negative, seed, own, views))
+        items.append(Item(name if len(sizes) == 1 else f"{name} {size}", wanted.prompt, negative, seed, own, views))
     return items
 
 

@@ -44,8 +44,8 @@ def mix_of(config: Config) -> Mix:
 
 
 def text_cache(config: Config) -> Cache:
-    named = [entry.cache_dir for entry in config.datasets() if entry.role == "text_embeds" and entry.cache_dir]
-    return Cache(named[0] if named else config.cache_dir / "text")
+    named = (entry.cache_dir for entry in config.datasets() if entry.role == "text_embeds" and entry.cache_dir)
+    return Cache(next(named, config.cache_dir / "text"))
 
 
 def read_sets(config: Config, step: int) -> Sets:
@@ -59,10 +59,13 @@ def read_sets(config: Config, step: int) -> Sets:
         wrong("unknown ids", f"eval_dataset_id {name} is no set of targets{near_miss(name, reader.by_id)}")
     chosen = {entry.id for entry in reader.entries if not entry.disable_validation and name in (None, entry.id)}
     held_out = hold_out([e for e in training if e.set_id in chosen], config, reader.problems)
+    unseen = [e for e in unseen if e.set_id in chosen]
+    taught = {e.target.picture.path.resolve() for e in training if not e.regularise}
+    for path in (e.target.picture.path for e in unseen if e.target.picture.path.resolve() in taught):
+        wrong("eval pictures that are trained on", f"{path}; take it out of one of the sets, or use validation_split")
     reader.problems.raise_any()
-    apart = {(e.set_id, e.name) for e in held_out}
-    training = [e for e in training if (e.set_id, e.name) not in apart]
-    unseen = [e for e in unseen if e.set_id in chosen] + held_out
+    apart = {e.name for e in held_out}
+    training, unseen = [e for e in training if e.name not in apart], unseen + held_out
     shown, notes = unseen[: max(config.num_eval_images, config.num_eval_pairs)], reader.problems.facts
     if unseen:
         notes.append(f"{len(unseen)} pairs are never trained on; validation is on these")
@@ -89,13 +92,9 @@ class Reader:
 
     def __init__(self, config: Config, step: int):
         self.config, self.step, self.problems, listed = config, step, Problems(), config.datasets()
-        self.wrong = self.problems.add
-        self.disabled = {entry.id for entry in listed if entry.disabled}
+        self.wrong, self.disabled = self.problems.add, {entry.id for entry in listed if entry.disabled}
         self.entries = [entry for entry in listed if not entry.disabled]
         named = {name for entry in self.entries for name in entry.conditioning_data if name != entry.id}
-        for i, entry in enumerate(self.entries):  # a set that another names as its references is one
-            if entry.id in named and entry.role == "image" and not entry.conditioning_data:
-                self.entries[i] = entry.model_copy(update={"conditioning_type": "reference_strict"})
         self.by_id = {entry.id: entry for entry in self.entries}
         for name, count in Counter(entry.id for entry in self.entries).items():
             if count > 1:
@@ -230,8 +229,7 @@ class Reader:
         return Geometry(entry.resolution, unit, self.step, square, style, largest and (largest, downsampled))
 
     def example(self, entry: Dataset, targets: Source, others: list[Source], name: str) -> Example:
-        seed = (self.config.seed, entry.id, name)
-        target = view(entry, targets.pictures[name], targets.geometry, seed)
+        target = view(entry, targets.pictures[name], targets.geometry, (self.config.seed, entry.id, name))
         views = {source: self.other(entry, source, target, name) for source in others}
         references = {source: made for source, made in views.items() if not source.mask}
         mask = next((made for made in views.values() if made.mask), None)
@@ -263,8 +261,8 @@ class Reader:
 def view(entry: Dataset, picture: Picture, geometry: Geometry, seed: tuple[str | int, ...]) -> View:
     size = picture.size()
 
-    def crop(epoch: int) -> Transform:
-        return geometry.transform(size, tuple(draw("crop", *seed, epoch).random(2).tolist()))
+    def crop(number: int) -> Transform:
+        return geometry.transform(size, tuple(draw("crop", *seed, number).random(2).tolist()))
 
     anew = entry.vae_cache_clear_each_epoch and geometry.style == "random"
     return View(picture, crop(0), crop=crop if anew else None)

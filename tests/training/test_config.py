@@ -1,5 +1,6 @@
 """The config page: comments, overrides, and messages that help."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def test_explain_says_value_source_and_meaning_of_every_key(tmp_path):
     seed = next(line for line in lines if line.startswith("seed "))
     assert seed.split() == ["seed", "42", "default"]
     assert any("num_train_epochs" in line and "max_train_steps says how long" in line for line in lines)
+
+
+def test_a_flavour_without_a_path_is_the_published_model_and_explain_says_that_it_is_implied(tmp_path):
+    def model(*given):
+        config = read_config(write(tmp_path, '{"data_backend_config": []}'), [*given])
+        (line,) = [line for line in explain(config) if line.startswith("pretrained_model_name_or_path ")]
+        return line.split()[1:3], json.loads(config.record())["pretrained_model_name_or_path"]
+
+    kontext = "black-forest-labs/FLUX.1-Kontext-dev"
+    assert model() == (["'nano'", "default"], "nano")
+    assert model("model_flavour=kontext") == ([f"'{kontext}'", "implied"], kontext)
+    assert model("model_flavour=kontext", "pretrained_model_name_or_path=nano") == (["'nano'", "given"], "nano")
 
 
 def test_the_schema_knows_every_key_and_its_meaning():

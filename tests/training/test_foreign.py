@@ -51,9 +51,14 @@ IGNORED = {  # left out with a reason
     "ema_device": "cpu", "ema_cpu_only": True, "ema_foreach_disable": True, "checkpointing_use_tempdir": True,
     "delete_invalid_checkpoints": True, "checkpoints_rolling_total_limit": 1, "preserve_data_backend_cache": True,
     "disable_segmented_timestep_sampling": True, "training_scheduler_timestep_spacing": "trailing",
-    "disable_multiline_split": False, "ignore_final_epochs": True, "dataloader_prefetch": True,
+    "ignore_final_epochs": True, "dataloader_prefetch": True,
     "set_grads_to_none": True, "disable_tf32": True, "i_know_what_i_am_doing": True, "hub_model_id": "me/mine",
     "validation_prompt_library": True, "tracker_image_layout": "gallery", "validation_lycoris_strength": 1.0,
+    "model_card_note": "mine", "model_card_safe_for_work": True, "model_card_private": True,
+    "webhook_reporting_interval": 10, "validation_torch_compile_mode": "max-autotune", "eval_dataset_pooling": True,
+    "validation_guidance_skip_layers_start": 0.01, "validation_guidance_skip_layers_stop": 0.2,
+    "validation_guidance_skip_scale": 2.8, "validation_num_video_frames": 8,
+    "pretrained_evaluation_model_name_or_path": "openai/clip-vit-large-patch14-336",
 }
 REFUSED = {  # a value that asks for something, and one that asks for nothing, which is left out
     "flow_schedule_auto_shift": (True, "false"), "flux_fast_schedule": (True, False),
@@ -73,6 +78,8 @@ REFUSED = {  # a value that asks for something, and one that asks for nothing, w
     "only_instance_prompt": (True, "False"), "ignore_missing_files": (True, False), "variant": ("fp16", None),
     "instance_prompt": ("a prompt", None), "push_to_hub": ("true", False), "push_checkpoints_to_hub": (True, "false"),
     "publishing_config": ("s3.json", None), "webhook_config": ("hook.json", ""),
+    "disable_multiline_split": (True, "false"), "validation_guidance_rescale": (0.7, 0.0),
+    "validation_guidance_skip_layers": ("7,8,9", None),
 }
 LATER = """validation_prompt user_prompt_library validation_prompt_library validation_input eval_dataset_id
     validation_using_datasets validation_guidance_real validation_negative_prompt validation_randomize
@@ -140,7 +147,7 @@ def test_keys_of_validation_and_tracking_are_known_too():
 def test_no_key_of_a_set_is_unknown():
     entry = Dataset.model_validate(DATASET)
     assert (entry.resolution, entry.crop, entry.repeats, entry.conditioning_data) == (1024, False, 0, ["b"])
-    for key in ("start_step", "huggingface", "max_num_samples"):
+    for key in ("start_step", "huggingface", "max_num_samples", "disable_multiline_split"):
         with pytest.raises(ValueError):
             Dataset.model_validate({**DATASET, key: 5})
 
@@ -241,7 +248,10 @@ def test_the_quickstarts_configuration_trains_as_printed(tmp_path, capsys):
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "multidatabackend.json").write_text(pairs)
     out = tmp_path / "out"
-    train.main([str(tmp_path / "config.json"), f"output_dir={out}", f"cache_dir={tmp_path / 'cache'}"])
+    kontext = read_config(tmp_path / "config.json", [])  # what trains here is nano, by its name
+    assert kontext.pretrained_model_name_or_path == "black-forest-labs/FLUX.1-Kontext-dev"
+    places = [f"output_dir={out}", f"cache_dir={tmp_path / 'cache'}", "pretrained_model_name_or_path=nano"]
+    train.main([str(tmp_path / "config.json"), *places])
     said = capsys.readouterr().out
     assert "the blocks' weights in int8, from " in said
     assert "fuse_qkv_projections is ignored: projections are always fused" in said

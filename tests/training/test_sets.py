@@ -126,6 +126,41 @@ def test_validation_sets_are_never_trained_on_and_disabled_sets_are_left_out(tmp
     assert {e.set_id for e in sets_of(tmp_path, *entries, num_eval_images=2).validation} == {"b"}
 
 
+def test_a_name_that_is_held_out_is_in_no_set_that_is_trained_on(tmp_path):
+    folder(tmp_path / "t")
+    one = {"id": "t", "instance_data_dir": tmp_path / "t", "resolution": 96}
+    twin = {**one, "id": "twin", "resolution": 48, "disable_validation": True}
+    sets = sets_of(tmp_path, one, twin, validation_split=1)
+    ((name, set_id),) = [(e.name, e.set_id) for e in sets.validation]
+    assert set_id == "t" and len(sets.training) == 4 and name not in {e.name for e in sets.training}
+
+
+def test_pictures_to_validate_on_that_are_trained_on_are_named(tmp_path):
+    folder(tmp_path / "t")
+    folder(tmp_path / "e")
+    (tmp_path / "e" / "1.png").unlink()
+    (tmp_path / "e" / "1.png").symlink_to(tmp_path / "t" / "1.png")
+    one = {"id": "t", "instance_data_dir": tmp_path / "t", "resolution": 48}
+    unseen = {"id": "e", "instance_data_dir": tmp_path / "e", "dataset_type": "eval"}
+    with pytest.raises(
+        ValueError, match="1 eval pictures that are trained on:\n .*e/1.png; take it out of one of the s"
+    ):
+        sets_of(tmp_path, one, unseen)
+    (other,) = {e.set_id for e in sets_of(tmp_path, one, unseen, eval_dataset_id="t").validation}
+    assert other == "t"  # of a set that is not chosen nothing is said
+    assert len(sets_of(tmp_path, {**one, "is_regularisation_data": True}, unseen).validation) == 3
+
+
+def test_the_configs_caption_strategy_is_of_targets_and_not_of_what_they_name(tmp_path):
+    folder(tmp_path / "t", captions=False)
+    folder(tmp_path / "r", captions=False)
+    target = {"id": "t", "instance_data_dir": tmp_path / "t", "conditioning_data": "r", "resolution": 48}
+    training = sets_of(
+        tmp_path, target, {"id": "r", "instance_data_dir": tmp_path / "r"}, caption_strategy="filename"
+    ).training
+    assert [(e.captions, e.reference_captions) for e in training] == [((str(i),), ((),)) for i in range(3)]
+
+
 def test_the_defaults_of_an_entry(tmp_path):
     assert Dataset(id="x").strategy == "textfile"
     assert Dataset(id="x", conditioning_type="reference_strict").strategy is None

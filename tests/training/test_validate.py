@@ -1,6 +1,7 @@
 """What is shown while a run goes: which items, with which settings, and what lies in the folder afterwards."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -122,9 +123,10 @@ def test_the_split_is_never_trained_on_and_a_function_of_seed_and_name(values, t
         split(validation_split=1.5)
 
 
-def test_one_set_can_be_chosen_to_validate_on(values):
+def test_one_set_can_be_chosen_to_validate_on(values, tmp_path):
     target, reference = values["data_backend_config"]
     data = [target, reference, {**target, "id": "e", "dataset_type": "eval"}, {**target, "id": "other"}]
+    data[2]["instance_data_dir"] = shutil.copytree(target["instance_data_dir"], tmp_path / "e")
     for chosen, unseen in ((None, True), ("e", True), ("other", False)):
         config = checked(Config, {**values, "data_backend_config": data, "eval_dataset_id": chosen}, "test")
         sets = read_sets(config, 16)
@@ -189,6 +191,14 @@ def test_a_resumed_run_makes_the_base_again_only_if_the_items_have_changed(value
     assert Image.open(out / "000006.png").size == sheet.size and not (out / "000004").exists()
     assert json.loads((out / "items.json").read_text())[0]["seed"] == 1
     assert (out / "000004.png").exists() and Size(*sheet.size).width > 3 * 64
+
+
+def test_a_finished_run_keeps_its_pictures_whatever_is_asked_of_it(values, tmp_path, edits, capsys):
+    out = run(values, tmp_path, max_train_steps=2, resume_from_checkpoint="latest")
+    before = {path: path.read_bytes() for path in (out / "validation").rglob("*") if path.is_file()}
+    run(values, tmp_path, max_train_steps=2, resume_from_checkpoint="latest", validation_prompt="paint it red")
+    assert "already reached; nothing to do" in capsys.readouterr().out and len(edits) == 2
+    assert {path: path.read_bytes() for path in (out / "validation").rglob("*") if path.is_file()} == before
 
 
 def test_nothing_to_show_is_no_error(values, tmp_path, capsys):
