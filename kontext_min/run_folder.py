@@ -43,22 +43,29 @@ class RunFolder:
         """Kind -> picture of item i, for those that are there; the LoRA's come first, by step."""
         return {file.parent.name: file for file in sorted(self.validation.glob(f"*/{i:02d}.png"))}
 
-    def rewind(self, step: int):
+    def rewind(self, step: int) -> Path | None:  # logs end with a step; later checkpoints, `latest` then, are set aside
         for file in filter(Path.exists, (self.metrics, self.psnr, self.eval)):
             kept = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] <= step]
             file.write_text("".join(kept), encoding="utf-8")
+        return self.aside([path for path in checkpoints(self.path) if int(path.name[11:]) > step])
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N in the folder: a new run neither mixes with it nor loses it."""
         old = [path for pattern in LEFT_BEHIND for path in sorted(self.path.glob(pattern))]
-        if not any(path != self.config for path in old):
-            return None
+        return self.aside(old) if any(path != self.config for path in old) else None
+
+    def aside(self, old: list[Path]) -> Path | None:  # to previous-N
         numbers = [int(p.name[9:]) for p in self.path.glob("previous-*") if p.name[9:].isdigit()]
         target = self.path / f"previous-{max(numbers, default=0) + 1}"
-        target.mkdir()
         for path in old:
+            target.mkdir(exist_ok=True)
             path.rename(target / path.name)
-        return target
+        return target if old else None
+
+
+def checkpoints(folder: Path) -> list[Path]:  # by step
+    numbered = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
+    return [numbered[step] for step in sorted(numbered)]
 
 
 def read_lines(file: Path) -> list[dict]:

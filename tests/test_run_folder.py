@@ -2,7 +2,7 @@
 
 import json
 
-from kontext_min.run_folder import RunFolder, append, read_lines
+from kontext_min.run_folder import RunFolder, append, checkpoints, read_lines
 
 
 def test_a_rewound_log_ends_with_the_step_and_a_line_that_was_cut_off_does_not_count(tmp_path):
@@ -17,6 +17,18 @@ def test_a_rewound_log_ends_with_the_step_and_a_line_that_was_cut_off_does_not_c
     folder.rewind(2)
     assert folder.metrics.read_text().splitlines() == before[:2]
     assert read_lines(folder.psnr) == [] and read_lines(folder.eval) == [] and not folder.eval.exists()
+
+
+def test_checkpoints_after_the_step_are_moved_aside_and_never_lost(tmp_path):
+    folder = RunFolder(tmp_path)
+    for expected in ("previous-1", "previous-2"):  # and once more
+        for name in ("checkpoint-500", "checkpoint-1000", "checkpoint-1500", "checkpoint-2000.tmp"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "state.json").write_text(expected)
+        assert folder.rewind(1000) == tmp_path / expected
+        assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-500", "checkpoint-1000"]
+        assert (tmp_path / expected / "checkpoint-1500" / "state.json").read_text() == expected
+    assert folder.rewind(1000) is None and not (tmp_path / "previous-3").exists()
 
 
 def test_pictures_are_found_where_they_are_written(tmp_path):

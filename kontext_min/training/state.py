@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 from kontext_min import parallel
 from kontext_min.config import Config
 from kontext_min.data.examples import Examples
+from kontext_min.run_folder import checkpoints
 
 STATE = "state.json"
 FREE = (  # keys that begin so may change between a checkpoint and the run that goes on from it
@@ -98,11 +99,6 @@ def sync(path: Path):  # have the operating system write a file or a folder's en
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    numbered = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
-    return [numbered[step] for step in sorted(numbered)]
 
 
 def last(folder: Path) -> str:

@@ -11,7 +11,18 @@ import train
 from kontext_min.config import Config
 from kontext_min.data.buckets import Size
 from kontext_min.memory import GB, held
-from kontext_min.training.plan import CARDS, PLANS, SPARE, WORKSPACE, Forecast, Plan, bytes_of_one, choose, on_meta
+from kontext_min.training.plan import (
+    CARDS,
+    PLANS,
+    SPARE,
+    WORKSPACE,
+    Forecast,
+    Plan,
+    bytes_of_one,
+    choose,
+    on_meta,
+    screen,
+)
 
 SIZES = {  # bytes of parameter, gradient and state, by the optimizers' papers; 8 bits have an fp32 scale per 256 values
     "adamw": 4 + 4 + 2 * 4,
@@ -181,6 +192,14 @@ def test_out_of_memory_in_a_step_is_one_sentence_with_what_would_save_it(tmp_pat
     said, last = str(raised.value).split("\n")
     assert ", gradient_checkpointing=True recompute=keep_attn saves 0.0" in said and said.count(" saves ") == 3
     assert last == "there is no checkpoint yet"
+
+
+def test_an_epoch_that_shows_nothing_is_said_and_no_error():
+    config = Config(data_backend_config=[])
+    flux, seen = on_meta(config, torch.float32), SimpleNamespace(lines=list)
+    examples = SimpleNamespace(epoch=lambda number, size: [], examples=pairs(96, 96))  # of probability below 1
+    lines = screen(config, SimpleNamespace(flux=flux, device=CPU), examples, seen)
+    assert any(line.startswith("epoch    0 uses in 0 batches: 0 steps") for line in lines)
 
 
 def test_what_is_measured_stands_once_beside_what_was_predicted(tmp_path, monkeypatch, capsys):

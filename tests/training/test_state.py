@@ -17,7 +17,11 @@ from safetensors.torch import load_file
 import train
 from kontext_min.adapters.inject import updates
 from kontext_min.adapters.read import read_adapter
+from kontext_min.config import read_config
+from kontext_min.run_folder import RunFolder, read_lines
+from kontext_min.training import run as run_module
 from kontext_min.training import state, trainer
+from kontext_min.training.evaluate import Evaluator
 from kontext_min.training.validate import Validator
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +121,55 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(config, tmp_path, capsy
     assert results(out) == before
     run(config, out, "lr_scheduler=constant", "max_train_steps=14")
     assert [step for step, _ in results(out)[1]] == list(range(1, 15))
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_is_the_latest_from_then_on(config, tmp_path, capsys):
+    out = run(config, tmp_path / "out", "lr_scheduler=constant")
+    other = ["lr_scheduler=constant", "learning_rate=5e-3", "allow_changed_resume=true"]
+
+    def stop_after_eleven(self, step, each_step=train.Run.each_step):
+        self.interrupted.set() if step == 11 else None
+        return each_step(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "each_step", stop_after_eleven)
+        run(config, out, *other, f"resume_from_checkpoint={out / 'checkpoint-10'}")
+    assert f"checkpoints after step 10 were moved to {out / 'previous-1'}" in capsys.readouterr().out
+    assert (out / "previous-1" / "checkpoint-12" / "state.json").exists()
+    assert state.chosen(read_config(config, [f"output_dir={out}"])) == out / "checkpoint-11"
+    run(config, out, *other[:2])
+    assert [step for step, _ in results(out)[1]] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("what", ["card", "sheet", "eval loss"])
+def test_a_run_that_died_behind_its_last_checkpoint_makes_up_for_what_it_has_not_left(config, tmp_path, capsys, what):
+    settings = ["lr_scheduler=constant", "max_train_steps=5"]
+    whole = run(config, tmp_path / "whole", *settings)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*{"card": (run_module, "write_card", die), "sheet": (train.Run, "look", lambda *_: None),
+                        "eval loss": (Evaluator, "run", lambda self, step: step and die())}[what])  # fmt: skip
+        patch.setattr(run_module, "write_card", die)
+        run(config, tmp_path / "out", *settings)
+    out = RunFolder(tmp_path / "out")
+    assert state.checkpoints(out.path) and not out.card.exists() and out.sheet(5).exists() == (what != "sheet")
+    before = results(out.path)  # what is trained is there: it is written before the checkpoint
+    assert before == results(whole)
+    if what == "sheet":
+        out.lora.unlink()  # as by versions that did not
+    capsys.readouterr()
+    run(config, out.path, *settings)
+    assert "nothing to do" not in capsys.readouterr().out and results(out.path) == before
+    assert out.card.exists()
+    for name in ("validation/000005.png", "validation/psnr.jsonl", "validation/000005/00.png"):
+        assert (out.path / name).read_bytes() == (whole / name).read_bytes(), name
+    said, expected = (read_lines(RunFolder(path).eval)[-1] for path in (out.path, whole))
+    assert said == expected
+    run(config, out.path, *settings)
+    assert "already reached; nothing to do" in capsys.readouterr().out
 
 
 def test_changed_settings_or_data_are_listed_and_refused_unless_allowed(config, tmp_path):
