@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kontext_min.nano.edits import HELD_OUT, MIX, write_pairs
-from kontext_min.nano.evaluate import report, report_lora
+from kontext_min.nano.evaluate import evaluate, report, report_lora
 from kontext_min.nano.model import write_clip, write_t5
 from kontext_min.nano.pretrain import DISTIL_STEPS, PHASES, VAE_STEPS, pretrain_flux, pretrain_vae
 from kontext_min.presets import WEIGHTS
@@ -32,10 +32,10 @@ def main() -> None:  # one command
     command = commands.add_parser("pretrain", parents=[shared])
     command.add_argument("--work", type=Path, default=Path("output/nano-pretrain"), help="where its checkpoints are")
     command.add_argument("--bf16", action="store_true", help="its products in bf16, where the CPU multiplies in it")
-    command.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
+    command.add_argument("--smoke", action="store_true", help="a few steps of everything, in WORK/smoke")
     command = commands.add_parser("evaluate", parents=[shared])
     command.add_argument("--lora", type=Path, help="what this LoRA does, beside the base")
-    command.add_argument("--edits", nargs="+", choices=EDITS, default=EDITS, metavar="EDIT", help="only these")
+    command.add_argument("--edits", nargs="+", choices=EDITS, default=EDITS, metavar="EDIT", help="only these, printed")
     command = commands.add_parser("pairs")
     command.add_argument("edit", choices=EDITS, metavar="EDIT", help=", ".join(EDITS))
     command.add_argument("output", type=Path, help="a folder that is new or empty")
@@ -48,6 +48,9 @@ def main() -> None:  # one command
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     if args.command == "pretrain":
+        if args.smoke:
+            args.work /= "smoke"
+            args.folder = args.work / "nano" if args.folder == WEIGHTS / "nano" else args.folder
         args.work.mkdir(parents=True, exist_ok=True)
         write_t5(args.folder / "tokenizer_2")
         write_clip(args.folder / "tokenizer")
@@ -57,6 +60,8 @@ def main() -> None:  # one command
         report(args.folder, 4 if args.smoke else args.cases)
     elif args.lora:
         report_lora(args.folder, args.lora, args.edits, args.cases)
+    elif args.edits is not EDITS:
+        evaluate(args.folder, args.edits, args.cases)
     else:
         report(args.folder, args.cases)
 
