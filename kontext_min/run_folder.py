@@ -4,7 +4,7 @@ config.json                       every key in force; a config file again
 metrics.jsonl                     a line per optimizer step
 model/                            with model_type full: the model, trained, in its own layout
 pytorch_lora_weights.safetensors  the LoRA; ema/ has its average, sample-reference-1.png what infer.py shows it on
-checkpoint-500/                   all that a run needs to go on
+checkpoint-500/                   all that a run needs to go on; previous-1/ has what a later start set aside
 README.md  report.html  logs/     the model card; everything on one page; what trackers write
 validation/items.json             what is shown: items 0, 1, …
 validation/KIND/00.png            of item 0; KIND: input-1 (a reference), target, base (its own), 000500 (the LoRA's)
