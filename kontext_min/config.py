@@ -264,7 +264,7 @@ class Config(Strict):
     output_dir: Path = Path("output/run")
     checkpointing_steps: int = knob(500, "steps between checkpoints; 0: only when interrupted", ge=0)
     checkpoints_total_limit: int = knob(3, "checkpoints kept; the oldest go first", ge=1)
-    resume_from_checkpoint: str | None = knob(None, "latest, or a checkpoint-N folder to go on from; newer ones are set aside")
+    resume_from_checkpoint: str | None = knob(None, "latest, or a checkpoint-N to go on from; newer ones are set aside")
     allow_changed_resume: bool = knob(False, "go on although settings or data have changed since")
 
     # validation pictures

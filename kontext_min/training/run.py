@@ -74,7 +74,8 @@ class Run:
         left = (self.trained, self.folder.average, self.folder.sheet(self.done))
         return stopped if self.interrupted.is_set() else "\n".join(str(file) for file in left if file.exists())
 
-    def resume(self, optimizer: torch.optim.Optimizer) -> int:  # bring all to the checkpoint to go on from; -> its step
+    def resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """Bring all that is trained to the checkpoint to go on from, if there is one. -> its step, or 0."""
         config, parameters = self.config, [p for group in optimizer.param_groups for p in group["params"]]
         self.ema = EMA(parameters, config.ema_decay) if config.use_ema else None
         parts = {"adapter": nn.ModuleList(updates(self.flux)), "optimizer": optimizer}

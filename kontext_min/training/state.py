@@ -84,8 +84,7 @@ def save(folder: Path, step: int, kept: Parts | parallel.Shards, identity: dict,
 
 @parallel.by_first
 def finish(temporary: Path, final: Path, state: dict, limit: int):
-    state = {**state, "checksum": checksum(temporary)}
-    (temporary / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    (temporary / STATE).write_text(json.dumps({**state, "checksum": checksum(temporary)}, indent=2), encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
         sync(path)
     shutil.rmtree(final, ignore_errors=True)
