@@ -172,6 +172,18 @@ def test_a_run_that_died_behind_its_last_checkpoint_makes_up_for_what_it_has_not
     assert "already reached; nothing to do" in capsys.readouterr().out
 
 
+def test_there_is_no_last_checkpoint_before_what_is_trained_is_written(config, tmp_path):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    settings = ["lr_scheduler=constant", "max_train_steps=6"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Run, "write", die)
+        run(config, tmp_path / "out", *settings)
+    assert [path.name for path in state.checkpoints(tmp_path / "out")] == ["checkpoint-5"]
+    assert results(run(config, tmp_path / "out", *settings)) == results(run(config, tmp_path / "whole", *settings))
+
+
 def test_changed_settings_or_data_are_listed_and_refused_unless_allowed(config, tmp_path):
     out = run(config, tmp_path / "out", "max_train_steps=5", "lr_scheduler=constant")
     changes = ["lr_scheduler=constant", "learning_rate=2e-3", "seed=1"]
