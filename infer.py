@@ -6,7 +6,6 @@ Every setting comes from the command line, else from --again's picture, else fro
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from zlib import crc32
 
@@ -20,6 +19,7 @@ from kontext_min.adapters.read import AdapterFile, read_adapter, split_lora
 from kontext_min.data.buckets import Size, open_image, parse_size, share_cut
 from kontext_min.edit import TOKEN, Editor, edit, open_editor, output_size, prepare_reference
 from kontext_min.memory import attention_kernels
+from kontext_min.parallel import errors_in_one_line
 from kontext_min.quantize import form_of, refuse_on
 from kontext_min.sampler import Sampling
 
@@ -47,7 +47,7 @@ OPTIONS = {  # setting -> default, help, and what else argparse should know
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 OF_THE_SAMPLE = ("image", "size", "reference_size", "seed")  # of what a LoRA file says
 LARGEST = 8192  # pixels
-SMALLER = "the GPU's memory is too small: try --precision int8 or nf4, --text-encoder-2-precision nf4, a smaller --size"
+SMALLER = "try --precision int8 or nf4, --text-encoder-2-precision nf4, a smaller --size"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -171,7 +171,8 @@ def paths_for(out: Path, count: int) -> list[Path]:
     return [out / f"{max(used, default=0) + i + 1:04d}.png" for i in range(count)]
 
 
-def save(image: Image.Image, path: Path, settings: dict):  # a PNG with everything needed to make it again
+def save(image: Image.Image, path: Path, settings: dict):
+    """A PNG that keeps in a chunk all that `--again` needs to make it again."""
     kept = {key: settings[key] for key in DEFAULTS} | {"num_images": 1}
     kept["image"] = [str(Path(path).resolve()) for path in settings["image"]]
     loras = [(str(lora.path.resolve()), strength) for lora, strength in settings["adapters"]]
@@ -219,11 +220,5 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line("infer.py", SMALLER):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"infer.py: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit(f"infer.py: {SMALLER}")
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -36,7 +36,7 @@ from kontext_min.training.sets import Sets, mix_of, read_sets, text_cache
 from kontext_min.training.validate import Validator, items_of, sampling_of
 
 OPTIONS = {"--explain", "--check", "--prune-cache"}
-SMALLER = "the GPU's memory is too small: text_encoder_2_precision=nf4 takes less to encode, a smaller memory all else"
+SMALLER = "text_encoder_2_precision=nf4 takes less to encode, a smaller memory all else"  # but the steps, counted
 NO_PATH = str.maketrans("/\\:", "___")  # an id in a file name
 
 
@@ -186,13 +186,5 @@ def run(config: Config, prune: bool = False):
 
 
 if __name__ == "__main__":
-    try:
+    with parallel.errors_in_one_line("train.py", SMALLER):
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        parallel.last_words(f"train.py: {error}")
-    except torch.OutOfMemoryError:  # beside the steps, whose own remedies are counted
-        parallel.last_words(f"train.py: {SMALLER}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        sys.stderr = sys.__stderr__  # a traceback is for the user, whichever rank's

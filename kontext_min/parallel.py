@@ -64,15 +64,25 @@ def lost(error: RuntimeError) -> bool:
     return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
-def last_words(text: str):
-    """Exit with an error, which the first rank to fail tells, whichever it is; the others fail of that."""
+@contextmanager
+def errors_in_one_line(program: str, smaller: str = "take less at a time") -> Iterator[None]:
+    """Within it an error ends the program with its sentence; smaller: what to do where a GPU's memory is too small.
+    The first rank to fail tells it, whichever it is; the others fail of that.
+    """
     try:
-        first = meeting()[0].add("failed", 1) == 1
-    except RuntimeError:  # the store has died with its rank
-        first = True
-    if first:
-        print(text, file=sys.__stderr__, flush=True)
-    sys.exit(1)
+        yield
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        small = isinstance(error, torch.OutOfMemoryError)
+        said = f"the GPU's memory is too small: {smaller}" if small else error
+        try:
+            first = meeting()[0].add("failed", 1) == 1
+        except RuntimeError:  # the store has died with its rank
+            first = True
+        sys.exit(f"{program}: {said}" if first else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        sys.stderr = sys.__stderr__  # that, and a traceback, is for the user, whichever rank's
 
 
 # ------------------------------------------------------------------------------------------------ together

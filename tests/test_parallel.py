@@ -224,7 +224,8 @@ def test_a_mistake_in_the_config_is_said_once(config):
 def test_the_first_rank_to_fail_says_why_even_before_the_ranks_have_met(tmp_path):
     """torchrun ends all ranks as soon as one has failed: rank 0 would come too late to say it."""
     late = "import os, time\nfrom kontext_min import parallel\nif os.environ['RANK'] == '0':\n    time.sleep(60)\n"
-    (tmp_path / "late.py").write_text(late + "parallel.last_words('late.py: told')\n")
+    late += "with parallel.errors_in_one_line('late.py'):\n    raise ValueError('told')\n"
+    (tmp_path / "late.py").write_text(late)
     said, _ = launch(2, tmp_path / "late.py").communicate(timeout=300)
     assert said.count("late.py: told") == 1, said
 

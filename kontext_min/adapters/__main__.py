@@ -10,7 +10,6 @@ Every adapter written is read back and compared. --rank R makes LoRAs of rank R 
 
 import argparse
 import json
-import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from kontext_min.adapters.merge import merge_into, reduced
 from kontext_min.adapters.read import read_adapter, split_lora
 from kontext_min.adapters.rows import by_linear
 from kontext_min.adapters.write import WRITTEN, write_adapter
+from kontext_min.parallel import errors_in_one_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -106,7 +106,5 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line("kontext_min.adapters"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"kontext_min.adapters: {error}")

@@ -133,7 +133,7 @@ class Shared(torch.autograd.Function):
 
 class Adapted(nn.Module):
     """A frozen linear, or what stands for one, with any number of updates, each added to its own output rows.
-    What stands for a linear takes a change, too, to which it adds its product with x alone. An update's `dropout` is the
+    What stands for a linear takes a change, too, and adds to it its product with x alone. An update's `dropout` is the
     share of its inputs left out, by draws of torch's global generator, wherever gradients are recorded.
     """
 

@@ -16,6 +16,7 @@ from kontext_min.nano.edits import HELD_OUT, MIX, write_pairs
 from kontext_min.nano.evaluate import evaluate, report, report_lora
 from kontext_min.nano.model import write_clip, write_t5
 from kontext_min.nano.pretrain import DISTIL_STEPS, PHASES, VAE_STEPS, pretrain_flux, pretrain_vae
+from kontext_min.parallel import errors_in_one_line
 from kontext_min.presets import WEIGHTS
 
 EDITS = (*HELD_OUT, *MIX)
@@ -67,7 +68,5 @@ def main() -> None:  # one command
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line("nano"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"nano: {error}")

@@ -8,7 +8,6 @@ drift      the edit applied to its own result, again and again
 """
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from kontext_min.adapters.inject import muted, updates
+from kontext_min.parallel import errors_in_one_line
 from kontext_min.study import experiment, hooks
 from kontext_min.study.experiment import Experiment, heat_map, overlay, rows_of
 
@@ -139,7 +139,5 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
+    with errors_in_one_line("study"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"study: {error}")
