@@ -177,9 +177,8 @@ def save(image: Image.Image, path: Path, settings: dict):
     kept["image"] = [str(Path(path).resolve()) for path in settings["image"]]
     loras = [(str(lora.path.resolve()), strength) for lora, strength in settings["adapters"]]
     kept["lora"] = [f"{file}:{strength!r}" for file, strength in loras]
-    kept["checksums"] = {
-        file: crc32(Path(file).read_bytes()) for file in [*kept["image"], *(lora for lora, _ in loras)]
-    }
+    files = [*kept["image"], *(file for file, _ in loras)]
+    kept["checksums"] = {file: crc32(Path(file).read_bytes()) for file in files}
     if presets.locate(kept["model"]) == kept["model"] and Path(kept["model"]).is_dir():
         kept["model"] = str(Path(kept["model"]).resolve())
     info = PngInfo()

@@ -20,13 +20,11 @@ def knob(default, meaning: str, **limits):  # a key with its meaning, as `--expl
     return Field(default, description=meaning, **limits)
 
 
-def as_mapping(value):  # `key=value,key=value` -> a mapping
-    if not isinstance(value, str):
-        return value or {}
-    return dict(part.strip().partition("=")[::2] for part in value.split(",") if part.strip())
+def split_pairs(text: str) -> dict[str, str]:  # of `key=value,key=value`
+    return dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
 
 
-Mapped = BeforeValidator(as_mapping)
+Mapped = BeforeValidator(lambda v: split_pairs(v) if isinstance(v, str) else v or {})
 Listed = BeforeValidator(lambda v: v if isinstance(v, list) else [] if v is None else [v])  # one may lack its brackets
 Read = BeforeValidator(lambda v: read_json5(Path(v)) if isinstance(v, str | Path) else v)  # a JSON file's path
 Positive, SizeText = Annotated[float, Field(gt=0)], Annotated[str, Field(coerce_numbers_to_str=True)]
@@ -337,7 +335,7 @@ class Config(Strict):
             "fsdp_cpu_offload needs model_type full": self.fsdp_cpu_offload and not full,
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,
             f"lora_type lycoris is described by lycoris_config; take out {idle}": lokr and idle,
-            f"lora_format: a {form} file cannot hold LoKr or DoRA": form != "diffusers" and (lokr or self.use_dora),
+            f"lora_format {form} is a LoRA's alone; convert it later": form != "diffusers" and (lokr or self.use_dora),
             "flow_use_uniform_schedule and flow_use_beta_schedule exclude each other": flows == 2,
             "flux_guidance_min is above flux_guidance_max": self.flux_guidance_min > self.flux_guidance_max,
             "lr_end is above learning_rate": self.lr_end > self.learning_rate and curve,

@@ -93,14 +93,9 @@ def prepare_reference(image: Image.Image, output: Size, rule: str, preset: Prese
 
 
 def edit(
-    editor: Editor,
-    text: Text,
-    references: list[Image.Image],
-    size: Size,
-    sampling: sampler.Sampling,
-    negative: Text | None = None,
-    each_step: Callable[[Tensor], None] = lambda x: None,
-) -> Image.Image:
+    editor: Editor, text: Text, references: list[Image.Image], size: Size, sampling: sampler.Sampling,
+    negative: Text | None = None, each_step: Callable[[Tensor], None] = lambda x: None,
+) -> Image.Image:  # fmt: skip
     """One picture of `size` (multiples of a token) from an encoded instruction and prepared references.
     each_step is called with the latents (1, 16, h, w) after every step.
     """

@@ -6,7 +6,7 @@ a token is a 2 x 2 patch of latents, 16 x 16 pixels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -131,26 +131,22 @@ def token_count(height: int, width: int) -> int:  # of latents
     return (height // 2) * (width // 2)
 
 
-Density = Callable[[torch.Generator], Tensor]  # one training time in [0, 1], before the shift: (1,) fp32
+# training times in [0, 1], before the shift: one draw, (1,) fp32
 
 
-def logit_normal(scale: float = 1.0) -> Density:
+def logit_normal(generator: torch.Generator, scale: float = 1.0) -> Tensor:
     """sigmoid(scale * a standard normal): most times in the middle."""
-    return lambda generator: torch.sigmoid(scale * torch.randn(1, generator=generator))
+    return torch.sigmoid(scale * torch.randn(1, generator=generator))
 
 
-def uniform() -> Density:  # all times alike
-    return lambda generator: torch.rand(1, generator=generator)
+def uniform(generator: torch.Generator) -> Tensor:
+    return torch.rand(1, generator=generator)
 
 
-def beta(alpha: float, beta: float) -> Density:
+def beta(generator: torch.Generator, alpha: float, beta: float) -> Tensor:
     """Beta(alpha, beta), as the share of one of two gamma draws."""
-
-    def draw(generator: torch.Generator) -> Tensor:
-        one, other = torch._standard_gamma(torch.tensor([alpha, beta]), generator=generator)
-        return (one / (one + other))[None]
-
-    return draw
+    one, other = torch._standard_gamma(torch.tensor([alpha, beta]), generator=generator)
+    return (one / (one + other))[None]
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

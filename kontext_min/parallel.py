@@ -75,7 +75,7 @@ def errors_in_one_line(program: str, smaller: str = "take less at a time") -> It
         small = isinstance(error, torch.OutOfMemoryError)
         said = f"the GPU's memory is too small: {smaller}" if small else error
         try:
-            first = meeting()[0].add("failed", 1) == 1
+            first = "RANK" not in os.environ or meeting()[0].add("failed", 1) == 1
         except RuntimeError:  # the store has died with its rank
             first = True
         sys.exit(f"{program}: {said}" if first else 1)

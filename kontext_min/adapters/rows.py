@@ -38,10 +38,8 @@ def by_linear(updates: Sequence[Update], flux: Flux | None = None) -> Placed:
         for update in here:
             (rows, columns), part = update.shape, named[update.name]
             if (rows, columns) != (part.rows, inputs):
-                said = (
-                    f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to {part.rows}"
-                )
-                raise ValueError(f"{said}; it was made for another model")
+                said = f"the LoRA's {update.name} maps {columns} to {rows} channels, the model's {inputs} to "
+                raise ValueError(f"{said}{part.rows}; it was made for another model")
             update.start = part.start
         found[whole] = parts, here
     return found

@@ -80,14 +80,13 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     kind = "LoKr" if any(isinstance(update, LoKr) for update in updates) else "LoRA"
     own = {CONFIG_KEY: peft_settings(updates, ranks, usual)} if form == "diffusers" else {}
+    home = "https://github.com/black-forest-labs/flux" if WRITTEN[form][0].names == "bfl" else "diffusers"
     return own | {
         "format": "pt",
         RECIPE_KEY: json.dumps(recipe),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "flux-kontext/lora",
-        "modelspec.implementation": "https://github.com/black-forest-labs/flux"
-        if WRITTEN[form][0].names == "bfl"
-        else "diffusers",
+        "modelspec.implementation": home,
         "modelspec.title": str(recipe.get("title", f"kontext_min {kind}")),
         "modelspec.resolution": recipe.get("size", "1024x1024"),
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),

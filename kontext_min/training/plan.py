@@ -81,7 +81,9 @@ class Forecast:
         self.blocks, self.away = sum(rest.values()), max(0, sum(rest.values()) - 3 * largest)
         blocks = [*flux.double_blocks, *flux.single_blocks]
         self.again = max(1, len(blocks[: -1 : config.gradient_checkpointing_interval]))  # those computed again
-        self.inputs = max(0, self.again - 2) * self.tokens * width * self.dtype.itemsize  # two are on the device
+        count, size = max(0, self.again - 2), self.tokens * width * self.dtype.itemsize  # two are on the device
+        self.inputs = count * size
+        self.pinned = count * pinned(size), sum(map(pinned, rest.values()))
 
     def work(self, policy: str) -> memory.Counted:
         """A batch, forward and backward, by a policy of `apply_checkpointing`, or none."""
@@ -120,7 +122,8 @@ class Forecast:
         return sum(self.parts(plan).values()) / GB
 
     def host(self, plan: Plan) -> float:  # GB in the host's memory
-        streamed = plan.offload_activations * self.inputs + plan.stream_blocks * self.blocks
+        inputs, blocks = self.pinned
+        streamed = plan.offload_activations * inputs + plan.stream_blocks * blocks
         return (plan.modulation_on_cpu * self.modulation + streamed) / GB
 
     def seconds(self, plan: Plan, card: dict) -> float:
@@ -128,8 +131,8 @@ class Forecast:
         linears = flops.total() - flops[FUSED] - flops[FUSED_BACKWARD]
         times = linears / ((how == "dynamic" and card[kind]) or card["bf16"])
         times += flops[FUSED] / card["attention"] + flops[FUSED_BACKWARD] / card["attention_backward"]
-        copied = 2 * self.host(replace(plan, modulation_on_cpu=False)) / card["pcie"]
-        return max(times / 1e12, copied) * self.config.gradient_accumulation_steps
+        copied = 2 * (plan.offload_activations * self.inputs + plan.stream_blocks * self.blocks)
+        return max(times / 1e12, copied / GB / card["pcie"]) * self.config.gradient_accumulation_steps
 
     def fitting(self, budget: float) -> Plan | None:
         """The first of PLANS, with what the config names, that fits so many GB, and then some blocks by less."""
@@ -186,6 +189,10 @@ def named(config: Config) -> dict[str, str | bool]:
     said = config.model_dump(include=set(vars(Plan())), exclude_none=True)
     said |= {} if config.gradient_checkpointing else {"recompute": "none"}
     return {"recompute_less": 0} | said if "recompute" in said else said
+
+
+def pinned(size: int) -> int:  # bytes that torch takes for so many of the host's memory from which a GPU copies
+    return 1 << (size - 1).bit_length()
 
 
 def choose(config: Config, examples: list[Example], device: torch.device) -> Forecast:

@@ -97,7 +97,7 @@ def draw(batch: Batch, uses: list[Use], number: int, config: Config, shift: flow
     factor, columns = shift_factor(config, shift, batch), []
     for use in uses:
         generator = seeded("noise", config.seed, number, use.index, use.repeat)
-        t = flow.shift_time(density(config)(generator), factor)
+        t = flow.shift_time(time_of(config, generator), factor)
         noise = flow.draw_noise((1, *batch.target.shape[1:]), generator)
         columns.append((noise, t, guidance(config, generator)))
     return Draw(*(torch.cat(column).to(batch.target.device) for column in zip(*columns, strict=True)))
@@ -107,12 +107,12 @@ def seeded(*parts: str | int) -> torch.Generator:  # a generator whose seed is m
     return torch.Generator().manual_seed(int(digest(*map(str, parts))[:15], 16))
 
 
-def density(config: Config) -> flow.Density:
+def time_of(config: Config, generator: torch.Generator) -> Tensor:  # (1,) of one use, before the shift
     if config.flow_use_uniform_schedule:
-        return flow.uniform()
+        return flow.uniform(generator)
     if config.flow_use_beta_schedule:
-        return flow.beta(config.flow_beta_schedule_alpha, config.flow_beta_schedule_beta)
-    return flow.logit_normal(config.flow_sigmoid_scale)
+        return flow.beta(generator, config.flow_beta_schedule_alpha, config.flow_beta_schedule_beta)
+    return flow.logit_normal(generator, config.flow_sigmoid_scale)
 
 
 def shift_factor(config: Config, shift: flow.Shift, batch: Batch) -> float:

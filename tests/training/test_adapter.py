@@ -67,7 +67,7 @@ CONTRADICTIONS = {
     "take out lora_alpha, use_dora": LYCORIS | {"use_dora": True, "lora_alpha": 4},
     "take out flux_lora_target": LYCORIS | {"lycoris_config": SIMPLETUNER, "flux_lora_target": "all"},
     "lora_type lycoris needs lycoris_config": {"lora_type": "lycoris"},
-    "a kohya file cannot hold": LYCORIS | {"lora_format": "kohya"},
+    "lora_format kohya is a LoRA's alone": LYCORIS | {"lora_format": "kohya"},
     "needs linear_dim, or full_matrix": LYCORIS | {"lycoris_config": {"algo": "lokr", "factor": 8}},
     "algo = 'loha': input should be 'lokr'": LYCORIS | {"lycoris_config": {"algo": "loha"}},
     "multiplier = 0.5": LYCORIS | {"lycoris_config": LOKR | {"multiplier": 0.5}},

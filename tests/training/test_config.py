@@ -126,6 +126,6 @@ def test_memory_is_a_number_of_gb_or_auto(tmp_path):
 
 def test_a_format_that_cannot_hold_the_adapter_is_refused_before_training(tmp_path):
     path = write(tmp_path, '{"data_backend_config": [], "use_dora": true, "lora_format": "comfyui"}')
-    with pytest.raises(ValueError, match="lora_format: a comfyui file cannot hold"):
+    with pytest.raises(ValueError, match="lora_format comfyui is a LoRA's alone; convert it later"):
         read_config(path, [])
     assert read_config(path, ["lora_format=diffusers"]).use_dora

@@ -80,8 +80,14 @@ def test_the_weights_that_stay_are_those_by_the_published_shapes(forecast):
     )
     ring = forecast.parts(Plan("block", modulation_on_cpu=True, stream_blocks=True))["transformer"]
     assert without - ring == pytest.approx(8.608e9 - 3 * 0.2265e9, rel=0.002)  # three double blocks stay
-    one = 8704 * 3072 * 2  # bytes of a block's input
+
+
+def test_the_hosts_memory_is_counted_as_torch_takes_it_in_powers_of_two(forecast):
+    one = 2**26  # a block's input is of 8704 * 3072 * 2 = 53.5 million bytes
     assert forecast.host(Plan("block", offload_activations=True)) == pytest.approx(54 * one / GB)
+    double = 2 * (2**25 + 2**24 + 2 * 2**26)  # both streams' qkv, proj and two of the feed-forward, in int8
+    streamed = forecast.host(Plan("block", stream_blocks=True))
+    assert streamed == pytest.approx((19 * double + 38 * 2 * 2**26) / GB, rel=0.002)  # 12.1 GB for 8.6
 
 
 def test_seconds_are_the_roofline_that_was_worked_out_by_hand(forecast):

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import partialmethod
+from functools import partial, partialmethod
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from kontext_min.memory import apply_checkpointing
 from kontext_min.presets import NANO
 from kontext_min.run_folder import read_lines
 from kontext_min.training.sets import mix_of, read_sets, text_cache
-from kontext_min.training.trainer import Draw, batches, density, draw, flow_loss, shift_factor, train
+from kontext_min.training.trainer import Draw, batches, draw, flow_loss, shift_factor, time_of, train
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ DENSITIES = [  # settings, mean, standard deviation (logit-normals by quadrature
 
 @pytest.mark.parametrize("settings, mean, spread", DENSITIES)
 def test_times_have_the_asked_density_and_are_the_same_again(config, settings, mean, spread):
-    drawn = density(config.model_copy(update=settings))
+    drawn = partial(time_of, config.model_copy(update=settings))
     times = torch.cat([drawn(torch.Generator().manual_seed(i)) for i in range(4000)])
     assert times.mean().item() == pytest.approx(mean, abs=0.015)
     assert times.std().item() == pytest.approx(spread, abs=0.012)
