@@ -20,8 +20,7 @@ class Preset:
     text_shape: tuple[int, int]  # of one encoded instruction: tokens, channels
 
 
-def both_ways(*sizes: tuple[int, int]) -> tuple[Size, ...]:
-    """Upright sizes and the square -> these and their transposes, from narrow to wide."""
+def both_ways(*sizes: tuple[int, int]) -> tuple[Size, ...]:  # upright ones -> also lying ones, from narrow to wide
     return tuple(Size(w, h) for w, h in sizes) + tuple(Size(h, w) for w, h in reversed(sizes) if w != h)
 
 

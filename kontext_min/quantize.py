@@ -164,7 +164,7 @@ def quantising(precision: str) -> Hook:
 
 
 def open_flux(
-    model: load.Checkpoint, place: Place, dtype: torch.dtype, precision: str, cache: Path, merge: Hook = None
+    model: load.Checkpoint, place: Place, dtype: torch.dtype, precision: str, cache: Path, merge=None
 ) -> Flux:
     """The transformer, frozen, in a `base_model_precision`, or infer.py's. A quantised one is read from folder `cache`,
     where it is made, once, or if it is damaged; either takes the memory of one tensor beside the model's own.

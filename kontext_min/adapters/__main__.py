@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None):
     converted.set_defaults(base=None)
     merged.add_argument("loras", nargs="+", metavar="LORA[:STRENGTH]")
     merged.add_argument(
-        "--base", type=Path, help="a model folder or a single file: write it with its transformer changed"
+        "--base", type=Path, help="a model, folder or single file: write it with its transformer changed"
     )
     for command in (converted, merged):
         command.set_defaults(work=write)

@@ -43,8 +43,7 @@ class FluxConfig:
             )
 
     @property
-    def mlp_hidden(self) -> int:
-        """Width of a block's feed-forward layer."""
+    def mlp_hidden(self) -> int:  # width of a block's feed-forward layer
         return int(self.hidden_size * self.mlp_ratio)
 
 
@@ -121,7 +120,6 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) * x + shift."""
     return (1 + scale) * x + shift
 
 
@@ -132,7 +130,6 @@ def self_attention(hidden: int, num_heads: int) -> nn.ModuleDict:
 
 
 def feed_forward(hidden: int, mlp_hidden: int) -> nn.Sequential:
-    """Linear, GELU (tanh), Linear."""
     return nn.Sequential(nn.Linear(hidden, mlp_hidden), nn.GELU(approximate="tanh"), nn.Linear(mlp_hidden, hidden))
 
 

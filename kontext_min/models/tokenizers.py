@@ -48,13 +48,11 @@ class Tokenizer:
     def __init__(self, encode: Callable[[str], list[int]], length: int, end_id: int, pad_id: int):
         self.encode, self.length, self.end_id, self.pad_id = encode, length, end_id, pad_id
 
-    def __call__(self, texts: list[str]) -> Tensor:
-        """-> (B, length) int64."""
+    def __call__(self, texts: list[str]) -> Tensor:  # (B, length) int64
         rows = [[*self.encode(text)[: self.length - 1], self.end_id] for text in texts]
         return torch.tensor([row + [self.pad_id] * (self.length - len(row)) for row in rows])
 
-    def excess(self, text: str) -> int:
-        """How many tokens at its end are cut off."""
+    def excess(self, text: str) -> int:  # how many tokens at its end are cut off
         return max(0, len(self.encode(text)) + 1 - self.length)
 
 

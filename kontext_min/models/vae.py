@@ -32,8 +32,7 @@ class VAEConfig:
     shift_factor: float = 0.1159
 
     @property
-    def factor(self) -> int:
-        """Pixels per latent along one side."""
+    def factor(self) -> int:  # pixels per latent along one side
         return 2 ** (len(self.channels) - 1)
 
 
@@ -101,8 +100,7 @@ class Upsample(nn.Sequential):
         return by_strips(super().forward, x)
 
 
-def named(**parts: nn.Module) -> nn.Sequential:
-    """Modules that run one after another, under the names of the files."""
+def named(**parts: nn.Module) -> nn.Sequential:  # modules that run one after another, under the names of the files
     return nn.Sequential(OrderedDict(parts))
 
 

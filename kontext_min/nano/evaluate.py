@@ -69,9 +69,7 @@ def measure(
     return numbers, card([task.prompt], named)
 
 
-def evaluate(
-    folder: Path, edits: Iterable[str], count: int, sampling=SAMPLING, lora: Path | None = None
-) -> tuple[dict, Image.Image]:
+def evaluate(folder: Path, edits: Iterable[str], count: int, sampling=SAMPLING, lora=None) -> tuple[dict, Image.Image]:
     """Means over `count` cases of every edit, printed as they come, and a sheet with three cases of each."""
     prompts = [task.prompt for name in edits for task in cases(name, count)]
     loras = [(read_adapter(lora), 1.0)] if lora else []

@@ -81,9 +81,9 @@ class Forecast:
         self.blocks, self.away = sum(rest.values()), max(0, sum(rest.values()) - 3 * largest)
         blocks = [*flux.double_blocks, *flux.single_blocks]
         self.again = max(1, len(blocks[: -1 : config.gradient_checkpointing_interval]))  # those computed again
-        count, size = max(0, self.again - 2), self.tokens * width * self.dtype.itemsize  # two are on the device
-        self.inputs = count * size
-        self.pinned = count * pinned(size), sum(map(pinned, rest.values()))
+        inputs = [self.tokens * width * self.dtype.itemsize] * max(0, self.again - 2)  # two are on the device
+        self.inputs, both = sum(inputs), (inputs, rest.values())
+        self.pinned = [sum(1 << (size - 1).bit_length() for size in sizes) for sizes in both]  # as torch takes it
 
     def work(self, policy: str) -> memory.Counted:
         """A batch, forward and backward, by a policy of `apply_checkpointing`, or none."""
@@ -189,10 +189,6 @@ def named(config: Config) -> dict[str, str | bool]:
     said = config.model_dump(include=set(vars(Plan())), exclude_none=True)
     said |= {} if config.gradient_checkpointing else {"recompute": "none"}
     return {"recompute_less": 0} | said if "recompute" in said else said
-
-
-def pinned(size: int) -> int:  # bytes that torch takes for so many of the host's memory from which a GPU copies
-    return 1 << (size - 1).bit_length()
 
 
 def choose(config: Config, examples: list[Example], device: torch.device) -> Forecast:
