@@ -31,6 +31,8 @@ Positive, SizeText = Annotated[float, Field(gt=0)], Annotated[str, Field(coerce_
 Unit, Captions = Literal["pixel_area", "pixel", "area"], Literal["textfile", "filename", "instanceprompt"]
 ModuleClass = Literal["Attention", "FeedForward"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"]
+Optimizer = Literal["adamw", "adamw_bf16", "ao-adamw8bit", "optimi-adam", "optimi-adamw", "optimi-stableadamw",
+                    "optimi-adan", "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-sgd"]  # fmt: skip
 Recompute, Several = Literal["block", "keep_attn", "keep_gemm", "none"], Literal["random", "combined"]
 Base = Literal["no_change", "bf16", "int8-quanto", "int8-torchao", "int8-dynamic", "nf4", "fp8-torchao", "fp8-dynamic"]
 Encoder = Literal["no_change", "int8-quanto", "int8-torchao", "nf4"]
@@ -234,10 +236,7 @@ class Config(Strict):
     seed: int = 42
 
     # optimizer
-    optimizer: Literal[
-        "adamw", "adamw_bf16", "ao-adamw8bit", "optimi-adam", "optimi-adamw", "optimi-stableadamw", "optimi-adan",
-        "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-sgd"
-    ] = knob("adamw", "adamw_bf16 and ao-adamw8bit are AdamW in less memory")  # fmt: skip
+    optimizer: Optimizer = knob("adamw", "adamw_bf16 and ao-adamw8bit are AdamW in less memory")
     learning_rate: float = Field(1e-4, gt=0)
     lr_scheduler: Schedule = knob("constant", "both constants are the same")
     lr_warmup_steps: int = knob(0, "steps in which the learning rate rises linearly from 0", ge=0)

@@ -72,8 +72,7 @@ def errors_in_one_line(program: str, smaller: str = "take less at a time") -> It
     try:
         yield
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        small = isinstance(error, torch.OutOfMemoryError)
-        said = f"the GPU's memory is too small: {smaller}" if small else error
+        said = f"the GPU's memory is too small: {smaller}" if isinstance(error, torch.OutOfMemoryError) else error
         try:
             first = "RANK" not in os.environ or meeting()[0].add("failed", 1) == 1
         except RuntimeError:  # the store has died with its rank

@@ -36,11 +36,9 @@ class FluxConfig:
     guidance_embed: bool = True
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads or sum(self.axes_dim) != self.hidden_size // self.num_heads:
-            raise ValueError(
-                f"transformer sizes do not fit: hidden_size {self.hidden_size} / num_heads {self.num_heads} must equal "
-                f"sum(axes_dim) = {sum(self.axes_dim)}; correct transformer/config.json"
-            )
+        if self.hidden_size != self.num_heads * sum(self.axes_dim):
+            said = f"hidden_size {self.hidden_size} is not num_heads {self.num_heads} x sum(axes_dim) {self.axes_dim}"
+            raise ValueError(f"transformer sizes do not fit: {said}; correct transformer/config.json")
 
     @property
     def mlp_hidden(self) -> int:  # width of a block's feed-forward layer

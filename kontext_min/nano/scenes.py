@@ -19,8 +19,7 @@ COLOURS: dict[str, tuple[float, ...]] = {
     "green": (0.13, 0.65, 0.25), "blue":   (0.12, 0.30, 0.85), "purple": (0.58, 0.18, 0.75),
     "white": (0.97, 0.97, 0.97), "black":  (0.06, 0.06, 0.07),
 }  # fmt: skip
-# cell (column, row): its name
-PLACES = {
+PLACES = {  # cell (column, row): its name
     (-1, -1): "top left corner", (1, -1): "top right corner", (0, 0): "center",
     (-1, 1): "bottom left corner", (1, 1): "bottom right corner",
 }  # fmt: skip
@@ -78,8 +77,7 @@ HEART = (
     -(13 * np.cos(TURN) - 5 * np.cos(2 * TURN) - 2 * np.cos(3 * TURN) - np.cos(4 * TURN)) - 2.5,
 )
 CROSS = np.array([(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)])  # a quarter of its corners
-# name: polygon inside (about) the unit disc, (points, 2)
-SHAPES: dict[str, np.ndarray] = {
+SHAPES: dict[str, np.ndarray] = {  # name: polygon inside (about) the unit disc, (points, 2)
     "circle": circle_points(48, 0.95),
     "square": circle_points(4, 1.15, start=np.pi / 4),
     "triangle": circle_points(3, 1.15),
