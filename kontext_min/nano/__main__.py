@@ -20,6 +20,7 @@ from kontext_min.parallel import errors_in_one_line
 from kontext_min.presets import WEIGHTS
 
 EDITS = (*HELD_OUT, *MIX)
+SMOKE = {"examples": 64, "steps": 3, "batch": 4, "falling": 1}  # of a phase
 
 
 def main() -> None:  # one command
@@ -55,7 +56,7 @@ def main() -> None:  # one command
         args.work.mkdir(parents=True, exist_ok=True)
         write_t5(args.folder / "tokenizer_2")
         write_clip(args.folder / "tokenizer")
-        phases = [replace(phase, examples=64, steps=3, batch=4) for phase in PHASES] if args.smoke else PHASES
+        phases = [replace(phase, **SMOKE) for phase in PHASES] if args.smoke else PHASES
         vae = pretrain_vae(args.work, 4 if args.smoke else VAE_STEPS)
         pretrain_flux(args.work, vae, args.folder, phases, 3 if args.smoke else DISTIL_STEPS, args.bf16)
         report(args.folder, 4 if args.smoke else args.cases)

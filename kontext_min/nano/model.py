@@ -27,7 +27,7 @@ LENGTH = 24  # tokens of a prompt, T5 and CLIP alike
 T5_PIECES, CLIP_TOKENS = 1120, 1280  # the embeddings of the usual 32,128 and 49,408 would be 15 MB
 WORDS = Path(__file__).with_name("words.txt")
 
-FLUX = FluxConfig(vec_in_dim=64, context_in_dim=128, hidden_size=192, num_heads=3, depth=2, depth_single_blocks=6,
+FLUX = FluxConfig(vec_in_dim=64, context_in_dim=128, hidden_size=192, num_heads=3, depth=2, depth_single_blocks=4,
                   axes_dim=(8, 28, 28))  # fmt: skip
 T5 = T5Config(vocab_size=T5_PIECES, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, max_distance=32)
 CLIP = CLIPConfig(vocab_size=CLIP_TOKENS, hidden_size=64, intermediate_size=256, num_layers=2, num_heads=2,

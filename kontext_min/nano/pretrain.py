@@ -36,7 +36,7 @@ VAE_SIZES, VAE_BATCH = (Size(64, 64), Size(96, 96), Size(64, 64), Size(112, 80))
 VAE_STEPS, VAE_RATE = 8000, 2e-3
 KL_WEIGHT = 1e-2  # so much that the decoder bears small errors of the latents
 MUON_RATE, ADAM_RATE = 4e-3, 2e-3
-WARM_UP, DECAY = 100, 0.45  # steps; the last share of all steps, in which the rates fall linearly to zero
+WARM_UP = 100  # steps
 ADAM_NAMES = ("clip.", "t5.shared", "relative_attention_bias", "_in.", "_mod.", "modulation", "final_layer")
 CAPTION_DROPOUT = 0.07  # so that true CFG has something to subtract
 GUIDANCE = (1.0, 4.0)  # what the embedding learns to stand for
@@ -56,6 +56,7 @@ class Phase:
     batch: int  # examples of the first size; as many pixels of the others
     changed_weight: float  # of the tokens that an edit changes
     first_index: int
+    falling: int  # its last steps, in which the learning rates fall linearly to zero; 1: they stay
 
 
 class Bucket(NamedTuple):
@@ -66,12 +67,13 @@ class Bucket(NamedTuple):
 
 
 # fmt: off
+SIZES = (*[Size(96, 96)] * 10, *[Size(112, 80)] * 3, *[Size(80, 112)] * 3, Size(128, 64), Size(64, 128), Size(144, 144),
+         Size(192, 128), Size(128, 192))
 PHASES = (
     Phase("64px", (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80)),
-          examples=60_000, steps=2000, batch=96, changed_weight=5.0, first_index=0),
-    Phase("96px", (*[Size(96, 96)] * 10, *[Size(112, 80)] * 3, *[Size(80, 112)] * 3, Size(128, 64), Size(64, 128),
-                   Size(144, 144), Size(192, 128), Size(128, 192)),
-          examples=80_000, steps=5000, batch=96, changed_weight=2.0, first_index=3 * 10**6),
+          examples=60_000, steps=3000, batch=64, changed_weight=5.0, first_index=0, falling=1),
+    Phase("96px", SIZES, 80_000, steps=7500, batch=64, changed_weight=2.0, first_index=3 * 10**6, falling=4725),
+    Phase("96px-2", SIZES, 80_000, steps=8000, batch=64, changed_weight=2.0, first_index=4 * 10**6, falling=4800),
 )
 DISTIL_STEPS = 150  # with half the last phase's batch
 # fmt: on
@@ -278,10 +280,11 @@ def distil_loss(nano: Nano, teacher: Nano, empty: Tensor, data: Bucket, generato
 def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int, bf16: bool) -> None:
     """Train through all phases in `work`/flux.pt, then distil guidance in distilled.pt; each is written to `folder`."""
     torch.manual_seed(2)
-    nano, empty, total = Nano(), tokenizers_of(folder)([""]), sum(phase.steps for phase in phases)
+    nano, empty = Nano(), tokenizers_of(folder)([""])
     optims = optimizers(nano, MUON_RATE, ADAM_RATE, ADAM_NAMES)
 
-    def run(name: str, phase: Phase, steps: range, loss: Callable[..., Tensor], share_of: Callable[[int], float]):
+    def run(name: str, phase: Phase, end: int, loss: Callable[..., Tensor], most: float = 1.0):
+        """Steps up to `end` on the data of a phase; most: the largest share of the learning rates."""
         buckets = cached_buckets(work, vae, folder, phase)
 
         def loss_of(step: int) -> Tensor:
@@ -290,14 +293,14 @@ def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...],
             with sdpa_kernel(SDPBackend.MATH):  # of sequences as short as these, faster on CPUs
                 return loss(empty, data, generator)
 
-        train(work / name, nano, optims, steps, loss_of, share_of, bf16)
+        def share_of(step: int) -> float:
+            return most * min(1.0, (step + 1) / WARM_UP, (end - step) / phase.falling)
+
+        train(work / name, nano, optims, range(end - phase.steps, end), loss_of, share_of, bf16)
         export(folder, nano, vae)
 
-    def share_of(step: int) -> float:
-        return min(1.0, (step + 1) / WARM_UP, (total - step) / (DECAY * total))
-
-    for phase, last in zip(phases, accumulate(phase.steps for phase in phases), strict=True):
-        run("flux.pt", phase, range(last), partial(flux_loss, nano, phase.changed_weight), share_of)
+    for phase, end in zip(phases, accumulate(phase.steps for phase in phases), strict=True):
+        run("flux.pt", phase, end, partial(flux_loss, nano, phase.changed_weight))
     loss = partial(distil_loss, nano, copy.deepcopy(nano).requires_grad_(False))
-    half, last = replace(phases[-1], batch=phases[-1].batch // 2), total + distil
-    run("distilled.pt", half, range(total, last), loss, lambda step: DISTIL_SHARE * (last - step) / distil)
+    half = replace(phase, batch=phase.batch // 2, steps=distil, falling=distil)
+    run("distilled.pt", half, end + distil, loss, DISTIL_SHARE)
