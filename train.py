@@ -168,7 +168,9 @@ def run(config: Config, prune: bool = False):
     apply_checkpointing(flux, seen.plan.recompute, config.gradient_checkpointing_interval, seen.plan.recompute_less)
     if seen.plan.offload_activations:
         Inputs(flux, device)
-    if config.torch_compile:
+    if config.torch_compile and (seen.plan.offload_activations or seen.plan.stream_blocks):
+        print("torch_compile is left out: blocks whose inputs or weights come and go would hardly be compiled")
+    elif config.torch_compile:
         torch._dynamo.config.recompile_limit = 256  # graphs of a kind of block; torch's own 8 are soon used up
         for block in (*flux.double_blocks, *flux.single_blocks):
             block.compile(dynamic=False)  # one graph for each kind of block and size of batch

@@ -118,19 +118,25 @@ def held(flux: Flux, per_trained: float, dtype: torch.dtype, ranks: int = 1, sha
 
 
 class Counted(TorchDispatchMode):
-    """Of what is computed inside the context: bytes of the tensors made, `live` now and `peak` at most, and `flops`."""
+    """Of what is computed inside the context: bytes of the tensors made, `live` now and `peak` at most, `flops` of
+    products, by operator, and bytes that all other operators have `moved`: read or written.
+    """
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.known, self.flops = 0, 0, set(), Counter()  # flops: by operator
+        self.live, self.peak, self.moved, self.known, self.flops = 0, 0, 0, set(), Counter()
 
     def __torch_dispatch__(self, func: Callable, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out, operator = func(*args, **(kwargs or {})), func._overloadpacket
+        given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
         if operator in FLOPS:
             self.flops[operator] += FLOPS[operator](*args, **(kwargs or {}), out_val=out)
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, Tensor)):
-            if storage._cdata not in given | self.known:
+        old = {t.untyped_storage()._cdata for t in given}
+        new = {s._cdata: s for s in (t.untyped_storage() for t in made) if s._cdata not in old}
+        if operator not in FLOPS and (new or func._schema.is_mutable):  # no view
+            self.moved += sum(t.nbytes for t in (*given, *made))
+        for storage in new.values():
+            if storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
@@ -144,14 +150,17 @@ class Counted(TorchDispatchMode):
 
 def counted(compute: Callable[[], Tensor]) -> Counted:
     """What `compute`, and the backward pass of a loss, take. On meta nothing is computed, and all of it counted.
-    There, too, attention is one product as elsewhere, where torch would make a matrix of all pairs of tokens.
+    There, too, attention is one product as elsewhere, where torch would make a matrix of all pairs of tokens, and an
+    RMS norm one operator as on CUDA: a layer norm stands for it, which keeps and moves as much.
     """
-    plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, lambda q, k, v: FUSED(q, k, v)[0]
+    plain = F.scaled_dot_product_attention, F.rms_norm
+    F.scaled_dot_product_attention = lambda q, k, v: FUSED(q, k, v)[0]
+    F.rms_norm = lambda x, shape, scale, eps: F.layer_norm(x, shape, scale, None, eps)
     try:
         with Counted() as found:
             out = compute()
             if out.requires_grad:
                 out.backward()
     finally:
-        F.scaled_dot_product_attention = plain
+        F.scaled_dot_product_attention, F.rms_norm = plain
     return found

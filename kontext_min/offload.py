@@ -46,13 +46,13 @@ def unneeded(timesteps: Tensor, y: Tensor, guidance: Tensor):
 class Computed(nn.Module):
     """Stands for a linear of the modulation: gives what it made for the evaluation at hand."""
 
-    def __init__(self, linear: nn.Linear, give: Callable[[], Tensor]):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.linear, self.give = linear, give
+        self.linear, self.now = linear, None
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
 
     def forward(self, _: Tensor, change: Tensor | None = None) -> Tensor:
-        return self.give() if change is None else change + self.give()
+        return self.now if change is None else change + self.now
 
 
 class Modulation:
@@ -66,10 +66,10 @@ class Modulation:
         self.embedders = [flux.get_submodule(name) for name in EMBEDDERS if getattr(flux, name) is not None]
         self.home = self.embedders[0].in_layer.weight
         self.linears = {name: module for name, module in flux.named_modules() if name.endswith(MODULATION)}
-        self.now: dict[str, Tensor] = {}
+        self.places = [Computed(linear) for linear in self.linears.values()]
         flux.embed = self.vec
-        for name, linear in self.linears.items():
-            flux.set_submodule(name, Computed(linear, partial(lambda name: self.now[name], name)))
+        for name, place in zip(self.linears, self.places, strict=True):
+            flux.set_submodule(name, place)
 
     def ahead(self, timesteps: Tensor, y: Tensor, guidance: Tensor) -> list[bytes]:
         """Begin with what evaluations with these (N,), (N, vec_in_dim), (N,) will need. -> a key of each."""
@@ -101,30 +101,34 @@ class Modulation:
         self.made = {key: value for key, value in self.made.items() if key not in keys}
         vec, whole = (torch.stack([made[k][i] for made, i in found]).to(self.device) for k in (0, 1))
         widths = [linear.out_features for linear in self.linears.values()]
-        self.now = dict(zip(self.linears, whole.split(widths, dim=-1), strict=True))
+        for place, part in zip(self.places, whole.split(widths, dim=-1), strict=True):
+            place.now = part
         return vec
 
 
 class Copies:
     """Tensors in the host's memory that come to a device and go, on a CUDA stream of their own, beside the computation;
-    on a CPU they are just copies.
+    on a CPU they are just copies. What the streams share is kept by their order, not by `record_stream`: with that, the
+    host runs ahead, and much more is on the device at a time than is at work.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.cuda, self.hosts, self.there = device, device.type == "cuda", {}, {}
+        self.device, self.cuda, self.hosts, self.there, self.going = device, device.type == "cuda", {}, {}, []
         self.stream = torch.cuda.Stream(device) if self.cuda else None
 
     def away(self, key: int, *tensors: Tensor):
         copies = [torch.empty_like(x, device="cpu", pin_memory=self.cuda) for x in tensors]
         with self.beside():
             self.hosts[key] = [copy.copy_(x, non_blocking=True) for copy, x in zip(copies, tensors, strict=True)]
-        for x in tensors:
-            if x.is_cuda:
-                x.record_stream(self.stream)
+        if tensors[0].is_cuda:
+            self.going.append((self.stream.record_event(), tensors))
+            for copied, _ in self.going[:-1]:  # so that the computation writes over them only then
+                torch.cuda.current_stream(self.device).wait_event(copied)
+            self.going = self.going[-1:]
 
-    def come(self, key: int, following: int) -> list[Tensor]:
-        """The tensors, on the device; those that are needed next begin to come."""
-        for one in (key, following):
+    def come(self, key: int, *following: int) -> list[Tensor]:
+        """The tensors, on the device; those that are needed next begin to come, to where nothing queued still reads."""
+        for one in (key, *following):
             if one in self.hosts and one not in self.there:
                 with _disable_current_modes(), self.beside():  # selective checkpoints must not see what comes when
                     tensors = [x.to(self.device, non_blocking=True, copy=True) for x in self.hosts[one]]
@@ -132,8 +136,6 @@ class Copies:
         tensors, event = self.there[key]
         if self.cuda:
             torch.cuda.current_stream(self.device).wait_event(event)
-            for x in tensors:
-                x.record_stream(torch.cuda.current_stream(self.device))
         return tensors
 
     def beside(self) -> AbstractContextManager:
@@ -169,7 +171,7 @@ class Inputs(Copies):
     def unpack(self, packed: Tensor | int) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        (x,) = self.come(packed, packed - 1)
+        (x,) = self.come(packed, packed - 1, packed - 2)  # a double block has two
         del self.hosts[packed], self.there[packed]
         return x
 

@@ -138,7 +138,7 @@ class Product(torch.autograd.Function):
             return dy @ ctx.linear.dequantised(), None, more
         weight, scale = ctx.linear.stored()
         scale = scale.t().float()  # (1, out): of the axis that is summed over
-        weight = weight if weight.dtype == torch.int8 else weight.t().contiguous().t()  # fp8: column by column
+        weight = weight.t().contiguous().t()  # column by column, as CUDA's products like it or want it
         return rounded_product(dy.float() * scale, weight, scale.new_ones(1, weight.shape[1])).to(dy.dtype), None, more
 
 

@@ -163,6 +163,18 @@ def test_a_step_that_is_counted_takes_what_one_that_is_computed_takes(policy):
     assert attention == [4 * once + last + again * once, 2.5 * (4 * once + last)]
 
 
+def test_bytes_that_are_moved_are_those_read_and_written_but_by_products_and_views():
+    x, w = torch.zeros(8, 16), torch.zeros(16, 4)  # 512 and 256 bytes
+    with Counted() as found:
+        y = (x @ w).t().unflatten(0, (2, 2))  # a product and two views
+        assert found.moved == 0
+        x + x.view(16, 8).view(8, 16)
+        assert found.moved == 3 * 512
+        y.mul_(2)
+        assert found.moved == 3 * 512 + 2 * 128
+    assert found.flops.total() == 2 * 8 * 16 * 4
+
+
 def test_the_forward_pass_at_1024_px_has_the_known_flops():
     with torch.device("meta"):
         flux = Flux(FULL.config)
@@ -218,8 +230,8 @@ class Away(Inputs):
     def away(self, key, *tensors):
         self.hosts[key] = [(x.shape, x.dtype) for x in tensors]
 
-    def come(self, key, following):
-        for one in {key, following} & self.hosts.keys() - self.there.keys():
+    def come(self, key, *following):
+        for one in {key, *following} & self.hosts.keys() - self.there.keys():
             self.there[one] = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.hosts[one]]
         return self.there[key]
 

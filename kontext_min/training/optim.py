@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, /, **op
     """An optimizer of OPTIMIZERS. options: arguments of its class, or beta1 and beta2 alone; ValueError on others.
     adamw_bf16 turns matrices to bf16, moments too, and keeps what bf16 rounds away of an update (Kahan). Its beta2 is
     0.99: bf16 cannot decay by 0.999. DoRA's magnitudes stay in fp32: rounded, they would change the untrained model.
-    ao-adamw8bit keeps moments in 8 bits, where a parameter has 4096 values or more; it runs without a compiler.
+    ao-adamw8bit keeps moments in 8 bits, where a parameter has 4096 values or more; it needs no compiler.
     """
     library, kind, special = OPTIMIZERS[name]
     logging.disable(logging.WARNING)  # torchao tells of kernels that it cannot load; none of them is used here
@@ -40,7 +41,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, /, **op
         for matrix in (parameter for parameter in parameters if parameter.ndim > 1):
             matrix.data = matrix.data.bfloat16()
     optimizer = make(parameters, lr=lr, **settings)
-    if library == "torchao.optim":
+    if library == "torchao.optim" and not (parameters[0].is_cuda and find_spec("triton")):
         optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)
     return optimizer
 

@@ -26,6 +26,7 @@ from kontext_min.training.adapter import add_adapter
 from kontext_min.training.optim import make_optimizer
 
 CARDS = read_json5(Path(__file__).parents[1] / "cards.json5")
+MOVED = "moved"  # beside operators with FLOPs: bytes by all others
 SPARE, WORKSPACE = 1.0, 0.9  # GB: left free of a budget; CUDA's own, and gaps between tensors
 
 
@@ -101,12 +102,13 @@ class Forecast:
             self.counts[policy] = found
         return self.counts[policy]
 
-    def step(self, plan: Plan) -> tuple[float, Counter]:
-        """Bytes at most, and FLOPs, of a batch; of two policies their shares, within 5 % of what it is."""
+    def step(self, plan: Plan) -> tuple[float, dict]:
+        """Bytes at most, and work, of a batch; of two policies their shares, within 5 % of what it is."""
         one, share = self.work(plan.recompute), min(1, plan.recompute_less / self.again)
         two = self.work(LESS[plan.recompute]) if share else one
-        flops = {op: count + share * (two.flops[op] - count) for op, count in one.flops.items()}
-        return one.peak + share * (two.peak - one.peak), Counter(flops)
+        works = [{**counts.flops, MOVED: counts.moved} for counts in (one, two)]
+        work = {what: count + share * (works[1][what] - count) for what, count in works[0].items()}
+        return one.peak + share * (two.peak - one.peak), work
 
     def parts(self, plan: Plan) -> dict[str, float]:  # bytes on the device, by what they are
         config = self.config
@@ -127,10 +129,10 @@ class Forecast:
         return (plan.modulation_on_cpu * self.modulation + streamed) / GB
 
     def seconds(self, plan: Plan, card: dict) -> float:
-        (_, flops), (kind, _, how) = self.step(plan), self.config.base_model_precision.partition("-")
-        linears = flops.total() - flops[FUSED] - flops[FUSED_BACKWARD]
-        times = linears / ((how == "dynamic" and card[kind]) or card["bf16"])
-        times += flops[FUSED] / card["attention"] + flops[FUSED_BACKWARD] / card["attention_backward"]
+        (_, work), (kind, _, how) = self.step(plan), self.config.base_model_precision.partition("-")
+        rates = {FUSED: card["attention"], FUSED_BACKWARD: card["attention_backward"], MOVED: card["memory_rate"] / 1e3}
+        linears = (how == "dynamic" and card[kind]) or card["bf16"]
+        times = sum(count / rates.get(operator, linears) for operator, count in work.items())
         copied = 2 * (plan.offload_activations * self.inputs + plan.stream_blocks * self.blocks)
         return max(times / 1e12, copied / GB / card["pcie"]) * self.config.gradient_accumulation_steps
 
@@ -192,14 +194,14 @@ def named(config: Config) -> dict[str, str | bool]:
 
 
 def choose(config: Config, examples: list[Example], device: torch.device) -> Forecast:
-    """What a config's run takes on a device, its plan fitting `memory`, auto being the card's; ValueError if none fits.
+    """What a config's run takes on a device, its plan fitting `memory`, auto being what is free; or ValueError.
     Where there is neither a number nor CUDA, and of a model in shards, nothing is chosen that is not named.
     """
     found, budget = Forecast(config, examples, device.type == "cuda"), config.memory
     if found.cuda:
-        name, here = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory / GB
+        name, free = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
         found.card = next((card for key, card in CARDS.items() if key in name), None)
-        budget = here if budget == "auto" else budget
+        budget = (free + torch.cuda.memory_reserved(device)) / GB if budget == "auto" else budget
     if budget != "auto" and not config.sharded:
         if not (plan := found.fitting(budget)):
             found.plan = replace(PLANS[-1], **named(config))
