@@ -23,6 +23,10 @@ class Update(nn.Module):
         self.dropout, self.strength = 0.0, 1.0
         self.magnitude: nn.Parameter | None = None
 
+    @property
+    def rows(self) -> slice:  # of our linear's outputs
+        return slice(self.start, self.start + self.shape[0])
+
     def lengths(self, weight: Tensor) -> Tensor:  # lengths of the rows of weight + delta, (rows,) in fp32
         return torch.linalg.vector_norm(self.delta().add_(weight), dim=1)
 
@@ -150,9 +154,11 @@ class Adapted(nn.Module):
             y = self.base(x)
             return self.change(x, {}, y).add_(y)
         x, lows = self.lows(x)
-        change = self.change(x, lows)
-        add = Tensor.add_ if lows or len(self.updates) > 1 else torch.add  # one update's own output stays as it is
-        change = change if self.base.bias is None else add(change, self.base.bias)
+        edges = [0, *(edge for u in lows for edge in (u.start, u.rows.stop)), self.base.out_features]
+        whole = self.base.bias is not None and edges[::2] == edges[1::2]  # LoRAs, one after another, on all rows
+        change = self.change(x, lows, bias=self.base.bias if whole else None)
+        if self.base.bias is not None and not whole:  # one update's own output stays as it is
+            change = (Tensor.add_ if lows or len(self.updates) > 1 else torch.add)(change, self.base.bias)
         if not isinstance(self.base, nn.Linear):
             return self.base(x, change)
         return torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.base.weight.t()).view(change.shape)
@@ -166,21 +172,23 @@ class Adapted(nn.Module):
         x, low = Shared.apply(x, a) if x.requires_grad else (x, F.linear(x, a))
         return x, dict(zip(own, low.split([update.rank for update in own], dim=-1), strict=True))
 
-    def change(self, x: Tensor, lows: dict[Update, Tensor], y: Tensor | None = None) -> Tensor:
-        """What all updates add, (..., out). y: what the linear gives, if there is a DoRA."""
+    def change(self, x: Tensor, lows: dict[Update, Tensor], y: Tensor | None = None, bias=None) -> Tensor:
+        """What all updates add, (..., out). y: what the linear gives, if there is a DoRA; bias: a part of it, too."""
         runs, end = [], None  # [(first row, changes of rows that follow each other)]
         for update in self.updates:
             if update.start != end:
                 runs.append((update.start, []))
             if update in lows:
-                delta = F.linear(lows[update], update.B.to(x.dtype))
+                low, b = lows[update].flatten(0, -2), update.B.to(x.dtype).t()
+                delta = low @ b if bias is None else torch.addmm(bias[update.rows], low, b)
+                delta = delta.view(*x.shape[:-1], -1)
             else:
                 given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
                 delta = update(given)
             if update.magnitude is not None:
                 delta = self.decomposed(update, delta, given, y if given is x else None)
             runs[-1][1].append(delta)
-            end = update.start + update.shape[0]
+            end = update.rows.stop
         return reduce(torch.add, (self.widened(start, run) for start, run in runs))
 
     def widened(self, start: int, run: list[Tensor]) -> Tensor:
@@ -190,8 +198,8 @@ class Adapted(nn.Module):
 
     def weight_of(self, update: Update) -> Tensor:
         """The rows of the frozen weight that an update stands beside, (rows, in), as the forward pass uses them."""
-        rows, base = slice(update.start, update.start + update.shape[0]), self.linear
-        weight = base.weight[rows] if isinstance(base, nn.Linear) else base.dequantised(rows)
+        base = self.linear
+        weight = base.weight[update.rows] if isinstance(base, nn.Linear) else base.dequantised(update.rows)
         return weight.to(next(update.parameters()).device)
 
     @property
@@ -203,9 +211,9 @@ class Adapted(nn.Module):
         delta: the update's own output; y: the linear's for the same x, or None. Source: DoRA (Liu et al. 2024), section
         4.3, as in PEFT. At strength 0 nothing is left of it; PEFT, which weakens delta alone, keeps the magnitudes.
         """
-        weight, rows = self.weight_of(update), slice(update.start, update.start + update.shape[0])
-        bias = 0.0 if self.linear.bias is None else self.linear.bias[rows].to(x.device)
-        plain = F.linear(x, weight) if y is None else y[..., rows] - bias
+        weight = self.weight_of(update)
+        bias = 0.0 if self.linear.bias is None else self.linear.bias[update.rows].to(x.device)
+        plain = F.linear(x, weight) if y is None else y[..., update.rows] - bias
         with torch.no_grad():
             lengths = update.lengths(weight).clamp(min=1e-12)
         gain = update.magnitude.float() / lengths

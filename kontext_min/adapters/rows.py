@@ -64,7 +64,7 @@ def arrange(updates: Sequence[Update], fused: bool) -> list[Update]:
 def overlap(part: Part, update: Update) -> tuple[slice, slice]:
     """The rows of a linear that a part of it and an update share: which they are of the part, and of the update."""
     first = max(part.start, update.start)
-    end = max(first, min(part.start + part.rows, update.start + update.shape[0]))
+    end = max(first, min(part.start + part.rows, update.rows.stop))
     return slice(first - part.start, end - part.start), slice(first - update.start, end - update.start)
 
 

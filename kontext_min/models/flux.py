@@ -64,6 +64,9 @@ def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
 
 def apply_rope(x: Tensor, pe: Tensor) -> Tensor:
     """Rotate channel pairs (x[2j], x[2j+1]), each one complex number, in fp32. x (B, H, L, D), pe (L, D/2) -> as x."""
+    if torch.compiler.is_compiling():  # inductor makes no kernels of complex numbers
+        (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), torch.view_as_real(pe).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, H, L, D/2)
     return torch.view_as_real(pairs * pe).flatten(-2).type_as(x)
 
@@ -86,15 +89,15 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """Fused qkv (B, L, 3 * hidden) -> q, k, v, (B, H, L, D) each: q and k normed per head, before the rotation."""
+    """q, k, v of all heads, (B, L, H*D) each -> (B, H, L, D) each: q and k normed per head, before the rotation."""
 
     def __init__(self, head_dim: int):
         super().__init__()
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, D=len(self.query_norm.scale))
+    def forward(self, *qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (rearrange(x, "B L (H D) -> B H L D", D=len(self.query_norm.scale)) for x in qkv)
         return self.query_norm(q), self.key_norm(k), v
 
 
@@ -118,7 +121,7 @@ class Modulation(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return (1 + scale) * x + shift
+    return torch.addcmul(shift, 1 + scale, x)
 
 
 def self_attention(hidden: int, num_heads: int) -> nn.ModuleDict:
@@ -152,23 +155,23 @@ class DoubleStreamBlock(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = self.img_mod(vec), self.txt_mod(vec)  # six (B, 1, hidden) each, the last one the last gate
         img, img_change, txt, txt_change = self.branch(img, txt, img_mod[:-1], txt_mod[:-1], pe)
-        return img + img_mod[-1] * img_change, txt + txt_mod[-1] * txt_change
+        return torch.addcmul(img, img_mod[-1], img_change), torch.addcmul(txt, txt_mod[-1], txt_change)
 
     def branch(self, img: Tensor, txt: Tensor, img_mod: tuple, txt_mod: tuple, pe: Tensor) -> tuple[Tensor, ...]:
         """All but the last gates and sums: img and txt after attention, and what their feed-forwards add to each."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2 = img_mod
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2 = txt_mod
         streams = zip(
-            self.txt_attn.norm(self.txt_attn.qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1))),
-            self.img_attn.norm(self.img_attn.qkv(modulate(self.img_norm1(img), img_shift1, img_scale1))),
+            self.txt_attn.norm(*self.txt_attn.qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)).chunk(3, -1)),
+            self.img_attn.norm(*self.img_attn.qkv(modulate(self.img_norm1(img), img_shift1, img_scale1)).chunk(3, -1)),
             strict=True,
         )
         qkv = (torch.cat(parts, dim=2) for parts in streams)  # (B, H, L_txt + L_img, D) each
         x = self.attend(*qkv, pe)  # (B, L_txt + L_img, hidden)
         txt_x, img_x = x.split([txt.shape[1], img.shape[1]], dim=1)
 
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_x)
-        img = img + img_gate1 * self.img_attn.proj(img_x)
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_x))
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_x))
         txt_change = self.txt_mlp(modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
         img_change = self.img_mlp(modulate(self.img_norm2(img), img_shift2, img_scale2))
         return img, img_change, txt, txt_change
@@ -180,7 +183,7 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig):
         super().__init__()
         hidden = config.hidden_size
-        self.widths = (3 * hidden, config.mlp_hidden)
+        self.widths = (hidden, hidden, hidden, config.mlp_hidden)
         self.linear1 = nn.Linear(hidden, sum(self.widths))  # -> [q k v | mlp]
         self.linear2 = nn.Linear(hidden + config.mlp_hidden, hidden)  # [attention | mlp] ->
         self.norm = QKNorm(hidden // config.num_heads)
@@ -191,12 +194,12 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor, rows: slice = slice(None)) -> Tensor:
         """rows: the tokens that go on, all of them but after the last block."""
         shift, scale, gate = self.modulation(vec)  # (B, 1, hidden) each
-        return x[:, rows] + gate * self.branch(x, shift, scale, pe, rows)
+        return torch.addcmul(x[:, rows], gate, self.branch(x, shift, scale, pe, rows))
 
     def branch(self, x: Tensor, shift: Tensor, scale: Tensor, pe: Tensor, rows: slice) -> Tensor:
         """What the block adds to these tokens, before its gate."""
-        qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
-        attention = self.attend(*self.norm(qkv), pe, rows=rows)  # (B, L, hidden)
+        *qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
+        attention = self.attend(*self.norm(*qkv), pe, rows=rows)  # (B, L, hidden)
         return self.linear2(torch.cat([attention, F.gelu(mlp[:, rows], approximate="tanh")], dim=-1))
 
 

@@ -131,8 +131,7 @@ def anatomy(experiment: Experiment) -> tuple[Table, Table, Table]:
         module, (x,) = flux.get_submodule(call.site), call.inputs
         there = module.base(x)
         parts = module.change(x, {}, there).float(), there.float()
-        rows = [slice(update.start, update.start + update.shape[0]) for update in module.updates]
-        return torch.tensor([[float(part[..., own].square().sum()) for part in parts] for own in rows])
+        return torch.tensor([[float(part[..., u.rows].square().sum()) for part in parts] for u in module.updates])
 
     with ExitStack() as stack:
         means = [stack.enter_context(average(flux, place, energies)) for place in places]
