@@ -19,7 +19,7 @@ PHOTOS = Path(__file__).parents[2] / "configs" / "photos"
 MIX = json5.loads(Path(__file__).with_suffix(".json5").read_text(encoding="utf-8"))  # edit: share, its templates
 PHOTO_SHARE, LEAVES_SHARE = 0.45, 0.15  # of the global edits and of keep; the rest are scenes; leaves only train
 SPLITS = {"train": 1, "validation": 2}
-PAIR_SIZE = Size(96, 96)
+SIZES = (Size(96, 96), Size(112, 80), Size(80, 112), Size(96, 96))  # in turn, of pairs for LoRAs and of held-out cases
 SEPIA = np.array([[0.393, 0.349, 0.272], [0.769, 0.686, 0.534], [0.189, 0.168, 0.131]], np.float32)
 
 
@@ -71,9 +71,9 @@ def sketch(picture: Picture) -> Picture:
 
 
 def mosaic(picture: Picture) -> Picture:
+    """Squares of 8 pixels, each of their mean colour."""
     image = to_image(picture)
-    cell = min(image.size) / 12
-    small = image.resize((round(image.width / cell), round(image.height / cell)), Image.BOX)
+    small = image.resize((round(image.width / 8), round(image.height / 8)), Image.BOX)
     return from_image(small.resize(image.size, Image.NEAREST))
 
 
@@ -205,14 +205,17 @@ def example(split: str, index: int, size: Size, edit: str | None = None) -> Exam
 
 def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str:
     """`count` training examples of an edit, a share replaced by known edits, with data.json. -> what to do next"""
+    if count < 1 or not 0 <= replay <= 1:
+        raise ValueError("pairs takes --count 1 or more, and --replay from 0 to 1")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name a new folder")
     r, data = np.random.default_rng([6, len(edit)]), {}
     for i in range(count):
         prefix, index = ("replay-", 2 * 10**6 + i) if r.random() < replay else ("", 3 * 10**6 + i)
-        task = example("train", index, PAIR_SIZE, None if prefix else edit)
+        size = SIZES[i % len(SIZES)]
+        task = example("train", index, size, None if prefix else edit)
         if prefix and len(task.references) != 1:
-            task = example("train", index, PAIR_SIZE, "keep")
+            task = example("train", index, size, "keep")
         target, ids = f"{prefix}target", [f"{prefix}reference-{k}" for k in range(1, len(task.references) + 1)]
         for part, picture in zip([target, *ids], [task.target, *task.references], strict=True):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -221,7 +224,7 @@ def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str
         (folder / target / f"{i:04d}.txt").write_text(task.prompt + "\n")
         data[target] = {
             "id": target, "conditioning_data": ids, "instance_data_dir": str(folder / target),
-            "resolution": PAIR_SIZE.width, "resolution_type": "pixel",
+            "resolution": SIZES[0].width, "resolution_type": "pixel_area",
         }  # fmt: skip
     write_json(folder / "data.json", list(data.values()))
     return f"{count} pairs; train with data_backend_config={folder / 'data.json'}"

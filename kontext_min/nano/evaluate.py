@@ -15,10 +15,9 @@ from kontext_min.compare import card, page, psnr
 from kontext_min.data.buckets import Size
 from kontext_min.edit import Editor, edit, open_editor
 from kontext_min.encoders import Text, decode_image, encode_image
-from kontext_min.nano.edits import MIX, Example, example, to_image
+from kontext_min.nano.edits import MIX, SIZES, Example, example, to_image
 from kontext_min.sampler import Sampling
 
-SIZES = (Size(96, 96), Size(112, 80), Size(80, 112), Size(96, 96))
 SAMPLING = Sampling(steps=8, guidance=1.0)  # the seed is the case's number
 CHANGED = 19  # of 255: a pixel counts as changed if a channel of reference and target differ by more
 ENOUGH = 0.25  # success: the squared error on changed pixels is below this share of the reference's there,
@@ -99,6 +98,7 @@ def report(folder: Path, count: int) -> None:
 
 
 def report_lora(folder: Path, lora: Path, edits: Iterable[str], count: int) -> None:
+    read_adapter(lora)  # what is wrong with it is said before the base is measured
     base, _ = evaluate(folder, edits, count)
     table, sheet = evaluate(folder, edits, count, lora=lora)
     for name, numbers in table.items():

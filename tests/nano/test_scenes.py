@@ -17,11 +17,13 @@ from kontext_min.nano.edits import (
     MIX,
     PHOTOS,
     PICTURE_EDITS,
+    SIZES,
     example,
     from_image,
     photographs,
     write_pairs,
 )
+from kontext_min.nano.evaluate import report_lora
 from kontext_min.nano.pretrain import PHASES
 from kontext_min.nano.scenes import EDITS
 
@@ -148,13 +150,24 @@ def test_written_pairs_are_read_as_a_data_list_with_the_replayed_share(tmp_path)
     assert "data.json" in said
     with pytest.raises(ValueError, match="not empty"):
         write_pairs("inset", tmp_path / "pairs", count=1)
+    sizes = [Image.open(tmp_path / "pairs" / "reference-2" / f"{file.stem}.jpg").size
+             for file in sorted((tmp_path / "pairs" / "target").glob("*.jpg"))]  # fmt: skip
+    assert set(sizes) == {*SIZES} and all(e.resolution_type != "pixel" for e in entries)  # each keeps its own
+
+
+def test_a_lora_that_is_not_there_is_named_before_the_base_is_measured(monkeypatch):
+    monkeypatch.setattr("kontext_min.nano.evaluate.evaluate", lambda *_, **__: pytest.fail("the base was measured"))
+    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
+        report_lora(Path("weights/nano"), Path("gone.safetensors"), ["keep"], 2)
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (["pairs", "sepia", "tests"], "nano: tests is not empty; name a new folder"),
-        (["evaluate", "--cases", "1", "--edits", "keep", "--lora", "gone.safetensors"], "gone.safetensors"),
+        (["evaluate", "--cases", "1"], "nano: --cases must be at least 2"),
+        (["pairs", "sepia", "output/none", "--count", "0"], "nano: pairs takes --count 1 or more, and --replay from 0"),
+        (["pairs", "sepia", "output/none", "--replay", "nan"], "--replay from 0 to 1"),
         (["evaluate", "--folder", "gone"], "nano: gone is neither a folder nor a hub id (owner/name)"),
     ],
 )
