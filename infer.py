@@ -46,7 +46,6 @@ OPTIONS = {  # setting -> default, help, and what else argparse should know
 }
 DEFAULTS = {name: default for name, (default, _, _) in OPTIONS.items()}
 OF_THE_SAMPLE = ("image", "size", "reference_size", "seed")  # of what a LoRA file says
-LARGEST = 8192  # pixels
 SMALLER = "try --precision int8 or nf4, --text-encoder-2-precision nf4, a smaller --size"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,12 +65,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def recall(path: Path) -> dict:  # the settings of a picture of this program
     try:
         kept = json.loads(Image.open(path).info[CHUNK])
-    except (OSError, KeyError) as error:
+        files, settings = dict(kept.pop("checksums", {})), known(kept, f"{path}: its header")
+    except (OSError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings") from error
-    for file, before in kept.get("checksums", {}).items():
+    for file, before in files.items():
         if Path(file).is_file() and crc32(Path(file).read_bytes()) != before:
             print(f"warning: {file} is not what it was when {path} was made; this will be another picture")
-    return {key: value for key, value in kept.items() if key in DEFAULTS}
+    return settings
 
 
 def valid(key: str, value) -> bool:
@@ -82,11 +82,17 @@ def valid(key: str, value) -> bool:
     return isinstance(value, kinds) and value in more.get("choices", [value])
 
 
+def known(given: dict, where: str) -> dict:
+    """What of some file's settings is of this program. ValueError if a value is none that they can have."""
+    settings = {key: value for key, value in given.items() if key in DEFAULTS}
+    if odd := [f"{key} {value!r}" for key, value in settings.items() if not valid(key, value)]:
+        raise ValueError(f"{where} asks to be shown with {', '.join(odd)}, which is no such setting")
+    return settings
+
+
 def sample_of(lora: AdapterFile, given: dict) -> dict:
     """What a LoRA file says of how to show it; its sample picture and sizes count only where nothing else is asked."""
-    recipe = {key: value for key, value in lora.recipe.items() if key in DEFAULTS}
-    if odd := [f"{key} {value!r}" for key, value in recipe.items() if not valid(key, value)]:
-        raise ValueError(f"{lora.path}: its header asks to be shown with {', '.join(odd)}, which is no such setting")
+    recipe = known(lora.recipe, f"{lora.path}: its header")
     if "image" in given or "prompt" in given:
         return {key: value for key, value in recipe.items() if key not in OF_THE_SAMPLE}
     images = []
@@ -108,13 +114,14 @@ def gather(given: argparse.Namespace) -> dict:
     settings = {**DEFAULTS, **recipe, **again, **given, "adapters": adapters}
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
-    if min(settings["steps"], settings["num_images"]) < 1 or not 0 <= settings["seed"] < 2**63:
+    "".join((*settings["prompt"], settings["negative_prompt"])).encode()  # what is no UTF-8 is a ValueError
+    last = settings["seed"] + settings["num_images"]
+    if min(settings["steps"], settings["num_images"]) < 1 or settings["seed"] < 0 or last > 2**63:
         raise ValueError("--steps and --num-images must be at least 1, --seed from 0 to 2^63 - 1")
     if not all(map(math.isfinite, (settings["guidance"], settings["cfg_scale"], *(scale for _, scale in adapters)))):
         raise ValueError("--guidance, --cfg-scale and the strengths of LoRAs must be finite numbers")
     for text, words in ((settings["size"], ["auto"]), (settings["reference_size"], ["auto", "keep", "match"])):
-        if text not in words and max(parse_size(text)) > LARGEST:  # said now, not after the model is loaded
-            raise ValueError(f"{text} is too large; {LARGEST} pixels a side at most")
+        text in words or parse_size(text)  # what is wrong with it is said now, not after the model is loaded
     return settings
 
 
@@ -167,7 +174,7 @@ def paths_for(out: Path, count: int) -> list[Path]:
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {out}: pictures are written as .png, which keeps how they were made")
         return [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
-    used = [int(path.stem) for path in out.glob("*.png") if path.stem.isdigit()]
+    used = [int(path.stem) for path in out.glob("*.png") if path.stem.isdecimal()]
     return [out / f"{max(used, default=0) + i + 1:04d}.png" for i in range(count)]
 
 
@@ -199,7 +206,9 @@ def main(argv: list[str] | None = None):
         settings["precision"] = plain
     refuse_on(device, settings["precision"])
     span = parse_range(settings["cfg_range"])
-    paths = iter(paths_for(out, len(settings["prompt"]) * settings["num_images"]))
+    paths = paths_for(out, len(settings["prompt"]) * settings["num_images"])
+    if {path.resolve() for path in paths} & {Path(image).resolve() for image in settings["image"]}:
+        raise ValueError(f"--out {out} would replace a reference; give another name")
     texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
     for lora, strength in settings["adapters"]:
         print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}{other_base(lora, settings['precision'])}")
@@ -215,7 +224,7 @@ def main(argv: list[str] | None = None):
             bar = tqdm(total=sampling.steps, desc=prompt[:40], unit="step", leave=False)
             with bar, attention_kernels(device):
                 image = edit(editor, encoded[prompt], references, size, sampling, negative, lambda _: bar.update())  # noqa: B023
-            save(image, next(paths), {**settings, "prompt": [prompt], "seed": seed})
+            save(image, paths.pop(0), {**settings, "prompt": [prompt], "seed": seed})
 
 
 if __name__ == "__main__":

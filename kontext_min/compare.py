@@ -37,7 +37,7 @@ def card(lines: list[str], cells: list[tuple[str, Image.Image]], side=256, shrin
 
 
 def write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, colour, size: int = 13):
-    font = ImageFont.load_default(size)
+    font, text = ImageFont.load_default(size), text[: width + 1]  # no letter is narrower than a pixel
     while font.getlength(text) > width and len(text) > 1:
         text = text[:-2].rstrip() + "…"
     pen.text(place, text, fill=colour, font=font)

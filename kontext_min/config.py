@@ -27,6 +27,7 @@ def split_pairs(text: str) -> dict[str, str]:  # of `key=value,key=value`
 Mapped = BeforeValidator(lambda v: split_pairs(v) if isinstance(v, str) else v or {})
 Listed = BeforeValidator(lambda v: v if isinstance(v, list) else [] if v is None else [v])  # one may lack its brackets
 Read = BeforeValidator(lambda v: read_json5(Path(v)) if isinstance(v, str | Path) else v)  # a JSON file's path
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Positive, SizeText = Annotated[float, Field(gt=0)], Annotated[str, Field(coerce_numbers_to_str=True)]
 Unit, Captions = Literal["pixel_area", "pixel", "area"], Literal["textfile", "filename", "instanceprompt"]
 ModuleClass = Literal["Attention", "FeedForward"]
@@ -126,7 +127,7 @@ class ValidationItem(Strict):
     prompt: str
     images: Annotated[list[Path], Listed] | None = knob(None, "references; default the first pair's; [] is T2I")
     negative: str | None = knob(None, "default validation_negative_prompt")
-    seed: int | None = knob(None, "default validation_seed")
+    seed: Seed | None = knob(None, "default validation_seed")
     size: SizeText | None = knob(None, "of the picture, WxH or a square's side")
     name: str | None = knob(None, "for the sheets; default: the prompt")
 
@@ -171,7 +172,7 @@ class Config(Strict):
     model_flavour: Literal["kontext"] = knob("kontext", "given without a path it implies FLUX.1-Kontext-dev")
     model_type: Literal["lora", "full"] = knob("lora", "full: all parameters, spread over the ranks of torchrun")
     pretrained_model_name_or_path: str = knob("nano", "folder, hub id, or nano, which is embedded; see model_flavour")
-    base_model_precision: Base = knob("no_change", "of the frozen base; -dynamic: of its inputs, too")
+    base_model_precision: Base = knob("no_change", "of the frozen base; -dynamic: of its inputs, too (torch_compile)")
     text_encoder_2_precision: Encoder = knob("no_change", "of T5, 9.5 GB in bf16, while captions are encoded")
     mixed_precision: Literal["bf16", "no"] = knob("bf16", "what is computed in; no is fp32")
     gradient_checkpointing: bool = knob(True, "recompute each block in backward: less memory, 4/3 the work")
@@ -233,7 +234,7 @@ class Config(Strict):
     train_batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = knob(1, "batches per optimizer step; the gradient is their mean", ge=1)
     max_train_steps: int = knob(1000, "optimizer steps", ge=1)
-    seed: int = 42
+    seed: Seed = 42
 
     # optimizer
     optimizer: Optimizer = knob("adamw", "adamw_bf16 and ao-adamw8bit are AdamW in less memory")
@@ -281,7 +282,7 @@ class Config(Strict):
     validation_no_cfg_until_timestep: int = knob(0, "sampling steps before true CFG begins", ge=0)
     validation_num_inference_steps: int = Field(28, ge=1)
     validation_resolution: SizeText | None = knob(None, "area of what is no pair: WxH or a side, several by comma")
-    validation_seed: int = 42
+    validation_seed: Seed = 42
 
     # eval loss
     eval_steps_interval: int | None = knob(None, "steps between them; default validation_steps", ge=0)
@@ -380,7 +381,8 @@ def read_json5(path: Path, kind: type = object, what: str = ""):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; ready configs are in configs/")
     try:
-        value = json5.loads(Path(path).read_text(encoding="utf-8"))
+        value = json5.loads(Path(path).read_text(encoding="utf-8"), allow_duplicate_keys=False)
+        value = json.loads(json.dumps(value))  # joins the halves of characters such as emoji
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, kind):

@@ -18,7 +18,7 @@ from pathlib import Path
 LORA = "pytorch_lora_weights.safetensors"
 SMOOTHING = 0.98  # of the loss that is shown: a mean over about 50 steps
 LEFT_BEHIND = (
-    "config.json", "metrics.jsonl", "validation", "*.safetensors", "ema", "checkpoint-*", "sample-reference-*.png",
+    "config.json", "metrics.jsonl", "validation", LORA, "ema", "checkpoint-*", "sample-reference-*.png",
     "logs", "wandb-id", "README.md", "report.html", "model",
 )  # fmt: skip
 

@@ -1,12 +1,13 @@
 """Shifts are measured; edits and different pictures are not mistaken for them."""
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from kontext_min.compare import shift_between
+from kontext_min.compare import card, shift_between
 from kontext_min.data.degrade import degrade
 
 PHOTOS = Path(__file__).parents[1] / "configs" / "photos" / "reference"
@@ -72,3 +73,10 @@ def test_pictures_without_a_common_frame_have_no_sure_shift():
     pairs += [(photo(a), photo(b)) for a, b in zip(NAMES, NAMES[5:] + NAMES[:5], strict=True)]
     pairs += [(Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"))]
     assert all(shift_between(a, b).confidence < 1 for a, b in pairs if a is not b)
+
+
+def test_what_is_too_long_for_a_card_is_cut_in_no_time():
+    begun = time.process_time()
+    cut = card(["x" * 200_000], [("y" * 200_000, noise(0))])
+    assert time.process_time() - begun < 5  # hours, before
+    assert np.array_equal(np.asarray(cut), np.asarray(card(["x" * 1000], [("y" * 1000, noise(0))])))

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny import add_lora
 
 import infer
@@ -346,6 +347,14 @@ def test_again_makes_the_same_picture(quick, small, lora, tmp_path, monkeypatch)
     assert (pixels(other) != pixels(made)).any()
 
 
+def test_a_reference_is_never_written_over(quick, tmp_path):
+    image = picture(tmp_path / "photo.png", 64, 48)
+    before = image.read_bytes()
+    with pytest.raises(ValueError, match="photo.png would replace a reference"):
+        run("--image", image, "--prompt", PROMPT, "--size", "32x32", *quick[:-1], image)
+    assert image.read_bytes() == before
+
+
 def test_again_names_a_file_that_is_gone(quick, tmp_path):
     image = picture(tmp_path / "photo.png", 64, 48)
     (made,) = run("--image", image, "--prompt", PROMPT, "--size", "32x32", *quick)
@@ -460,6 +469,11 @@ REFUSED = {
     "text as image": (["--prompt", "x", "--image", "text.png"], "text.png is not a readable picture"),
     "again of another program": (["--again", "photo.png"], "photo.png is not a PNG made by infer.py"),
     "again of text": (["--again", "text.png"], "text.png is not a PNG made by infer.py"),
+    "again with odd steps": (["--again", "odd.png"], "odd.png: its header asks to be shown with steps 'x'"),
+    "again of a list": (["--again", "list.png"], "list.png is not a PNG made by infer.py"),
+    "a large size": (["--prompt", "x", "--size", "16x9000"], "8192 pixels a side at most"),
+    "a prompt that is no UTF-8": (["--prompt", "caf\udce9"], "surrogates not allowed"),
+    "seeds that end too late": (["--prompt", "x", "--seed", str(2**63 - 1), "--num-images", "2"], "--seed from 0 to 2"),
 }  # fmt: skip
 
 
@@ -468,6 +482,10 @@ def test_what_cannot_be_done_is_said_in_one_sentence(case, small, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     picture(Path("photo.png"), 32, 32)
     Path("text.png").write_text("not a picture")
+    for name, kept in (("odd.png", {"prompt": ["x"], "steps": "x"}), ("list.png", [1])):
+        info = PngInfo()
+        info.add_itxt("kontext_min", json.dumps(kept))
+        Image.new("RGB", (32, 32)).save(name, pnginfo=info)
     flags, sentence = REFUSED[case]
     model = [] if "--model" in flags else ["--model", str(small)]
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as refusal:

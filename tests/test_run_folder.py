@@ -38,5 +38,8 @@ def test_pictures_are_found_where_they_are_written(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     assert list(folder.pictures(0).items()) == list(files.items()) and list(folder.pictures(1)) == ["base"]
+    (tmp_path / "another.safetensors").touch()  # of a folder of LoRAs
+    folder.lora.touch()
     aside = RunFolder(folder.set_aside())
+    assert (tmp_path / "another.safetensors").exists() and aside.lora.exists() and not folder.lora.exists()
     assert len(aside.pictures(0)) == 4 and aside.sheet(500).exists() and folder.set_aside() is None

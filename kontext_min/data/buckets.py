@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+LARGEST = 8192  # pixels a side that may be asked for
 LANCZOS = Image.Resampling.LANCZOS
 ORIENTATION = 0x0112  # of EXIF: 5 to 8 are turned by a quarter
 PNG_TURNED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG may say it
@@ -28,8 +29,10 @@ class Size(NamedTuple):
 
 def parse_size(text: str) -> Size:  # '1024x768' -> Size(1024, 768)
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 1024x768; got {text!r}")
+    if max(int(width), int(height)) > LARGEST:
+        raise ValueError(f"{text} is too large; {LARGEST} pixels a side at most")
     return Size(int(width), int(height))
 
 
@@ -132,7 +135,11 @@ def open_image(path: Path) -> Image.Image:
     if not os.path.isfile(path):  # False also for names that no disk could hold
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        image = Image.open(path)
+        image.getexif()
+        for key in ("exif", "Raw profile type exif"):  # what is read may be too broken for Pillow to write it again
+            image.info.pop(key, None)
+        image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F"):
             raise ValueError("32 bits a channel; save it with 8 or 16")
         if image.mode.startswith("I;16"):

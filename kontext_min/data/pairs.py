@@ -9,7 +9,7 @@ import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,15 +75,25 @@ class Picture:
 Pictures, Captions = dict[str, Picture], dict[str, tuple[str, ...]]  # by relative path without extension
 
 
+def files_under(folder: Path, locked: list[OSError]) -> Iterator[Path]:
+    """All files under a folder, links followed but where they lead back; folders that cannot be read go to `locked`."""
+    for parent, inner, names in os.walk(folder, onerror=locked.append, followlinks=True):
+        if os.path.realpath(parent) in map(os.path.realpath, Path(parent).parents):
+            inner.clear()
+        else:
+            yield from (Path(parent, name) for name in names)
+
+
 def in_folder(folder: Path, problems: Problems) -> Pictures:
     """All pictures under a folder, but hidden files and folders; names that only differ in extension are problems."""
     found, locked = defaultdict(list), []
-    tree = os.walk(folder, onerror=locked.append, followlinks=True)
-    for path in sorted(Path(parent, name) for parent, _, names in tree for name in names):
+    for path in sorted(files_under(folder, locked)):
         name = path.relative_to(folder).with_suffix("").as_posix()
         kind = "" if "/." in f"/{name}" else path.suffix.lower()
         if kind in EXTENSIONS:
             found[name].append(path)
+            if "\\udc" in ascii(name):
+                problems.add("names that are no UTF-8", f"{ascii(str(path))}; rename it")
         elif kind in NOT_READ:
             problems.add("pictures of a kind that is not read", f"{path}; save it as .png")
     for error in locked:
@@ -187,9 +197,13 @@ def records(file: Path, problems: Problems) -> Iterable[tuple[int, str | dict]]:
         problems.add("files that cannot be read", f"pairs_file {file}: {error}")
         return []
     if file.suffix.lower() != ".csv":
-        return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    return ((reader.line_num, {key: value for key, value in row.items() if value}) for row in reader)
+        return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return [(reader.line_num, {key: value for key, value in row.items() if value}) for row in reader]
+    except csv.Error as error:  # a quote that is never closed, which would swallow all lines after it
+        problems.add("files that cannot be read", f"pairs_file {file}: {error}")
+        return []
 
 
 def fields(record: str | dict) -> tuple[str, list[str], str]:
@@ -215,4 +229,5 @@ def fields(record: str | dict) -> tuple[str, list[str], str]:
         raise ValueError("target, reference and caption should be texts, references a list of texts")
     if any(path.is_absolute() or ".." in path.parts for path in map(Path, (target, *references))):
         raise ValueError("paths must be relative to the file's folder, without ..")
+    "".join((target, *references, caption)).encode()  # halves of characters, which JSON can hold, are a ValueError
     return target, references, caption

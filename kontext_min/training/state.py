@@ -108,7 +108,7 @@ def last(folder: Path) -> str:
 def chosen(config: Config) -> Path | None:
     """The checkpoint to go on from; None starts a new run. `latest` with nothing there is a new run."""
     wanted = config.resume_from_checkpoint
-    if wanted in (None, "latest"):
+    if wanted in (None, "", "latest"):
         return next(reversed(checkpoints(config.output_dir) if wanted else []), None)
     if not Path(wanted).is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint {wanted} is no folder; give one checkpoint-N, or latest")

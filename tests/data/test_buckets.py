@@ -1,8 +1,10 @@
 """Sizes and the one geometric transform."""
 
+import struct
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kontext_min.data.buckets import Geometry, Size, crop_box, fit, open_image, oriented_size, parse_size, share_cut
 
@@ -84,10 +86,25 @@ def test_exif_orientation_is_obeyed(tmp_path):
     assert open_image(tmp_path / "turned.jpg").size == (20, 30)
 
 
-@pytest.mark.parametrize("text", ["1024", "1024x", "axb", "0x16", "-5x5"])
+def test_a_picture_whose_other_tags_are_broken_is_opened_and_turned(tmp_path):
+    exif = Image.new("RGB", (30, 20)).getexif()
+    exif[0x0112], exif[0x0100] = 6, 17  # turned; a width, which is then said to be a text
+    raw = exif.tobytes()
+    order = "little" if b"II" in raw[:10] else "big"
+    at = raw.index((0x0100).to_bytes(2, order)) + 2
+    broken = raw[:at] + (2).to_bytes(2, order) + raw[at + 2 :]
+    Image.new("RGB", (30, 20)).save(tmp_path / "odd.jpg", exif=broken)
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(tmp_path / "odd.jpg"))  # as Pillow has it
+    assert open_image(tmp_path / "odd.jpg").size == oriented_size(tmp_path / "odd.jpg") == (20, 30)
+
+
+@pytest.mark.parametrize("text", ["1024", "1024x", "axb", "0x16", "-5x5", "²x16"])
 def test_a_malformed_size_is_refused(text):
     with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
         parse_size(text)
+    with pytest.raises(ValueError, match="8192 pixels a side at most"):
+        parse_size("16x20000")
 
 
 @pytest.mark.parametrize("kind", ["jpg", "tif", "png", "webp"])

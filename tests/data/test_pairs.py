@@ -97,3 +97,42 @@ def test_aspects_are_the_same_up_to_the_rounding_of_a_side(a, b, same):
 
     assert same_aspect(Size(*a), Size(*b)) is same
     assert same_aspect(Size(*b), Size(*a)) is same
+
+
+def test_a_link_that_leads_back_shows_no_picture_twice(tmp_path):
+    save(tmp_path / "set" / "sub" / "a.png")
+    save(tmp_path / "other" / "b.png")
+    for link, folder in (("all", "set"), ("sub/up", "set/sub"), ("more", "other")):
+        (tmp_path / "set" / link).symlink_to(tmp_path / folder)
+    problems = Problems()
+    assert pairs.in_folder(tmp_path / "set", problems).keys() == {"sub/a", "more/b"} and not problems.count()
+
+
+def test_a_file_whose_name_is_no_utf8_is_named(tmp_path):
+    save(tmp_path / "caf\udce9.png")
+    problems = Problems()
+    pairs.in_folder(tmp_path, problems)
+    assert r"caf\udce9.png'; rename it" in problems.found["names that are no UTF-8"][0]
+
+
+@pytest.mark.parametrize("text, line", [
+    ('target,reference,caption\na.png,b.png,"make it gray\nc.png,d.png,x\n', "unexpected end of data"),
+    ('target,reference,caption\na.png,b.png,"' + "x" * 200_000, "field larger than field limit"),
+])  # fmt: skip
+def test_a_quote_that_is_never_closed_swallows_no_lines(tmp_path, text, line):
+    (tmp_path / "pairs.csv").write_text(text)
+    problems = Problems()
+    assert pairs.from_file(tmp_path / "pairs.csv", problems) == ({}, {}, [])
+    assert line in problems.found["files that cannot be read"][0]
+    (tmp_path / "pairs.csv").write_text('target,caption\na.png,"say ""hello"", then\nleave"\n')
+    _, captions, _ = pairs.from_file(tmp_path / "pairs.csv", Problems())
+    assert captions == {"a": ('say "hello", then', "leave")}
+
+
+def test_captions_of_jsonl_may_hold_any_character_but_half_ones(tmp_path):
+    lines = [json.dumps({"target": "a.png", "caption": "one\u2028two"}, ensure_ascii=False)]
+    lines.append(json.dumps({"target": "b.png", "caption": "half \ud83c"}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    problems = Problems()
+    targets, _, _ = pairs.from_file(tmp_path / "pairs.jsonl", problems)
+    assert list(targets) == ["a"] and "pairs.jsonl, line 2: " in problems.found["malformed lines"][0]

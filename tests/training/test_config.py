@@ -99,7 +99,8 @@ def test_the_schema_knows_every_key_and_its_meaning():
 
 @pytest.mark.parametrize("override", [
     "flow_schedule_shift=-1", "flow_schedule_shift=0", "adam_beta1=1.5", "flux_guidance_min=5", "lora_alpha=0",
-    "max_train_steps=0", "max_grad_norm=0", "base_model_precision=bf16",
+    "max_train_steps=0", "max_grad_norm=0", "base_model_precision=bf16", "validation_seed=-5",
+    "seed=9223372036854775808",
 ])  # fmt: skip
 def test_values_that_would_train_garbage_are_refused_with_the_key(tmp_path, override):
     path = write(tmp_path, '{"data_backend_config": [], "mixed_precision": "no"}')
@@ -129,3 +130,11 @@ def test_a_format_that_cannot_hold_the_adapter_is_refused_before_training(tmp_pa
     with pytest.raises(ValueError, match="lora_format comfyui is a LoRA's alone; convert it later"):
         read_config(path, [])
     assert read_config(path, ["lora_format=diffusers"]).use_dora
+
+
+def test_characters_in_two_halves_are_joined_and_a_key_that_stands_twice_is_refused(tmp_path):
+    path = write(tmp_path, '{"data_backend_config": [], "validation_prompt": ' + json.dumps("night \U0001f3a8") + "}")
+    assert r"\ud83c\udfa8" in path.read_text() and read_config(path, []).validation_prompt == "night \U0001f3a8"
+    path = write(tmp_path, '{"data_backend_config": [], "lora_rank": 16, "lora_rank": 2}')
+    with pytest.raises(ValueError, match="lora_rank"):
+        read_config(path, [])
