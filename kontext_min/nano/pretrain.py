@@ -113,25 +113,22 @@ def optimizers(network: nn.Module, muon: float, adam: float, names=()) -> list[t
     return [Muon(matrices, {"lr": muon, "weight_decay": 0.01}), torch.optim.Adam(others, adam, betas, fused=True)]
 
 
-def train(
-    file: Path, network: nn.Module, optims: list[torch.optim.Optimizer], steps: range,
-    loss_of: Callable[[int], Tensor], share_of: Callable[[int], float], bf16: bool = False,
-) -> None:  # fmt: skip
-    """Steps of a loss, at shares of the rates; bf16: of products alone. Goes on from its file, written at times."""
-    step, losses = steps.start, []
+def train(file: Path, network: nn.Module, optims: list, shares: dict[int, float], loss_of: Callable, bf16=False):
+    """Steps of loss_of(step), at their shares of the rates; bf16: of products alone. Goes on from its file."""
+    step, losses = min(shares), []
     if file.exists():
         state = torch.load(file, weights_only=True)
         network.load_state_dict(state["network"])
         for optim, saved in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(saved)
         step = state["step"]
-    while step < steps.stop:
+    while step in shares:
         with torch.autocast("cpu", torch.bfloat16, bf16):
             loss = loss_of(step)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             for optim in optims:
-                optim.param_groups[0]["lr"] = optim.defaults["lr"] * share_of(step)
+                optim.param_groups[0]["lr"] = optim.defaults["lr"] * shares[step]
                 optim.step()
                 optim.zero_grad()
         step += 1
@@ -139,7 +136,7 @@ def train(
         if step % LOG_EVERY == 0:
             recent, minutes = np.mean(losses[-LOG_EVERY:]), time.process_time() / 60
             print(f"{file.stem} step {step} loss {recent:.4f} cpu {minutes:.2f} min", flush=True)
-        if step % SAVE_EVERY == 0 or step == steps.stop:
+        if step % SAVE_EVERY == 0 or step not in shares:
             with whole_file(file) as unfinished:
                 saved = [optim.state_dict() for optim in optims]
                 torch.save({"network": network.state_dict(), "optims": saved, "step": step}, unfinished)
@@ -183,10 +180,8 @@ def pretrain_vae(folder: Path, steps: int) -> VAE:
     """Train, or go on from `folder`/vae.pt, or read the finished one. Returns it frozen, with normalised latents."""
     torch.manual_seed(1)
     vae = VAE(AUTOENCODER).to(memory_format=torch.channels_last)
-
-    cosine = [min(1.0, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps)) for i in range(steps)]  # to zero
-    optims, loss = optimizers(vae, VAE_RATE, VAE_RATE), partial(vae_loss, vae)
-    train(folder / "vae.pt", vae, optims, range(steps), loss, cosine.__getitem__)
+    cosine = {i: min(1.0, (i + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * i / steps)) for i in range(steps)}  # to zero
+    train(folder / "vae.pt", vae, optimizers(vae, VAE_RATE, VAE_RATE), cosine, partial(vae_loss, vae))
     vae.eval().requires_grad_(False)
     z = torch.cat([vae.moments(pictures_of(10**6 + i * len(VAE_SIZES)))[0] for i in range(64)])
     shift, scale = round(z.mean().item(), 5), round(1 / z.std().item(), 5)  # which make latents N(0, 1)
@@ -268,10 +263,8 @@ def distil_loss(nano: Nano, teacher: Nano, empty: Tensor, data: Bucket, generato
     scale = torch.empty(len(t)).uniform_(*GUIDANCE, generator=generator)
     scale[: len(t) // 2] = 1.0  # without guidance nothing may be lost
     with torch.no_grad():
-        v, plain = (
-            flow.velocity(teacher.flux, x_t, t, teacher.condition(ids, references), torch.ones_like(t))
-            for ids in (data.ids, empty.expand_as(data.ids))
-        )
+        seen = [teacher.condition(ids, references) for ids in (data.ids, empty.expand_as(data.ids))]
+        v, plain = (flow.velocity(teacher.flux, x_t, t, condition, torch.ones_like(t)) for condition in seen)
         wanted = plain + scale.view(-1, 1, 1, 1) * (v - plain)
     given = flow.velocity(nano.flux, x_t, t, nano.condition(data.ids, references), scale)
     return ((given - wanted).square().mean((1, 2, 3)) / scale**2).mean()
@@ -293,10 +286,9 @@ def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...],
             with sdpa_kernel(SDPBackend.MATH):  # of sequences as short as these, faster on CPUs
                 return loss(empty, data, generator)
 
-        def share_of(step: int) -> float:
-            return most * min(1.0, (step + 1) / WARM_UP, (end - step) / phase.falling)
-
-        train(work / name, nano, optims, range(end - phase.steps, end), loss_of, share_of, bf16)
+        steps = range(end - phase.steps, end)
+        shares = {step: most * min(1.0, (step + 1) / WARM_UP, (end - step) / phase.falling) for step in steps}
+        train(work / name, nano, optims, shares, loss_of, bf16)
         export(folder, nano, vae)
 
     for phase, end in zip(phases, accumulate(phase.steps for phase in phases), strict=True):
