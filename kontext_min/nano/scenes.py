@@ -72,17 +72,14 @@ def circle_points(count: int, radius: float = 1.0, start: float = 0.0) -> np.nda
 
 
 TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-HEART = (
-    16 * np.sin(TURN) ** 3,
-    -(13 * np.cos(TURN) - 5 * np.cos(2 * TURN) - 2 * np.cos(3 * TURN) - np.cos(4 * TURN)) - 2.5,
-)
+LOBES = -(13 * np.cos(TURN) - 5 * np.cos(2 * TURN) - 2 * np.cos(3 * TURN) - np.cos(4 * TURN)) - 2.5  # y of a heart
 CROSS = np.array([(0.34, -1.0), (0.34, -0.34), (1.0, -0.34)])  # a quarter of its corners
 SHAPES: dict[str, np.ndarray] = {  # name: polygon inside (about) the unit disc, (points, 2)
     "circle": circle_points(48, 0.95),
     "square": circle_points(4, 1.15, start=np.pi / 4),
     "triangle": circle_points(3, 1.15),
     "star": np.stack([circle_points(5, 1.12), circle_points(5, 0.5, start=np.pi / 5)], 1).reshape(10, 2),
-    "heart": np.stack(HEART, axis=-1) / 15.5,
+    "heart": np.stack([16 * np.sin(TURN) ** 3, LOBES], axis=-1) / 15.5,
     "cross": np.concatenate([CROSS @ np.linalg.matrix_power([(0, 1), (-1, 0)], turns) for turns in range(4)]),
 }
 
@@ -166,8 +163,7 @@ def change(r: np.random.Generator, scene: Scene, edit: str) -> Task:
 
 def add(r: np.random.Generator, scene: Scene) -> Task:  # a new object of the canonical colour and radius in a free cell
     cell, taken = pick(r, scene.free_cells()), {thing.name for thing in scene.objects}
-    kinds = [(s, c) for s in SHAPES for c in COLOURS if c != scene.colour and f"{c} {s}" not in taken]
-    shape, colour = pick(r, kinds)
+    shape, colour = pick(r, [(s, c) for s in SHAPES for c in COLOURS if c != scene.colour and f"{c} {s}" not in taken])
     new = Object(shape, colour, COLOURS[colour], cell)
     return {"thing": new.name, "place": PLACES[cell]}, [scene, replace(scene, objects=(*scene.objects, new))]
 
