@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 T5_LENGTH = 512  # FLUX.1-dev and Kontext; a tokenizer_config.json with a smaller model_max_length lowers it
@@ -34,12 +37,10 @@ def read_json(path: Path, part: str) -> dict:
     return content
 
 
-def from_json(folder: Path):
+def from_json(folder: Path) -> FastTokenizer:
     """tokenizer.json as an object of the tokenizers library, for texts of any length."""
-    from tokenizers import Tokenizer
-
     content = read_json(folder / "tokenizer.json", "model") | {"padding": None, "truncation": None}
-    return Tokenizer.from_str(json.dumps(content))
+    return FastTokenizer.from_str(json.dumps(content))
 
 
 class Tokenizer:
@@ -65,8 +66,6 @@ def t5_tokenizer(folder: Path) -> Tokenizer:
         return Tokenizer(lambda text: fast.encode(text, add_special_tokens=False).ids, length, *ids)
     if not (folder / "spiece.model").exists():
         raise FileNotFoundError(f"no T5 tokenizer in {folder}: expected tokenizer.json or spiece.model")
-    from sentencepiece import SentencePieceProcessor
-
     pieces = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     return Tokenizer(pieces.encode, length, pieces.eos_id(), pieces.pad_id())
 
@@ -79,16 +78,15 @@ def clip_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(lambda text: [begin, *bpe.encode(text, add_special_tokens=False).ids], length, end, end)
 
 
-def clip_bpe(folder: Path):
+def clip_bpe(folder: Path) -> FastTokenizer:
     """OpenAI's CLIP tokenizer from vocab.json and merges.txt: NFC, one space, lower case; words end in `</w>`."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-
     if not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
         raise FileNotFoundError(f"no CLIP tokenizer in {folder}: expected vocab.json + merges.txt, or tokenizer.json")
     vocab = read_json(folder / "vocab.json", END)
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    bpe = Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END, continuing_subword_prefix=""))
+    model = models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token=END, continuing_subword_prefix="")
+    bpe = FastTokenizer(model)
     spaces = normalizers.Replace(Regex(r"\s+"), " ")
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
     word = Regex(r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
