@@ -7,7 +7,6 @@ refused by name: an unknown key, a missing half, a NaN, no match at all is an er
 
 import math
 import re
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -77,8 +76,7 @@ REFUSED = {  # a regular expression of tensors' names -> what such tensors are, 
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AdapterFile:
+class AdapterFile(NamedTuple):
     """A trained adapter: its updates in fp32, their rows in our order, and what its header says of showing it."""
 
     path: Path

@@ -4,8 +4,7 @@ Our names are those of the single files (`flux1-kontext-dev.safetensors`, `ae.sa
 Where diffusers splits a fused linear, each part is a range of its rows; adapters use the same table.
 """
 
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +55,7 @@ def flux_linears(config: FluxConfig) -> dict[str, list[Part]]:
     return {ours: parts for ours, parts in flux_modules(config).items() if not ours.endswith(".scale")}
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One of our tensors as a file holds it: `names` stacked along dim 0, in `rows` each, then a change of form."""
 
     names: tuple[str, ...]
@@ -90,14 +88,10 @@ def flux_diffusers(config: FluxConfig) -> dict[str, Source]:
 
 def vae_diffusers(config: VAEConfig, names: list[str]) -> dict[str, Source]:
     """Our VAE tensors (`names`) in diffusers' layout: decoder levels from the other end, 1x1 projections as linears."""
-    table, levels = {}, len(config.channels)
+    levels = len(config.channels)
     renamed = {f"encoder.down.{i}.": f"encoder.down_blocks.{i}." for i in range(levels)}
     renamed |= {f"decoder.up.{i}.": f"decoder.up_blocks.{levels - 1 - i}." for i in range(levels)}
     renamed |= {f".{ours}.": f".{theirs}." for ours, theirs in VAE.items()}
     projections = tuple(f"mid.attn_1.{part}.weight" for part in ("q", "k", "v", "proj_out"))
-    for name in names:
-        their_name = name
-        for ours, theirs in renamed.items():
-            their_name = their_name.replace(ours, theirs)
-        table[name] = Source((their_name,), form="linear" if name.endswith(projections) else "same")
-    return table
+    theirs = {name: reduce(lambda text, pair: text.replace(*pair), renamed.items(), name) for name in names}
+    return {n: Source((theirs[n],), form="linear" if n.endswith(projections) else "same") for n in names}

@@ -7,8 +7,8 @@ and stream its weights in. Sizes come from config.json, or from the tensors' sha
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,16 +29,14 @@ NOT_READ = (".bin", ".pt", ".ckpt", ".pth", ".gguf")
 NOT_USED = ("embeddings.position_ids", "text_projection.weight", "logit_scale")  # of CLIP files
 
 
-@dataclass(frozen=True)
-class Component:
+class Component(NamedTuple):
     """The files of one network and its config.json as a mapping ({} where there is none)."""
 
     files: tuple[Path, ...]
     config: dict
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """Where the parts of a model lie, and what its scheduler says about time."""
 
     folder: Path
