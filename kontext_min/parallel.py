@@ -135,11 +135,8 @@ def own(items: Sequence) -> Sequence:
 
 def shared_out(work: Callable, items: Sequence) -> list:
     """[work(item) for item in items], shared out. All ranks work equally often, as models in shards need it."""
-    if not items:
-        return []
     rounds = -(-len(items) // world())
-    mine = [work(items[min(i * world() + rank(), len(items) - 1)]) for i in range(rounds)]
-    found = gathered(mine)
+    found = gathered([work(items[min(i * world() + rank(), len(items) - 1)]) for i in range(rounds)])
     return [found[i % world()][i // world()] for i in range(len(items))]
 
 
