@@ -112,8 +112,7 @@ def assembled(
     for ours, source in table.items():
         parts = [tensors.read(name) for name in source.names]
         place = device(ours) if callable(device) else device
-        tensor = source.assemble(parts).to(device=place, dtype=dtype, copy=True).contiguous()  # no view of the file
-        yield ours, tensor
+        yield ours, source.assemble(parts).to(device=place, dtype=dtype, copy=True).contiguous()  # no view of the file
 
 
 def fill(module: nn.Module, *source, then: Callable[[nn.Module, str], None] | None = None) -> nn.Module:

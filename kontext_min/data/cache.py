@@ -45,8 +45,7 @@ def weights_id(component: Component, memo: Path) -> str:
 
 
 def checksum(value: Mapping[str, Tensor]) -> str:  # of names and bytes
-    parts = [part for name in sorted(value) for part in (name, value[name].view(torch.uint8).numpy().tobytes())]
-    return digest(*parts)
+    return digest(*(part for name in sorted(value) for part in (name, value[name].view(torch.uint8).numpy().tobytes())))
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,9 @@ class CLIPText(nn.Module):
         self.config = config
         token = nn.Embedding(config.vocab_size, config.hidden_size)
         position = nn.Embedding(config.max_positions, config.hidden_size)
-        layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({"token_embedding": token, "position_embedding": position}),
-            "encoder": nn.ModuleDict({"layers": layers}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.num_layers))}),
             "final_layer_norm": nn.LayerNorm(config.hidden_size, eps=config.eps),
         })  # fmt: skip
 

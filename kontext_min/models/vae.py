@@ -74,8 +74,7 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if before == out else nn.Conv2d(before, out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        change = normalised(self.norm2, self.conv2, normalised(self.norm1, self.conv1, x))
-        return change.add_(self.nin_shortcut(x))
+        return normalised(self.norm2, self.conv2, normalised(self.norm1, self.conv1, x)).add_(self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
