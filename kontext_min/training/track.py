@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,25 +19,22 @@ from kontext_min.run_folder import SMOOTHING, RunFolder, append, read_lines
 Reporter = tuple[Callable, Callable]  # of (step, numbers by name, pictures by name); and what ends it
 
 
-class Tracker(AbstractContextManager):
+class Tracker(ExitStack):
     """Adds to metrics.jsonl, moves the bar, tells the reporters: a context manager. start: the steps already done."""
 
     def __init__(self, config: Config, device: torch.device, start: int = 0):
-        self.folder, self.device = RunFolder(config.output_dir), device
-        self.loss = EMA(1 - SMOOTHING)
+        super().__init__()
+        self.folder, self.device, self.loss = RunFolder(config.output_dir), device, EMA(1 - SMOOTHING)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # what the encoders took is over
-        logs = config.output_dir / "logs"
-        if config.logging_dir:
-            logs = config.logging_dir / (config.tracker_run_name or config.output_dir.name)
+        name = config.tracker_run_name or config.output_dir.name
+        logs = config.logging_dir / name if config.logging_dir else config.output_dir / "logs"
         told = [to for name, to in REPORTERS.items() if config.report_to in ("all", name) and parallel.rank() == 0]
         self.reporters = [to(config, logs, start) for to in told]
-        self.bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
-
-    def __exit__(self, *_):
-        self.bar.close()
         for _, close in self.reporters:
-            close()
+            self.callback(close)
+        bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
+        self.bar = self.enter_context(bar)
 
     @parallel.by_first
     def log(self, step: int, values: dict[str, float | None]):  # one optimizer step; a skipped one has no loss
