@@ -37,9 +37,8 @@ def flux_modules(config: FluxConfig) -> dict[str, list[Part]]:
     }  # fmt: skip
     top = {ours: name for ours, name in FLUX["top"].items() if config.guidance_embed or "guidance" not in ours}
     levels = [("", "", top)]
-    levels += [(f"double_blocks.{i}.", f"transformer_blocks.{i}.", FLUX["double"]) for i in range(config.depth)]
-    singles = range(config.depth_single_blocks)
-    levels += [(f"single_blocks.{i}.", f"single_transformer_blocks.{i}.", FLUX["single"]) for i in singles]
+    for kind, extra, count in (("double", "", config.depth), ("single", "single_", config.depth_single_blocks)):
+        levels += [(f"{kind}_blocks.{i}.", f"{extra}transformer_blocks.{i}.", FLUX[kind]) for i in range(count)]
     table: dict[str, list[Part]] = {}
     for our_prefix, their_prefix, names in levels:
         for ours, theirs in names.items():

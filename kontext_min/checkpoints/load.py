@@ -205,8 +205,7 @@ def bare(name: str) -> str:  # the name of a transformer's tensor without ComfyU
 def empty_flux(checkpoint: Checkpoint) -> tuple[Flux, Tensors, dict[str, Source]]:
     """The transformer without weights, the tensors of its files, and our name -> theirs ({} where they are ours)."""
     flux, tensors = on_meta(Flux, flux_config, checkpoint.components["transformer"], bare)
-    diffusers = "x_embedder.weight" in tensors.where
-    return flux, tensors, keys.flux_diffusers(flux.config) if diffusers else {}
+    return flux, tensors, keys.flux_diffusers(flux.config) if "x_embedder.weight" in tensors.where else {}
 
 
 def load_flux(checkpoint: Checkpoint, device: Place, dtype: torch.dtype, then: Callable | None = None) -> Flux:
@@ -216,9 +215,8 @@ def load_flux(checkpoint: Checkpoint, device: Place, dtype: torch.dtype, then: C
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> VAE:
     vae, tensors = on_meta(VAE, vae_config, checkpoint.components["vae"])
-    diffusers = "encoder.conv_norm_out.weight" in tensors.where
-    table = keys.vae_diffusers(vae.config, list(vae.state_dict())) if diffusers else {}
-    return fill(vae, tensors, table, dtype, device)
+    ours = "encoder.conv_norm_out.weight" not in tensors.where
+    return fill(vae, tensors, {} if ours else keys.vae_diffusers(vae.config, [*vae.state_dict()]), dtype, device)
 
 
 def load_t5(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, then=None) -> T5Encoder:
