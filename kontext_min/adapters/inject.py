@@ -65,8 +65,7 @@ def adapt(flux: Flux, sizes: dict[str, tuple[int, float] | Kronecker], dropout=0
             update.dropout = dropout
             attach(flux, ours, update)
             if dora:
-                weight = flux.get_submodule(ours).weight_of(update)
-                update.magnitude = nn.Parameter(update.lengths(weight).detach())
+                update.magnitude = nn.Parameter(update.lengths(flux.get_submodule(ours).weight_of(update)).detach())
             parameters += update.parameters()
     return parameters
 

@@ -218,8 +218,7 @@ class Examples:
         if mine := parallel.own(captions):
             encode = TextEncoder(self.checkpoint, device, self.dtype, quantising(self.t5))
             for caption in tqdm(mine, desc="encoding captions", unit=" captions"):
-                txt, vec = encode(caption)
-                self.texts.put(self._text_key(caption), {"txt": txt, "vec": vec})
+                self.texts.put(self._text_key(caption), dict(zip(("txt", "vec"), encode(caption), strict=True)))
             del encode
             free()
         if mine := parallel.own([*views.items()]):

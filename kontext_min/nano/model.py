@@ -96,8 +96,7 @@ def clip_merges(count: int) -> list[tuple[str, str]]:
         pairs = Counter()
         for word, times in words.items():
             pairs.update({pair: n * times for pair, n in Counter(pairwise(word.split())).items()})
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
+        merges.append(best := min(pairs, key=lambda pair: (-pairs[pair], pair)))
         whole = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
         words = Counter({whole.sub(lambda match: match[0].replace(" ", ""), word): n for word, n in words.items()})
     return merges

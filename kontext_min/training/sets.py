@@ -96,9 +96,8 @@ class Reader:
         self.entries = [entry for entry in listed if not entry.disabled]
         named = {name for entry in self.entries for name in entry.conditioning_data if name != entry.id}
         self.by_id = {entry.id: entry for entry in self.entries}
-        for name, count in Counter(entry.id for entry in self.entries).items():
-            if count > 1:
-                self.wrong("ids that stand twice", name)
+        for name in (name for name, count in Counter(entry.id for entry in self.entries).items() if count > 1):
+            self.wrong("ids that stand twice", name)
         if not self.of("image"):
             self.wrong("missing sets", "no entry holds targets: give one instance_data_dir")
         if len(self.of("text_embeds")) > 1:
@@ -212,9 +211,8 @@ class Reader:
             self.wrong("captions", f"{', '.join(with_own)} has captions, which `combined` sets of {entry.id} cannot")
         if not (entry.strategy or entry.pairs_file) and not (with_own and len(with_own) == len(references)):
             self.wrong("captions", f"{entry.id} has caption_strategy null, and so have its references")
-        for name, count in Counter(source.id for source in references).items():
-            if count > 1:
-                self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
+        for name in (name for name, count in Counter(source.id for source in references).items() if count > 1):
+            self.wrong("ids that stand twice", f"{entry.id}: {name}; give one generator a name")
 
     def geometry(self, entry: Dataset) -> Geometry:
         unit, largest, downsampled = entry.resolution_type, entry.maximum_image_size, entry.target_downsample_size
