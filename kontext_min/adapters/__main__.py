@@ -86,9 +86,8 @@ def main(argv: list[str] | None = None):
     converted.add_argument("loras", nargs=1, metavar="IN")
     converted.set_defaults(base=None)
     merged.add_argument("loras", nargs="+", metavar="LORA[:STRENGTH]")
-    merged.add_argument(
-        "--base", type=Path, help="a model, folder or single file: write it with its transformer changed"
-    )
+    what = "a model, folder or single file: write it with its transformer changed"
+    merged.add_argument("--base", type=Path, help=what)
     for command in (converted, merged):
         command.set_defaults(work=write)
         command.add_argument("out", type=Path, metavar="OUT")
