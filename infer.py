@@ -82,8 +82,7 @@ def valid(key: str, value) -> bool:
     return isinstance(value, kinds) and value in more.get("choices", [value])
 
 
-def known(given: dict, where: str) -> dict:
-    """What of some file's settings is of this program. ValueError if a value is none that they can have."""
+def known(given: dict, where: str) -> dict:  # the settings that a file asks for; ValueError if one cannot be so
     settings = {key: value for key, value in given.items() if key in DEFAULTS}
     if odd := [f"{key} {value!r}" for key, value in settings.items() if not valid(key, value)]:
         raise ValueError(f"{where} asks to be shown with {', '.join(odd)}, which is no such setting")
@@ -115,8 +114,8 @@ def gather(given: argparse.Namespace) -> dict:
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
     "".join((*settings["prompt"], settings["negative_prompt"])).encode()  # what is no UTF-8 is a ValueError
-    last = settings["seed"] + settings["num_images"]
-    if min(settings["steps"], settings["num_images"]) < 1 or settings["seed"] < 0 or last > 2**63:
+    steps, seed, count = (settings[key] for key in ("steps", "seed", "num_images"))
+    if min(steps, count) < 1 or not 0 <= seed <= 2**63 - count:
         raise ValueError("--steps and --num-images must be at least 1, --seed from 0 to 2^63 - 1")
     if not all(map(math.isfinite, (settings["guidance"], settings["cfg_scale"], *(scale for _, scale in adapters)))):
         raise ValueError("--guidance, --cfg-scale and the strengths of LoRAs must be finite numbers")

@@ -118,9 +118,7 @@ def held(flux: Flux, per_trained: float, dtype: torch.dtype, ranks: int = 1, sha
 
 
 class Counted(TorchDispatchMode):
-    """Of what is computed inside the context: bytes of the tensors made, `live` now and `peak` at most, `flops` of
-    products, by operator, and bytes that all other operators have `moved`: read or written.
-    """
+    """Bytes of tensors made within it, `live` and at most `peak`; `flops` of products; bytes `moved` by the rest."""
 
     def __init__(self):
         super().__init__()
@@ -150,8 +148,8 @@ class Counted(TorchDispatchMode):
 
 def counted(compute: Callable[[], Tensor]) -> Counted:
     """What `compute`, and the backward pass of a loss, take. On meta nothing is computed, and all of it counted.
-    There, too, attention is one product as elsewhere, where torch would make a matrix of all pairs of tokens, and an
-    RMS norm one operator as on CUDA: a layer norm stands for it, which keeps and moves as much.
+    There, too, attention is one product, not a matrix of all pairs of tokens, and an RMS norm one operator, as on CUDA:
+    a layer norm stands for it, which keeps and moves as much.
     """
     plain = F.scaled_dot_product_attention, F.rms_norm
     F.scaled_dot_product_attention = lambda q, k, v: FUSED(q, k, v)[0]

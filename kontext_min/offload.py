@@ -108,12 +108,11 @@ class Modulation:
 
 class Copies:
     """Tensors in the host's memory that come to a device and go, on a CUDA stream of their own, beside the computation;
-    on a CPU they are just copies. What the streams share is kept by their order, not by `record_stream`: with that, the
-    host runs ahead, and much more is on the device at a time than is at work.
+    on a CPU they are just copies. The streams' order keeps what they share: `record_stream` would let more pile up.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.cuda, self.hosts, self.there, self.going = device, device.type == "cuda", {}, {}, []
+        self.device, self.cuda, self.hosts, self.there, self.going = device, device.type == "cuda", {}, {}, ()
         self.stream = torch.cuda.Stream(device) if self.cuda else None
 
     def away(self, key: int, *tensors: Tensor):
@@ -121,10 +120,9 @@ class Copies:
         with self.beside():
             self.hosts[key] = [copy.copy_(x, non_blocking=True) for copy, x in zip(copies, tensors, strict=True)]
         if tensors[0].is_cuda:
-            self.going.append((self.stream.record_event(), tensors))
-            for copied, _ in self.going[:-1]:  # so that the computation writes over them only then
-                torch.cuda.current_stream(self.device).wait_event(copied)
-            self.going = self.going[-1:]
+            if self.going:  # the last ones, which the computation may write over once they are copied
+                torch.cuda.current_stream(self.device).wait_event(self.going[0])
+            self.going = self.stream.record_event(), tensors
 
     def come(self, key: int, *following: int) -> list[Tensor]:
         """The tensors, on the device; those that are needed next begin to come, to where nothing queued still reads."""

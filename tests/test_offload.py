@@ -107,6 +107,7 @@ def test_updates_on_what_embeds_time_are_refused_where_it_is_computed_ahead(kont
 def test_compiled_blocks_give_the_same_without_a_break_and_one_graph_more_a_size(kontext, tmp_path, policy):
     """By the compiler's front end; the plan's parts are all in force."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     made = []
     for compiled in (False, True):
         flux, _ = offload.open_apart(CPU, False, tiny.part(kontext, "transformer"), CPU, FP32, "int8-torchao", tmp_path)
@@ -129,5 +130,6 @@ def test_compiled_blocks_give_the_same_without_a_break_and_one_graph_more_a_size
         made.append(found + [p.grad for p in flux.parameters() if p.requires_grad])
     assert not counters["graph_break"]
     first, again, other, last = graphs
-    assert first == again and other == last <= 2 * first  # each kind of block once more for another size
+    assert first == again <= 4  # of kinds of blocks, the last one is another: not a graph for each place of modulation
+    assert other == last <= 2 * first  # each kind of block once more for another size
     assert max(tiny.error(a, b) for a, b in zip(*made, strict=True)) < 1e-5

@@ -180,8 +180,7 @@ class Adapted(nn.Module):
                 runs.append((update.start, []))
             if update in lows:
                 low, b = lows[update].flatten(0, -2), update.B.to(x.dtype).t()
-                delta = low @ b if bias is None else torch.addmm(bias[update.rows], low, b)
-                delta = delta.view(*x.shape[:-1], -1)
+                delta = (low @ b if bias is None else torch.addmm(bias[update.rows], low, b)).view(*x.shape[:-1], -1)
             else:
                 given = F.dropout(x, update.dropout, training=torch.is_grad_enabled())
                 delta = update(given)

@@ -1,6 +1,7 @@
 """Picture sizes, and the one geometric transform: centre-crop to an aspect, then resize. Nothing is stretched."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-LARGEST = 8192  # pixels a side that may be asked for
 LANCZOS = Image.Resampling.LANCZOS
 ORIENTATION = 0x0112  # of EXIF: 5 to 8 are turned by a quarter
 PNG_TURNED = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # where a PNG may say it
@@ -28,12 +28,9 @@ class Size(NamedTuple):
 
 
 def parse_size(text: str) -> Size:  # '1024x768' -> Size(1024, 768)
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 1024x768; got {text!r}")
-    if max(int(width), int(height)) > LARGEST:
-        raise ValueError(f"{text} is too large; {LARGEST} pixels a side at most")
-    return Size(int(width), int(height))
+    if found := re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text.lower(), re.ASCII):
+        return Size(*map(int, found.groups()))
+    raise ValueError(f"a size is WIDTHxHEIGHT in pixels, such as 1024x768, below 10000; got {text!r}")
 
 
 def nearest_aspect(size: Size, choices: Sequence[Size]) -> Size:

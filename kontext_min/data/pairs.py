@@ -75,8 +75,7 @@ class Picture:
 Pictures, Captions = dict[str, Picture], dict[str, tuple[str, ...]]  # by relative path without extension
 
 
-def files_under(folder: Path, locked: list[OSError]) -> Iterator[Path]:
-    """All files under a folder, links followed but where they lead back; folders that cannot be read go to `locked`."""
+def files_under(folder: Path, locked: list[OSError]) -> Iterator[Path]:  # no link is followed back to where it lies
     for parent, inner, names in os.walk(folder, onerror=locked.append, followlinks=True):
         if os.path.realpath(parent) in map(os.path.realpath, Path(parent).parents):
             inner.clear()
@@ -193,15 +192,11 @@ def from_file(file: Path, problems: Problems) -> tuple[Pictures, Captions, list[
 def records(file: Path, problems: Problems) -> Iterable[tuple[int, str | dict]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        problems.add("files that cannot be read", f"pairs_file {file}: {error}")
-        return []
-    if file.suffix.lower() != ".csv":
-        return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
+        if file.suffix.lower() != ".csv":
+            return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # else an open quote swallows other lines
         return [(reader.line_num, {key: value for key, value in row.items() if value}) for row in reader]
-    except csv.Error as error:  # a quote that is never closed, which would swallow all lines after it
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         problems.add("files that cannot be read", f"pairs_file {file}: {error}")
         return []
 

@@ -47,8 +47,6 @@ def main() -> None:  # one command
     if args.command == "pairs":
         print(write_pairs(args.edit, args.output, args.count, args.replay))
         return
-    if args.cases < 2:
-        raise ValueError("--cases must be at least 2: each is tried with another's reference, too")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     if args.command == "pretrain":

@@ -75,10 +75,9 @@ def evaluate(folder: Path, edits: Iterable[str], count: int, sampling=SAMPLING, 
     editor, texts = open_editor(str(folder), loras, [*prompts, ""], torch.device("cpu"), torch.float32)
     table, cards = {}, []
     for name in edits:
-        tasks, measured = cases(name, count), []
-        for i, task in enumerate(tasks):
-            measured.append(measure(editor, texts, task, tasks[i - 1], replace(sampling, seed=i)))
-        numbers, shown = zip(*measured, strict=True)
+        tasks = cases(name, count)
+        seeded = [(task, tasks[i - 1], replace(sampling, seed=i)) for i, task in enumerate(tasks)]
+        numbers, shown = zip(*(measure(editor, texts, *one) for one in seeded), strict=True)
         columns = {key: [one[key] for one in numbers if not math.isnan(one[key])] for key in numbers[0]}
         table[name] = {key: round(float(np.mean(found)), 3) for key, found in columns.items() if found}
         print(f"{name:14s}", *(f"{key} {mean:5.2f}" for key, mean in table[name].items()), flush=True)

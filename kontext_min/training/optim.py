@@ -1,12 +1,11 @@
 """Optimizers by the names that users know, the learning rate over time, and the average of what they train."""
 
-import importlib
+import importlib.util
 import inspect
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float, /, **op
         for matrix in (parameter for parameter in parameters if parameter.ndim > 1):
             matrix.data = matrix.data.bfloat16()
     optimizer = make(parameters, lr=lr, **settings)
-    if library == "torchao.optim" and not (parameters[0].is_cuda and find_spec("triton")):
+    if library == "torchao.optim" and not (parameters[0].is_cuda and importlib.util.find_spec("triton")):
         optimizer.step = torch.compiler.set_stance("force_eager")(optimizer.step)
     return optimizer
 

@@ -26,7 +26,6 @@ from kontext_min.training.adapter import add_adapter
 from kontext_min.training.optim import make_optimizer
 
 CARDS = read_json5(Path(__file__).parents[1] / "cards.json5")
-MOVED = "moved"  # beside operators with FLOPs: bytes by all others
 SPARE, WORKSPACE = 1.0, 0.9  # GB: left free of a budget; CUDA's own, and gaps between tensors
 
 
@@ -106,7 +105,7 @@ class Forecast:
         """Bytes at most, and work, of a batch; of two policies their shares, within 5 % of what it is."""
         one, share = self.work(plan.recompute), min(1, plan.recompute_less / self.again)
         two = self.work(LESS[plan.recompute]) if share else one
-        works = [{**counts.flops, MOVED: counts.moved} for counts in (one, two)]
+        works = [{**counts.flops, "moved": counts.moved} for counts in (one, two)]
         work = {what: count + share * (works[1][what] - count) for what, count in works[0].items()}
         return one.peak + share * (two.peak - one.peak), work
 
@@ -130,7 +129,7 @@ class Forecast:
 
     def seconds(self, plan: Plan, card: dict) -> float:
         (_, work), (kind, _, how) = self.step(plan), self.config.base_model_precision.partition("-")
-        rates = {FUSED: card["attention"], FUSED_BACKWARD: card["attention_backward"], MOVED: card["memory_rate"] / 1e3}
+        rates = {FUSED: card["attention"], FUSED_BACKWARD: card["attention_backward"], "moved": card["memory_rate"]}
         linears = (how == "dynamic" and card[kind]) or card["bf16"]
         times = sum(count / rates.get(operator, linears) for operator, count in work.items())
         copied = 2 * (plan.offload_activations * self.inputs + plan.stream_blocks * self.blocks)

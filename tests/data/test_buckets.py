@@ -99,12 +99,10 @@ def test_a_picture_whose_other_tags_are_broken_is_opened_and_turned(tmp_path):
     assert open_image(tmp_path / "odd.jpg").size == oriented_size(tmp_path / "odd.jpg") == (20, 30)
 
 
-@pytest.mark.parametrize("text", ["1024", "1024x", "axb", "0x16", "-5x5", "²x16"])
+@pytest.mark.parametrize("text", ["1024", "1024x", "axb", "0x16", "-5x5", "²x16", "16x20000"])
 def test_a_malformed_size_is_refused(text):
     with pytest.raises(ValueError, match="WIDTHxHEIGHT"):
         parse_size(text)
-    with pytest.raises(ValueError, match="8192 pixels a side at most"):
-        parse_size("16x20000")
 
 
 @pytest.mark.parametrize("kind", ["jpg", "tif", "png", "webp"])

@@ -165,7 +165,6 @@ def test_a_lora_that_is_not_there_is_named_before_the_base_is_measured(monkeypat
     "arguments, sentence",
     [
         (["pairs", "sepia", "tests"], "nano: tests is not empty; name a new folder"),
-        (["evaluate", "--cases", "1"], "nano: --cases must be at least 2"),
         (["pairs", "sepia", "output/none", "--count", "0"], "nano: pairs takes --count 1 or more, and --replay from 0"),
         (["pairs", "sepia", "output/none", "--replay", "nan"], "--replay from 0 to 1"),
         (["evaluate", "--folder", "gone"], "nano: gone is neither a folder nor a hub id (owner/name)"),

@@ -99,7 +99,7 @@ def test_seconds_are_the_roofline_that_was_worked_out_by_hand(forecast):
     for (policy, card), seconds in by_hand.items():
         found = forecast.seconds(Plan(policy), CARDS[card] | AT_ONCE)
         assert found == pytest.approx(seconds, rel=0.01)
-        moved = forecast.work(policy).moved / CARDS[card]["memory_rate"] / GB
+        moved = forecast.work(policy).moved / CARDS[card]["memory_rate"] / 1e12
         assert forecast.seconds(Plan(policy), CARDS[card]) == pytest.approx(found + moved)
     rounded = Forecast(
         forecast.config.model_copy(update={"base_model_precision": "fp8-dynamic"}), forecast.examples, True
