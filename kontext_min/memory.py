@@ -152,7 +152,7 @@ def counted(compute: Callable[[], Tensor]) -> Counted:
     a layer norm stands for it, which keeps and moves as much.
     """
     plain = F.scaled_dot_product_attention, F.rms_norm
-    F.scaled_dot_product_attention = lambda q, k, v: FUSED(q, k, v)[0]
+    F.scaled_dot_product_attention = lambda query, key, value, **_: FUSED(query, key, value)[0]
     F.rms_norm = lambda x, shape, scale, eps: F.layer_norm(x, shape, scale, None, eps)
     try:
         with Counted() as found:

@@ -243,6 +243,15 @@ def test_at_full_size_a_step_takes_little_with_the_inputs_of_blocks_away():
     assert away.count == 2 * 19 + 37 and not away.hosts and not away.there
 
 
+def test_at_full_size_a_step_moves_half_the_bytes_of_the_peers():
+    """By all but products and attention: what eager kernels of a GPU read and write, whatever GPU it is."""
+    moved = {}
+    for name in ("peer", "block", "keep_gemm"):
+        model, given = on_meta(name, FULL, torch.bfloat16)
+        moved[name] = counted(lambda model=model, given=given: arms.loss(model, given)).moved
+    assert max(moved["block"], moved["keep_gemm"]) <= 0.52 * moved["peer"]
+
+
 def test_of_two_policies_a_step_takes_its_shares_of_both():
     """As `training/plan.py` counts it: blocks that keep more, the last ones, let go of it before the others begin."""
     shape = arms.Shape(arms.sized(4, 8, 3, 64), 64, (24, 24))
