@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from kontext_min.nano.edits import HELD_OUT, MIX, write_pairs
+from kontext_min.nano.edits import HELD_OUT, MIX, SIZES, write_pairs
 from kontext_min.nano.evaluate import evaluate, report, report_lora
 from kontext_min.nano.model import write_clip, write_t5
 from kontext_min.nano.pretrain import DISTIL_STEPS, PHASES, VAE_STEPS, pretrain_flux, pretrain_vae
@@ -43,9 +43,10 @@ def main() -> None:  # one command
     command.add_argument("output", type=Path, help="a folder that is new or empty")
     command.add_argument("--count", type=int, default=160)
     command.add_argument("--replay", type=float, default=0.0, help="share of pairs of the edits that nano knows")
+    command.add_argument("--square", action="store_true", help="all of 96 x 96: of a few pairs it is the better use")
     args = parser.parse_args(sys.argv[1:] or ["pretrain"])
     if args.command == "pairs":
-        print(write_pairs(args.edit, args.output, args.count, args.replay))
+        print(write_pairs(args.edit, args.output, args.count, args.replay, SIZES[:1] if args.square else SIZES))
         return
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)

@@ -203,7 +203,7 @@ def example(split: str, index: int, size: Size, edit: str | None = None) -> Exam
     return Example(edit, prompt, (reference,), target, photograph)
 
 
-def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str:
+def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0, sizes: tuple[Size, ...] = SIZES) -> str:
     """`count` training examples of an edit, a share replaced by known edits, with data.json. -> what to do next"""
     if count < 1 or not 0 <= replay <= 1:
         raise ValueError("pairs takes --count 1 or more, and --replay from 0 to 1")
@@ -212,7 +212,7 @@ def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0) -> str
     r, data = np.random.default_rng([6, len(edit)]), {}
     for i in range(count):
         prefix, index = ("replay-", 2 * 10**6 + i) if r.random() < replay else ("", 3 * 10**6 + i)
-        size = SIZES[i % len(SIZES)]
+        size = sizes[i % len(sizes)]
         task = example("train", index, size, None if prefix else edit)
         if prefix and len(task.references) != 1:
             task = example("train", index, size, "keep")

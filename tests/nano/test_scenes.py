@@ -152,6 +152,8 @@ def test_written_pairs_are_read_as_a_data_list_with_the_replayed_share(tmp_path)
         write_pairs("inset", tmp_path / "pairs", count=1)
     sizes = [Image.open(tmp_path / "pairs" / "reference-2" / f"{file.stem}.jpg").size
              for file in sorted((tmp_path / "pairs" / "target").glob("*.jpg"))]  # fmt: skip
+    write_pairs("inset", tmp_path / "square", count=3, sizes=SIZES[:1])
+    assert {Image.open(file).size for file in (tmp_path / "square").glob("*/*.jpg")} == {(96, 96)}
     assert set(sizes) == {*SIZES} and all(e.resolution_type != "pixel" for e in entries)  # each keeps its own
 
 
