@@ -113,7 +113,8 @@ def gather(given: argparse.Namespace) -> dict:
     settings = {**DEFAULTS, **recipe, **again, **given, "adapters": adapters}
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
-    "".join((*settings["prompt"], settings["negative_prompt"])).encode()  # what is no UTF-8 is a ValueError
+    if "\\ud" in ascii("".join((*settings["prompt"], settings["negative_prompt"]))):  # halves of characters
+        raise ValueError("a prompt is not UTF-8 text; write it again, or set the terminal to UTF-8")
     steps, seed, count = (settings[key] for key in ("steps", "seed", "num_images"))
     if min(steps, count) < 1 or not 0 <= seed <= 2**63 - count:
         raise ValueError("--steps and --num-images must be at least 1, --seed from 0 to 2^63 - 1")

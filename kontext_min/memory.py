@@ -148,8 +148,7 @@ class Counted(TorchDispatchMode):
 
 def counted(compute: Callable[[], Tensor]) -> Counted:
     """What `compute`, and the backward pass of a loss, take. On meta nothing is computed, and all of it counted.
-    There, too, attention is one product, not a matrix of all pairs of tokens, and an RMS norm one operator, as on CUDA:
-    a layer norm stands for it, which keeps and moves as much.
+    Attention is one product, not a matrix of all pairs, and an RMS norm one operator, for which a layer norm stands.
     """
     plain = F.scaled_dot_product_attention, F.rms_norm
     F.scaled_dot_product_attention = lambda query, key, value, **_: FUSED(query, key, value)[0]

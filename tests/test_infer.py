@@ -472,7 +472,7 @@ REFUSED = {
     "again with odd steps": (["--again", "odd.png"], "odd.png: its header asks to be shown with steps 'x'"),
     "again of a list": (["--again", "list.png"], "list.png is not a PNG made by infer.py"),
     "a large size": (["--prompt", "x", "--size", "16x20000"], "below 10000; got '16x20000'"),
-    "a prompt that is no UTF-8": (["--prompt", "caf\udce9"], "surrogates not allowed"),
+    "a prompt that is no UTF-8": (["--prompt", "caf\udce9"], "a prompt is not UTF-8 text"),
     "seeds that end too late": (["--prompt", "x", "--seed", str(2**63 - 1), "--num-images", "2"], "--seed from 0 to 2"),
 }  # fmt: skip
 

@@ -224,5 +224,5 @@ def fields(record: str | dict) -> tuple[str, list[str], str]:
         raise ValueError("target, reference and caption should be texts, references a list of texts")
     if any(path.is_absolute() or ".." in path.parts for path in map(Path, (target, *references))):
         raise ValueError("paths must be relative to the file's folder, without ..")
-    "".join((target, *references, caption)).encode()  # halves of characters, which JSON can hold, are a ValueError
+    "".join((target, *references, caption)).encode()  # JSON can hold halves of characters; they are a ValueError
     return target, references, caption

@@ -113,9 +113,17 @@ def test_seconds_are_the_roofline_that_was_worked_out_by_hand(forecast):
 
 
 def test_what_is_not_computed_again_moves_fewer_bytes(forecast):
-    """By hand of a block's output alone: sums, gelu and the rotations of q and k move tens of GB in bf16."""
-    moved = {policy: forecast.work(policy).moved / GB for policy in POLICIES}
-    assert moved["none"] < 0.8 * moved["keep_gemm"] and 400 < moved["none"] and moved["block"] < 900
+    """What is cheap is computed again by every policy but the last, which is faster than keep_gemm by this alone."""
+    moved = {policy: forecast.work(policy).moved for policy in POLICIES}
+    assert moved["none"] < 0.8 * moved["keep_gemm"]
+    assert forecast.seconds(Plan("none"), CARDS["4090"]) < forecast.seconds(Plan("keep_gemm"), CARDS["4090"])
+
+
+def test_blocks_that_come_and_go_are_not_compiled_and_the_run_says_so(tmp_path, capsys):
+    arguments = [f"output_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", "max_train_steps=1"]
+    arguments += ["torch_compile=true", "stream_blocks=true", "validation_disable=true", "eval_loss_disable=true"]
+    train.main(["configs/nano.json", *arguments, "resume_from_checkpoint="])
+    assert "torch_compile is left out: blocks whose inputs or weights come and go" in capsys.readouterr().out
 
 
 def test_a_smaller_budget_never_takes_more_and_what_is_named_is_kept(forecast):
