@@ -61,7 +61,7 @@ def inspect(args: argparse.Namespace):
     squares = Counter()
     for whole, (_, here) in by_linear(file.updates).items():
         block = ".".join(whole.name.split(".")[:2]) if "blocks" in whole.name else "outside"
-        squares[block] += sum(float(update.delta().square().sum()) for update in here)
+        squares[block] += sum(float(update.delta().double().square().sum()) for update in here)
     largest = max(squares.values()) ** 0.5 or 1.0
     print("\nsize of the change, |delta W|, by block")
     for block, square in squares.items():

@@ -54,6 +54,7 @@ SIDES = [[("lora_B", "lora_A")], *([w1, w2] for w1 in W1 for w2 in W2)]  # what 
 ENDINGS = {end: half for form in FORMATS.values() for end, half in ((form.a, "lora_A"), (form.b, "lora_B"))}
 ENDINGS |= {name: name for names in (*W1, *W2, ("alpha", "dora_scale")) for name in names}  # it is (rows, 1)
 ENDINGS |= {"lora_magnitude_vector": "dora_scale"}  # PEFT's, (rows,)
+ENDINGS |= {"lora.down.weight": "lora_A", "lora.up.weight": "lora_B"}  # diffusers' before there was PEFT
 CONFIG_KEY = "lora_adapter_metadata"  # in the file's header: PEFT's LoraConfig as JSON, keys prefixed `transformer.`
 RECIPE_KEY = "kontext_min"  # in the file's header: what infer.py needs to show this LoRA
 CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of PEFT's first values, those for which the base changes

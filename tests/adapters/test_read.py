@@ -46,6 +46,7 @@ FORMATS = {  # prefix, separator, whose names, endings or "lokr", dtype
     "d comfy": ("diffusion_model.", ".", BFL, KOHYA, torch.float8_e4m3fn),
     "e onetrainer": ("lora_transformer_", "_", DIFFUSERS, KOHYA, torch.bfloat16),
     "f fal": ("base_model.model.", ".", BFL, PEFT, FP32),
+    "g diffusers before PEFT": ("transformer.", ".", DIFFUSERS, ("lora.down.weight", "lora.up.weight"), FP32),
     "i kohya lokr": ("lora_unet_", "_", BFL, "lokr", torch.bfloat16),
     "j lycoris": ("lycoris_", "_", DIFFUSERS, "lokr", FP32),
     "k ai-toolkit lokr": ("transformer.", ".", DIFFUSERS, "lokr", torch.float16),
