@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import product
 
 from kontext_min.config import Config, Dataset, Generator, ValidationItem
 from kontext_min.data import pairs
@@ -102,6 +103,10 @@ class Reader:
             self.wrong("missing sets", "no entry holds targets: give one instance_data_dir")
         if len(self.of("text_embeds")) > 1:
             self.wrong("ids that stand twice", "there can only be one text_embeds entry")
+        for key, entry in product(("output_dir", "cache_dir"), self.entries):
+            place, pictures = getattr(config, key), entry.instance_data_dir
+            if pictures and place.resolve().is_relative_to(pictures.resolve()):
+                self.wrong("folders of a run among pictures", f"{place} lies in {entry.id}; choose another {key}")
         for entry in self.of("conditioning"):
             if entry.id not in named:
                 self.wrong("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
@@ -133,7 +138,8 @@ class Reader:
         text = f"{entry.id}: {len(small)} left out, below minimum_image_size: {', '.join(small[:5])}"
         self.problems.facts += [text] if small else []
         if len(small) == len(pictures):
-            self.wrong("sets without pictures", f"{entry.id}: all are below minimum_image_size")
+            why = "all are below minimum_image_size" if small else f"{entry.pairs_file} lists none"
+            self.wrong("sets without pictures", f"{entry.id}: {why}")
         return [self.example(entry, targets, others, name) for name in sorted(pictures.keys() - small)]
 
     def targets(self, entry: Dataset) -> tuple[Pictures, Captions, dict[str, Pictures]]:

@@ -179,6 +179,16 @@ def all_too_small(data, entries):
     entries[0]["minimum_image_size"] = 500
 
 
+@broken("sets without pictures", "edits", "pairs.jsonl lists none")
+def no_lines(data, entries):
+    rows(data, entries)
+
+
+@broken("1 folders of a run among pictures", "data/target/out lies in edits; choose another output_dir")
+def output_among_the_targets(data, entries):
+    return {"output_dir": str(data / "target/out")}
+
+
 # ---------------------------------------------------------------------------------------------------- captions
 
 
