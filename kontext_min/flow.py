@@ -131,11 +131,8 @@ def token_count(height: int, width: int) -> int:  # of latents
     return (height // 2) * (width // 2)
 
 
-# training times in [0, 1], before the shift: one draw, (1,) fp32
-
-
 def logit_normal(generator: torch.Generator, scale: float = 1.0) -> Tensor:
-    """sigmoid(scale * a standard normal): most times in the middle."""
+    """A training time before the shift, (1,) fp32, as are the next two: sigmoid(scale * a standard normal)."""
     return torch.sigmoid(scale * torch.randn(1, generator=generator))
 
 

@@ -85,11 +85,9 @@ def curves(metrics: list[dict], psnr: list[dict], held_out: list[dict]) -> dict:
     }
     mean = EMA(1 - SMOOTHING)
     made["smooth"] = [(step, mean(loss)) for step, loss in made["loss"]]
-    return {name: thinned(points) for name, points in made.items()} | {"times": timed[:1] + timed[1:][-1:]}
-
-
-def thinned(points: list) -> list:  # at most about POINTS of them, evenly taken, the last one always
-    return points[:: -(-len(points) // POINTS) or 1] + (points[-1:] if len(points) > POINTS else [])
+    for name, points in made.items():  # at most about POINTS of them, evenly taken, the last one always
+        made[name] = points[:: -(-len(points) // POINTS) or 1] + (points[-1:] if len(points) > POINTS else [])
+    return made | {"times": timed[:1] + timed[1:][-1:]}
 
 
 def numbers(metrics: list[dict], psnr: list[dict]) -> list[tuple[str, str]]:

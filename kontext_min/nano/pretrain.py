@@ -66,17 +66,15 @@ class Bucket(NamedTuple):
     ids: Tensor  # (N, 2, LENGTH), of T5 and CLIP
 
 
-# fmt: off
 SIZES = (*[Size(96, 96)] * 10, *[Size(112, 80)] * 3, *[Size(80, 112)] * 3, Size(128, 64), Size(64, 128), Size(144, 144),
-         Size(192, 128), Size(128, 192))
+         Size(192, 128), Size(128, 192))  # fmt: skip
 PHASES = (
     Phase("64px", (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80)),
           examples=60_000, steps=3000, batch=64, changed_weight=5.0, first_index=0, falling=1),
     Phase("96px", SIZES, 80_000, steps=7500, batch=64, changed_weight=2.0, first_index=3 * 10**6, falling=4725),
     Phase("96px-2", SIZES, 80_000, steps=8000, batch=64, changed_weight=2.0, first_index=4 * 10**6, falling=4800),
-)
+)  # fmt: skip
 DISTIL_STEPS = 150  # with half the last phase's batch
-# fmt: on
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

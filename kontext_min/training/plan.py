@@ -47,8 +47,7 @@ class Plan:
         return ", ".join([self.recompute, *less, *(name for name, chosen in vars(self).items() if chosen is True)])
 
 
-# from the fastest to the smallest
-PLANS = [Plan(policy, 0, cpu) for policy in reversed(POLICIES) for cpu in (False, True)]
+PLANS = [Plan(policy, 0, cpu) for policy in reversed(POLICIES) for cpu in (False, True)]  # the fastest first
 PLANS += [Plan("block", 0, True, True), *(Plan(policy, 0, True, True, True) for policy in reversed(POLICIES[:-1]))]
 CHANGES = [  # of a config, that save memory, those that cost the least time first
     {"modulation_on_cpu": True}, {"gradient_checkpointing": True, "recompute": "keep_attn"},
