@@ -204,7 +204,7 @@ def example(split: str, index: int, size: Size, edit: str | None = None) -> Exam
 
 
 def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0, sizes: tuple[Size, ...] = SIZES) -> str:
-    """`count` training examples of an edit, a share replaced by known edits, with data.json. -> what to do next"""
+    """`count` pairs of an edit with their data.json; a share are known edits, to be kept. -> what to do next"""
     if count < 1 or not 0 <= replay <= 1:
         raise ValueError("pairs takes --count 1 or more, and --replay from 0 to 1")
     if folder.exists() and any(folder.iterdir()):
@@ -224,7 +224,7 @@ def write_pairs(edit: str, folder: Path, count: int, replay: float = 0.0, sizes:
         (folder / target / f"{i:04d}.txt").write_text(task.prompt + "\n")
         data[target] = {
             "id": target, "conditioning_data": ids, "instance_data_dir": str(folder / target),
-            "resolution": SIZES[0].width, "resolution_type": "pixel_area",
+            "resolution": SIZES[0].width, "resolution_type": "pixel_area", "is_regularisation_data": bool(prefix),
         }  # fmt: skip
     write_json(folder / "data.json", list(data.values()))
     return f"{count} pairs; train with data_backend_config={folder / 'data.json'}"

@@ -143,6 +143,7 @@ def test_written_pairs_are_read_as_a_data_list_with_the_replayed_share(tmp_path)
     entries = Config(data_backend_config=tmp_path / "pairs" / "data.json").datasets()
     roles = {entry.id: entry.role for entry in entries}
     assert roles["target"] == "image" and roles["reference-2"] == "conditioning"
+    assert [entry.id for entry in entries if entry.is_regularisation_data] == ["replay-target"]
     counts = {part.name: len(list(part.glob("*.jpg"))) for part in (tmp_path / "pairs").iterdir() if part.is_dir()}
     assert counts["target"] + counts["replay-target"] == 20 and 2 <= counts["replay-target"] <= 11
     assert counts["target"] == counts["reference-1"] == counts["reference-2"]
