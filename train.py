@@ -24,7 +24,7 @@ from kontext_min.memory import apply_checkpointing, attention_kernels
 from kontext_min.models.flux import Flux, FluxConfig
 from kontext_min.offload import Ahead, Inputs, open_apart, unneeded
 from kontext_min.quantize import open_flux, refuse_on
-from kontext_min.run_folder import RunFolder
+from kontext_min.run_folder import RunFolder, checkpoints
 from kontext_min.training import state, track
 from kontext_min.training.adapter import add_adapter, sizes
 from kontext_min.training.evaluate import Evaluator
@@ -125,7 +125,7 @@ def main(argv: list[str]):
     if "--check" in options:
         return report_data(config)
     parallel.join(config.distributed_timeout, anyway=config.sharded)
-    if parallel.RESTARTS:
+    if parallel.RESTARTS and checkpoints(config.output_dir):
         config = config.model_copy(update={"resume_from_checkpoint": "latest"})
     try:
         run(config, "--prune-cache" in options)

@@ -244,7 +244,7 @@ class Config(Strict):
     lr_end: float = knob(0.0, "learning rate that every schedule but the constant comes down to", ge=0)
     lr_power: float = knob(0.8, "of polynomial", gt=0)
     lr_num_cycles: int = knob(1, "cycles of cosine_with_restarts and sine", ge=1)
-    adam_beta1: float = knob(0.9, "of adamw alone: the others have defaults of their own", ge=0, lt=1)
+    adam_beta1: float = knob(0.9, "of AdamW's kinds alone; all but adamw have defaults of their own", ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_weight_decay: float = Field(0.01, ge=0)
     adam_epsilon: float = Field(1e-8, gt=0)
@@ -348,11 +348,11 @@ class Config(Strict):
         return self
 
     def optimizer_options(self) -> dict[str, bool | float]:
-        adamw = {"beta1": self.adam_beta1, "beta2": self.adam_beta2}
-        adamw |= {"weight_decay": self.adam_weight_decay, "eps": self.adam_epsilon}
+        adam = {"eps": "adam_epsilon"} | {name: f"adam_{name}" for name in ("beta1", "beta2", "weight_decay")}
+        said = self.model_fields_set if "adamw" in self.optimizer else ()
+        options = {name: getattr(self, key) for name, key in adam.items() if key in said or self.optimizer == "adamw"}
         betas = {"beta1": self.optimizer_beta1, "beta2": self.optimizer_beta2}
-        options = self.optimizer_config | {key: beta for key, beta in betas.items() if beta is not None}
-        return adamw | options if self.optimizer == "adamw" else options
+        return options | self.optimizer_config | {key: beta for key, beta in betas.items() if beta is not None}
 
     def record(self) -> str:
         """JSON that is a config file again: every key in force, and of sets and LoKrs what they say themselves."""

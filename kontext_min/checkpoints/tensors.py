@@ -48,6 +48,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # as open as its folder: safetensors' are their owner's
         temporary.replace(path)
+    except SafetensorError as error:  # of a full disk
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

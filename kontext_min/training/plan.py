@@ -261,16 +261,16 @@ def screen(config: Config, editor: Editor, examples: Examples, forecast: Forecas
     trained = sum(p.numel() for p in flux.parameters() if p.requires_grad)
     kinds = Counter(update.kind for update in updates(flux)).items()
     batches, share = examples.epoch(0, config.train_batch_size), config.gradient_accumulation_steps * ranks
-    steps, uses = math.ceil(len(batches) / share), sum(map(len, batches))
-    pairs, epochs = sum(bool(e.references) for e in examples.examples), config.max_train_steps / max(1, steps)
+    steps, uses = len(batches) / share, sum(map(len, batches))
+    pairs, epochs = sum(bool(e.references) for e in examples.examples), config.max_train_steps / max(1e-9, steps)
     adapter = ", ".join(f"{kind} on {n} modules" for kind, n in kinds) or "none"
     return [
         f"model    {config.pretrained_model_name_or_path}: {frozen:,} frozen parameters, on {editor.device}",
         *[f"ranks    {ranks}, each with batches of its own"] * (ranks > 1),
         f"adapter  {adapter}: {trained:,} trainable parameters",
         f"data     {pairs} pairs and {len(examples.examples) - pairs} pictures without a reference",
-        f"epoch    {uses} uses in {len(batches)} batches: {steps} steps; max_train_steps {config.max_train_steps} is "
-        f"{epochs:.1f} epochs",
+        f"epoch    {uses} uses in {len(batches)} batches: {steps:.4g} steps; "
+        f"max_train_steps {config.max_train_steps} is {epochs:.1f} epochs",
         *histogram(examples.examples),
         "memory:" if ranks == 1 else "memory of each rank:",
         *forecast.lines(),

@@ -39,7 +39,8 @@ class Run:
         self.validator, self.evaluator, self.forecast = validator, evaluator, seen
         self.folder = RunFolder(config.output_dir)
         self.trained = self.folder.lora if config.model_type == "lora" else self.folder.model
-        first = pair_item(config, use_of(0, examples.examples[0], examples.mix.complete(), epoch=0), None)
+        first = min(examples.examples, key=lambda example: example.regularise)  # rather one of what is taught
+        first = pair_item(config, use_of(0, first, examples.mix.complete(), epoch=0), None)
         self.recipe = recipe(config, (validator.items or [first])[0])
         self.identity, self.interrupted = state.identity(config, examples), Event()
 
@@ -66,7 +67,7 @@ class Run:
                     self.tracker.log(step, values)
                     if self.each_step(step):
                         break
-            except (ValueError, torch.OutOfMemoryError) as error:
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 raise ValueError(self.what_is_left(error)) from error
         if config.model_type == "lora":
             parallel.by_first(write_card)(config, {**self.recipe, "trained_steps": self.done}, self.examples)
@@ -88,21 +89,29 @@ class Run:
             self.validator.prepare()
         if path := state.chosen(config):
             self.done = self.start = state.restore(path, self.kept, self.identity, config.allow_changed_resume)
+            for group in optimizer.param_groups:  # the checkpoint has brought its own settings; setup is optimi's state
+                group.update({key: value for key, value in optimizer.defaults.items() if key not in ("lr", "setup")})
             print(f"going on from {path}, after step {self.start}")
         return self.start
 
     def owed(self) -> list[bool]:  # what to write, show, measure first: at the end what a run that died has not left
         folder, end = self.folder, self.done >= self.config.max_train_steps
         written = self.trained.exists() and (folder.card.exists() or self.config.model_type == "full")
-        shown = folder.sheet(self.done).exists() or not self.validator.items
+        shown = folder.sheet(self.done).exists() or not (self.validator.items and self.done)
         measured = any(line["step"] == self.done for line in read_lines(folder.eval)) or not self.evaluator.uses
-        return parallel.gathered([end and not written, end and not shown, (end or not self.done) and not measured])[0]
+        show, measure = self.dues(self.done)
+        return parallel.gathered([end and not written, show and not shown, measure and not measured])[0]
+
+    def dues(self, step: int) -> tuple[bool, bool]:  # whether pictures and the eval loss are due after a step
+        config, end = self.config, step >= self.config.max_train_steps
+        interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
+        return end or due(step, config.validation_steps), not step or end or due(step, interval)
 
     def what_is_left(self, error: Exception) -> str:
         last = state.last(self.folder.path)
         if isinstance(error, torch.OutOfMemoryError):
             return f"step {self.done + 1} needs more memory than there is: {self.forecast.remedies()}\n{last}"
-        if self.config.model_type == "full":
+        if self.config.model_type == "full" or isinstance(error, OSError):
             return f"{error}\n{last}"
         self.write(self.done)
         return f"{error}\n{last}; {self.trained} is the LoRA so far"
@@ -116,14 +125,13 @@ class Run:
             tqdm.write(self.forecast.beside(read_lines(self.folder.metrics)[-9:]))
         if self.ema and due(step, config.ema_update_interval):
             self.ema.update()
-        done, shown = step == config.max_train_steps, due(step, config.validation_steps)
-        interval = config.validation_steps if config.eval_steps_interval is None else config.eval_steps_interval
-        if stop or done or shown:
+        shown, measured = self.dues(step)
+        if stop or shown:
             self.write(step)  # before the checkpoint, from which a run would not come back to it
-        if stop or done or due(step, config.checkpointing_steps):
+        if stop or step == config.max_train_steps or due(step, config.checkpointing_steps):
             state.save(self.folder.path, step, self.kept, self.identity, config.checkpoints_total_limit)
-        if done or shown or due(step, interval):
-            self.look(step, done or shown, done or due(step, interval))
+        if shown or measured:
+            self.look(step, shown, measured)
         return stop
 
     def look(self, step: int, shown: bool, measured: bool):

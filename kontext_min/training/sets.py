@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product, zip_longest
 
 from kontext_min.config import Config, Dataset, Generator, ValidationItem
 from kontext_min.data import pairs
@@ -67,10 +67,13 @@ def read_sets(config: Config, step: int) -> Sets:
     reader.problems.raise_any()
     apart = {e.name for e in held_out}
     training, unseen = [e for e in training if e.name not in apart], unseen + held_out
-    shown, notes = unseen[: max(config.num_eval_images, config.num_eval_pairs)], reader.problems.facts
+    groups = [[*group] for _, group in groupby(unseen, key=lambda e: e.set_id)]
+    fallback = [[e for e in training if e.set_id in chosen and not e.regularise]]
+    in_turn = [e for row in zip_longest(*(groups or fallback)) for e in row if e]  # one of every set, and so on
+    shown, notes = in_turn[: max(config.num_eval_images, config.num_eval_pairs)], reader.problems.facts
     if unseen:
-        notes.append(f"{len(unseen)} pairs are never trained on; validation is on these")
-    elif shown := [e for e in training if e.set_id in chosen][: max(config.num_eval_images, config.num_eval_pairs)]:
+        notes.append(f"{len(unseen)} pairs are never trained on; validation is on {len(shown)} of them")
+    elif shown:
         notes.append("validation shows pairs that are trained on; validation_split=4 keeps four from training")
     return Sets(training, shown, notes, bool(unseen), wanted)
 

@@ -66,7 +66,7 @@ def checksum(folder: Path) -> str:  # of all files' names and bytes but the stat
 
 
 def save(folder: Path, step: int, kept: Parts | parallel.Shards, identity: dict, limit: int):
-    """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones and says so."""
+    """Write folder/checkpoint-STEP and remove the oldest beyond `limit`. OSError keeps the old ones."""
     final, temporary = folder / f"checkpoint-{step}", folder / f"checkpoint-{step}.tmp"
     try:
         parallel.by_first(shutil.rmtree)(temporary, ignore_errors=True)
@@ -79,7 +79,7 @@ def save(folder: Path, step: int, kept: Parts | parallel.Shards, identity: dict,
         if isinstance(error, RuntimeError) and parallel.lost(error):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"checkpoint {step} could not be written ({error}); {last(folder)}") from error
+        raise OSError(f"checkpoint {step} could not be written ({error})") from error
 
 
 @parallel.by_first

@@ -1,7 +1,6 @@
 """How far a run has come, in pictures: input | base | LoRA | target of every validation item, with PSNR."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,9 +59,9 @@ class Validator:
             parallel.by_first(note.write_text)(made_from)
 
     @parallel.by_first
-    def clear(self):  # remove what was made of other items, and write what these are made from
-        for old in self.folder.validation.glob("*/"):
-            shutil.rmtree(old)
+    def clear(self):  # set aside what was made of other items, and write what these are made from
+        if aside := self.folder.aside([*self.folder.validation.glob("*/")]):
+            print(f"pictures of other validation items were moved to {aside}")
         for i, item in enumerate(self.items):
             views = {f"input-{k}": view for k, view in enumerate(item.references, 1)}
             for kind, view in (views | ({"target": item.target} if item.target else {})).items():

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny import CPU, FP32
 
@@ -44,6 +45,14 @@ def test_who_may_read_a_folder_may_read_the_weights_in_it(tmp_path):
         with whole_file(folder / "a.safetensors") as file:
             save_file({"a": torch.zeros(1)}, file)
         assert (folder / "a.safetensors").stat().st_mode & 0o777 == mode & 0o666
+
+
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"a.safetensors could not be written: .*No space left"):
+        with whole_file(tmp_path / "a.safetensors") as file:
+            file.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")  # a bare Exception
+    assert not [*tmp_path.iterdir()]
 
 
 def test_we_read_back_what_we_wrote_to_the_last_bit(models, folder):

@@ -190,6 +190,7 @@ def test_options_of_the_optimizer_come_from_the_general_to_the_particular():
     ).optimizer_options()
     assert options == {"beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "eps": 1e-8}
     assert Config(**DATA, optimizer="optimi-lion", adam_beta2=0.9).optimizer_options() == {}
+    assert Config(**DATA, optimizer="adamw_bf16", adam_beta2=0.9).optimizer_options() == {"beta2": 0.9}
 
 
 def test_settings_that_contradict_each_other_are_refused():

@@ -122,8 +122,21 @@ def test_validation_sets_are_never_trained_on_and_disabled_sets_are_left_out(tmp
     sets = sets_of(tmp_path, *entries, num_eval_images=2)
     assert {e.set_id for e in sets.training} == {"a"} and [e.set_id for e in sets.validation] == ["b"] * 3
     assert sets.unseen
+    entries[2] = {**entries[2], "dataset_type": "eval", "disabled": False}
+    sets = sets_of(tmp_path, *entries, num_eval_images=2, num_eval_pairs=4)
+    assert [e.set_id for e in sets.validation] == ["b", "c"] * 2 and any("is on 4 of them" in n for n in sets.notes)
+    entries[2]["disabled"] = True
     entries[1]["dataset_type"], entries[0]["disable_validation"] = "image", True
     assert {e.set_id for e in sets_of(tmp_path, *entries, num_eval_images=2).validation} == {"b"}
+
+
+def test_what_is_not_taught_is_not_validated_on(tmp_path):
+    for name in "ab":
+        folder(tmp_path / name)
+    entries = [{"id": name, "instance_data_dir": tmp_path / name} for name in "ab"]
+    entries[0]["is_regularisation_data"] = True
+    sets = sets_of(tmp_path, *entries)
+    assert {e.set_id for e in sets.training} == {"a", "b"} and {e.set_id for e in sets.validation} == {"b"}
 
 
 def test_a_name_that_is_held_out_is_in_no_set_that_is_trained_on(tmp_path):

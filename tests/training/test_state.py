@@ -172,6 +172,28 @@ def test_a_run_that_died_behind_its_last_checkpoint_makes_up_for_what_it_has_not
     assert "already reached; nothing to do" in capsys.readouterr().out
 
 
+def test_what_was_due_at_a_checkpoint_is_made_up_for_in_the_middle_of_a_run_too(config, tmp_path):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    settings = ["lr_scheduler=constant", "max_train_steps=6", "checkpointing_steps=3", "validation_steps=3"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Validator, "run", die)
+        run(config, tmp_path / "out", *settings)
+    out = RunFolder(run(config, tmp_path / "out", *settings))
+    assert out.sheet(3).exists() and out.sheet(6).exists()
+    assert [line["step"] for line in read_lines(out.eval)] == [0, 3, 6]
+
+
+def test_a_restart_of_torchruns_goes_on_from_what_was_asked_for_until_it_has_one_of_its_own(
+    config, tmp_path, monkeypatch
+):
+    old = run(config, tmp_path / "old", "lr_scheduler=constant", "max_train_steps=5")
+    monkeypatch.setattr(train.parallel, "RESTARTS", 1)
+    asked = ["lr_scheduler=constant", "max_train_steps=6", f"resume_from_checkpoint={old / 'checkpoint-5'}"]
+    assert [step for step, _ in results(run(config, tmp_path / "new", *asked))[1]] == [6]
+
+
 def test_there_is_no_last_checkpoint_before_what_is_trained_is_written(config, tmp_path):
     def die(*_):
         raise KeyboardInterrupt
@@ -186,7 +208,7 @@ def test_there_is_no_last_checkpoint_before_what_is_trained_is_written(config, t
 
 def test_changed_settings_or_data_are_listed_and_refused_unless_allowed(config, tmp_path):
     out = run(config, tmp_path / "out", "max_train_steps=5", "lr_scheduler=constant")
-    changes = ["lr_scheduler=constant", "learning_rate=2e-3", "seed=1"]
+    changes = ["lr_scheduler=constant", "learning_rate=2e-3", "seed=1", "adam_weight_decay=0.5"]
     (tmp_path / "target" / "0.txt").write_text("another caption")
     with pytest.raises(ValueError) as raised:
         run(config, out, *changes)
@@ -194,6 +216,8 @@ def test_changed_settings_or_data_are_listed_and_refused_unless_allowed(config, 
         assert part in str(raised.value)
     assert "caption_dropout" not in str(raised.value)
     run(config, out, *changes, "allow_changed_resume=true", "max_train_steps=6")
+    kept = torch.load(out / "checkpoint-6" / "tensors.pt", weights_only=True)["optimizer"]
+    assert {group["weight_decay"] for group in kept["param_groups"]} == {0.5}  # not what the checkpoint brought
 
 
 LOKR = ["lora_type=lycoris", 'lycoris_config={"algo": "lokr", "factor": 4, "linear_dim": 4, "linear_alpha": 2}']
@@ -272,7 +296,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(config, tmp_path, monk
 
     monkeypatch.setattr(state.torch, "save", full)
     with pytest.raises(
-        OSError, match="checkpoint 6 could not be written .*No space left.*the last good checkpoint is .*-5"
+        ValueError, match="checkpoint 6 could not be written .*No space left.*\nthe last good checkpoint is .*-5"
     ):
         run(config, out, "max_train_steps=6", "lr_scheduler=constant")
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-5"]

@@ -189,6 +189,7 @@ def test_a_resumed_run_makes_the_base_again_only_if_the_items_have_changed(value
     run(values, tmp_path, max_train_steps=6, validation_seed=1, **keys)
     assert len(edits) == 5 and not np.array_equal(Image.open(out / "base" / "00.png"), base)
     assert Image.open(out / "000006.png").size == sheet.size and not (out / "000004").exists()
+    assert (out.parent / "previous-1" / "000004" / "00.png").exists()
     assert json.loads((out / "items.json").read_text())[0]["seed"] == 1
     assert (out / "000004.png").exists() and Size(*sheet.size).width > 3 * 64
 
