@@ -189,8 +189,7 @@ def save(image: Image.Image, path: Path, settings: dict):
     if presets.locate(kept["model"]) == kept["model"] and Path(kept["model"]).is_dir():
         kept["model"] = str(Path(kept["model"]).resolve())
     info = PngInfo()
-    info.add_itxt(CHUNK, json.dumps(kept, ensure_ascii=False))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    info.add_itxt(CHUNK, json.dumps(kept, ensure_ascii=False).encode(errors="backslashreplace").decode())
     image.save(path, pnginfo=info)
     print(path)
 
@@ -210,12 +209,15 @@ def main(argv: list[str] | None = None):
     if {path.resolve() for path in paths} & {Path(image).resolve() for image in settings["image"]}:
         raise ValueError(f"--out {out} would replace a reference; give another name")
     texts = [*settings["prompt"]] + ([settings["negative_prompt"]] if settings["cfg_scale"] != 1 else [])
+    if settings["cfg_scale"] == 1 and (settings["negative_prompt"], settings["cfg_range"]) != ("", "0-1"):
+        print("warning: --negative-prompt and --cfg-range do nothing without a --cfg-scale above 1")
     for lora, strength in settings["adapters"]:
         print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}{other_base(lora, settings['precision'])}")
     dtype = DTYPES.get(settings["precision"], DTYPES[plain])
     base = (settings["precision"], cache / "base", settings["text_encoder_2_precision"])
     merge = settings["merge"]
     editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, base, merge)
+    paths[0].parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it is said before there are pictures
     references, size = prepare(settings, images, editor)
     negative = encoded.get(settings["negative_prompt"]) if settings["cfg_scale"] != 1 else None
     for prompt in settings["prompt"]:

@@ -104,7 +104,10 @@ def shift_between(a: Image.Image, b: Image.Image) -> Shift:
     surface = np.roll(surface, (height // 2 - y, width // 2 - x), (0, 1))  # the peak is brought to the middle
     dy = (y + below_pixel(surface[:, width // 2], height // 2) + height / 2) % height - height / 2
     dx = (x + below_pixel(surface[height // 2], width // 2) + width / 2) % width - width / 2
-    return Shift(float(dx * factor), float(dy * factor), confidence(surface))
+    moved = np.roll(greys[1], (-round(dy), -round(dx)), (0, 1))
+    still, shifted = (float(np.mean(np.abs(greys[0] - other) < 4)) for other in (greys[1], moved))
+    sure = still <= max(0.5, shifted)  # else most of it has stayed where it was, and a pattern repeats itself
+    return Shift(float(dx * factor), float(dy * factor), confidence(surface) * sure)
 
 
 def below_pixel(line: np.ndarray, at: int) -> float:

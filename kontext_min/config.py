@@ -20,11 +20,9 @@ def knob(default, meaning: str, **limits):  # a key with its meaning, as `--expl
     return Field(default, description=meaning, **limits)
 
 
-def split_pairs(text: str) -> dict[str, str]:  # of `key=value,key=value`
-    return dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
-
-
-Mapped = BeforeValidator(lambda v: split_pairs(v) if isinstance(v, str) else v or {})
+Mapped = BeforeValidator(  # also `key=value,key=value`
+    lambda v: dict(p.strip().partition("=")[::2] for p in v.split(",") if p.strip()) if isinstance(v, str) else v or {}
+)
 Listed = BeforeValidator(lambda v: v if isinstance(v, list) else [] if v is None else [v])  # one may lack its brackets
 Read = BeforeValidator(lambda v: read_json5(Path(v)) if isinstance(v, str | Path) else v)  # a JSON file's path
 Seed = Annotated[int, Field(ge=0, lt=2**62)]

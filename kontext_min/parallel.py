@@ -129,10 +129,6 @@ def gathered(value) -> list:
     return found
 
 
-def own(items: Sequence) -> Sequence:
-    return items[rank() :: world()]
-
-
 def shared_out(work: Callable, items: Sequence) -> list:
     """[work(item) for item in items], shared out. All ranks work equally often, as models in shards need it."""
     rounds = -(-len(items) // world())

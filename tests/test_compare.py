@@ -75,6 +75,16 @@ def test_pictures_without_a_common_frame_have_no_sure_shift():
     assert all(shift_between(a, b).confidence < 1 for a, b in pairs if a is not b)
 
 
+def test_what_stays_where_it_is_has_not_moved_by_a_period_of_its_pattern():
+    """configs/insets/reference-1/0004.jpg, of stripes: a picture in its lower right quarter is not a shift."""
+    insets = PHOTOS.parents[1] / "insets"
+    a, b = (Image.open(insets / part / "0004.jpg").convert("RGB") for part in ("reference-1", "target"))
+    assert not shift_between(a, b).wrong
+    large = Image.open(insets / "reference-1" / "0004.jpg").convert("RGB").resize((256, 256))
+    found = shift_between(window(large), window(large, 6, 4))  # but what has moved has
+    assert found[:2] == pytest.approx((6, 4), abs=0.3)
+
+
 def test_what_is_too_long_for_a_card_is_cut_in_no_time():
     begun = time.process_time()
     cut = card(["x" * 200_000], [("y" * 200_000, noise(0))])

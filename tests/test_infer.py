@@ -242,6 +242,22 @@ def test_every_flag_is_accepted_with_and_without_a_reference(with_image, referen
     assert Image.open(made).size == (48, 32)
 
 
+def test_what_does_nothing_without_true_cfg_is_said(quick, tmp_path, capsys):
+    flags = ["--size", "48x32", "--prompt", PROMPT, *quick]
+    run("--negative-prompt", "blue", *flags)
+    assert "do nothing without a --cfg-scale above 1" in capsys.readouterr().out
+    run("--negative-prompt", "blue", "--cfg-scale", 2, *flags)
+    assert "do nothing" not in capsys.readouterr().out
+
+
+def test_a_reference_whose_name_is_no_utf8_is_edited_again_and_again(quick, tmp_path):
+    odd = tmp_path / "caf\udce9.png"
+    odd.write_bytes(picture(tmp_path / "photo.png", 75, 50).read_bytes())
+    (first,) = run("--image", odd, "--prompt", PROMPT, "--size", "48x32", *quick)
+    (again,) = run("--again", first, *quick)[1:]
+    assert np.array_equal(Image.open(again), Image.open(first))
+
+
 def test_output_follows_the_references_aspect(quick, tmp_path, capsys):  # trap 15
     (made,) = run("--image", picture(tmp_path / "photo.png", 200, 100), "--prompt", PROMPT, *quick)
     assert Image.open(made).size == (128, 64)

@@ -22,6 +22,7 @@ from kontext_min.adapters.read import read_adapter, split_lora
 from kontext_min.adapters.rows import by_linear
 from kontext_min.adapters.write import WRITTEN, write_adapter
 from kontext_min.parallel import errors_in_one_line
+from kontext_min.presets import locate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None):
     converted.set_defaults(base=None)
     merged.add_argument("loras", nargs="+", metavar="LORA[:STRENGTH]")
     what = "a model, folder or single file: write it with its transformer changed"
-    merged.add_argument("--base", type=Path, help=what)
+    merged.add_argument("--base", type=lambda name: Path(locate(name)), help=what)
     for command in (converted, merged):
         command.set_defaults(work=write)
         command.add_argument("out", type=Path, metavar="OUT")

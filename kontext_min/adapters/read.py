@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+import json5
 import torch
 from torch import Tensor, nn
 
@@ -59,22 +60,8 @@ CONFIG_KEY = "lora_adapter_metadata"  # in the file's header: PEFT's LoraConfig 
 RECIPE_KEY = "kontext_min"  # in the file's header: what infer.py needs to show this LoRA
 CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of PEFT's first values, those for which the base changes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, *FP8)
-TEXT_ENCODER = r"^(lora_te|text_encoder|clip_l|t5xxl)"
-REFUSED = {  # a regular expression of tensors' names -> what such tensors are, and what to do
-    TEXT_ENCODER: "tensors change a text encoder, which is not done here "
-        "(python -m kontext_min.adapters convert --transformer-only leaves them out)",
-    r"^(double|single)_blocks\..*\.lora_B\.bias$":
-        "tensors are of a Control LoRA of BFL, which makes another model: it also replaces biases, norms and img_in",
-    r"\.processor\.(qkv|proj)_lora":
-        "tensors are in XLabs' format, which is not read here (load it in diffusers and save it again)",
-    r"[._]to_(added_)?qkv\.": "tensors are of q, k, v fused by SimpleTuner's fuse_qkv_projections (train without it)",
-    r"\.hada_": "tensors are of a LoHa, which cannot be applied here (merge it into a model where it was made)",
-    r"\.oft_": "tensors are of OFT, which cannot be applied here (merge it into a model where it was made)",
-    r"\.(lora_mid\.weight|lokr_t2)$": "tensors are of a convolution's update, of which the transformer has none",
-    r"\.(diff|diff_b|set_weight|reshape_weight)$":
-        "tensors replace or add whole weights, which cannot be applied here (extract a LoRA from them)",
-    r"\.lora_[AB]\.bias$": "tensors are biases of a LoRA (lora_bias), which cannot be applied here",
-}  # fmt: skip
+# a regular expression of tensors' names -> what such tensors are, and what to do; the first is of text encoders
+TEXT_ENCODER, *_ = REFUSED = json5.loads(Path(__file__).with_suffix(".json5").read_text(encoding="utf-8"))
 
 
 class AdapterFile(NamedTuple):

@@ -103,7 +103,9 @@ def report_lora(folder: Path, lora: Path, edits: Iterable[str], count: int) -> N
     for name, numbers in table.items():
         numbers["base"] = base[name]["psnr"]
         start = max(numbers["base"], numbers.get("copy", 0.0))  # closed: the share of the way from here to the ceiling
-        numbers["closed"] = round((numbers["psnr"] - start) / (numbers["ceiling"] - start), 3)
-        print(f"{name:14s} copy or base {start:5.2f} LoRA {numbers['psnr']:5.2f} closed {numbers['closed']:.0%}")
+        if (way := numbers["ceiling"] - start) > 0:
+            numbers["closed"] = round((numbers["psnr"] - start) / way, 3)
+        closed = f"closed {numbers['closed']:.0%}" if way > 0 else "no way to go"
+        print(f"{name:14s} copy or base {start:5.2f} LoRA {numbers['psnr']:5.2f} {closed}")
     write_json(lora.with_suffix(".json"), table)
     sheet.save(lora.with_suffix(".jpg"), quality=85)

@@ -88,7 +88,7 @@ def ablate(edit: Experiment, args: argparse.Namespace) -> Sections:
 def lora(edit: Experiment, args: argparse.Namespace) -> Sections:
     norm, rank, effect = experiment.anatomy(edit)
     moved, _, _ = experiment.ablation(edit, {(block, "latents"): muted(edit.flux, block) for block in norm})
-    yield "norm", "||dW||, the Frobenius norm of what is added to the weight.", heat_map(norm)
+    yield "norm", "||dW||, the Frobenius norm of what is added to the weight (DoRA: of B A).", heat_map(norm)
     yield "rank", "Effective rank of dW: e to the entropy of its singular values' shares.", heat_map(rank)
     yield "effect", "||dW x|| / ||W x|| on the inputs x of this edit.", heat_map(effect)
     yield "without", "How far the finished latents move without a block's updates.", heat_map(moved)
@@ -133,6 +133,9 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     base = (args.precision.replace("auto", "no_change"), Path("cache/base"), "no_change")
     edit = Experiment.open(args.image, args.prompt, base=base, **{name: getattr(args, name) for name in settings})
+    blocks = [site.partition("_blocks.")[2].isdecimal() for site in hooks.sites(edit.flux, args.block)]
+    if not all(blocks) or not args.prompt.strip():
+        raise ValueError("--block should fit blocks alone, such as single_blocks.*, and --prompt have a word")
     sections = list(COMMANDS[args.command](edit, args))
     about = " · ".join(filter(None, (f"“{args.prompt}”", args.image, args.model, args.lora, f"{args.steps} steps")))
     print(experiment.write_page(args.out or Path("output/study", args.command), args.command, about, sections))

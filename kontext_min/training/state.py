@@ -23,12 +23,10 @@ STATE = "state.json"
 FREE = (  # keys that begin so may change between a checkpoint and the run that goes on from it
     "max_train_steps", "output_dir", "cache_dir", "checkpoint", "resume_from_checkpoint", "allow_changed_resume",
     "validation", "eval_", "num_eval_", "user_prompt_library", "ema_validation", "skip_nonfinite_steps",
-    "report_to", "tracker_", "logging_dir", "fsdp_", "distributed_timeout",
-    # the data's fingerprint tells of these
+    "report_to", "tracker_", "logging_dir", "fsdp_", "distributed_timeout", "recompute", "gradient_checkpointing",
+    "memory", "modulation_on_cpu", "offload_activations", "stream_blocks", "torch_compile",
     "data_backend_config", "resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size",
-    "caption_strategy",
-    "recompute", "gradient_checkpointing", "memory", "modulation_on_cpu", "offload_activations", "stream_blocks",
-    "torch_compile",
+    "caption_strategy",  # the data's fingerprint tells of these
 )  # fmt: skip
 FIXED = {  # nothing goes on without them
     "lora_type", "lora_rank", "lora_rank_pattern", "use_dora", "lycoris_config", "flux_lora_target", "optimizer",

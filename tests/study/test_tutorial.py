@@ -33,7 +33,6 @@ def place(tmp_path_factory):
     for name in ("configs", "docs", "weights"):
         (folder / name).symlink_to(ROOT / name)
     (folder / LORA).parent.mkdir(parents=True)
-    (folder / "output" / "study").mkdir()
     if REMAKE:
         shutil.copy(ROOT / LORA, folder / LORA)
         return folder
@@ -64,7 +63,7 @@ def test_the_block_makes_its_pictures(number, place, monkeypatch):
         assert command[:3] == ["python", "-m", "kontext_min.study"]
         main(command[3:])
     for link in re.findall(r"\((.+?)\)", links):
-        made, shown = place / "output" / link, ROOT / "docs" / link
+        made, shown = place / (f"output/{link}" if kind == "sh" else Path(link).name), ROOT / "docs" / link
         if REMAKE:
             shown.parent.mkdir(exist_ok=True)
             Image.open(made).quantize(256, kmeans=10, dither=Image.Dither.NONE).save(shown, optimize=True)
