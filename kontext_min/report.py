@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 from tqdm.std import EMA
 
-from kontext_min.parallel import errors_in_one_line
 from kontext_min.run_folder import SMOOTHING, RunFolder, read_lines
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -139,5 +138,7 @@ def grid(file: Path) -> float:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m kontext_min.report RUN, a run's output_dir")
-    with errors_in_one_line("report.py"):
+    try:
         print(write(Path(sys.argv[1])))
+    except (ValueError, OSError) as error:
+        sys.exit(f"report.py: {error}")
