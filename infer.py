@@ -214,8 +214,7 @@ def main(argv: list[str] | None = None):
     for lora, strength in settings["adapters"]:
         print(f"LoRA {lora.path}: {lora.title} at strength {strength:g}{other_base(lora, settings['precision'])}")
     dtype = DTYPES.get(settings["precision"], DTYPES[plain])
-    base = (settings["precision"], cache / "base", settings["text_encoder_2_precision"])
-    merge = settings["merge"]
+    base, merge = (settings["precision"], cache / "base", settings["text_encoder_2_precision"]), settings["merge"]
     editor, encoded = open_editor(settings["model"], settings["adapters"], texts, device, dtype, base, merge)
     paths[0].parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it is said before there are pictures
     references, size = prepare(settings, images, editor)

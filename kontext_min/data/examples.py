@@ -215,13 +215,14 @@ class Examples:
         kept = [(Cache(e.cache_dir), view) for e in self.examples for view in e.views() if not view.fleeting]
         views = {(cache, self.keys[view]): view for cache, view in kept if not cache.whole(self.keys[view])}
         parallel.wait()
-        if mine := captions[parallel.rank() :: parallel.world()]:
+        own = slice(parallel.rank(), None, parallel.world())  # of what is shared out
+        if mine := captions[own]:
             encode = TextEncoder(self.checkpoint, device, self.dtype, quantising(self.t5))
             for caption in tqdm(mine, desc="encoding captions", unit=" captions"):
                 self.texts.put(self._text_key(caption), dict(zip(("txt", "vec"), encode(caption), strict=True)))
             del encode
             free()
-        if mine := [*views.items()][parallel.rank() :: parallel.world()]:
+        if mine := [*views.items()][own]:
             vae = self.vae or load_vae(self.checkpoint, device, torch.float32)
             for (cache, key), view in tqdm(mine, desc="encoding pictures", unit=" pictures"):
                 cache.put(key, {"latents": encode_view(vae, view)})

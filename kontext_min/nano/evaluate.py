@@ -97,15 +97,14 @@ def report(folder: Path, count: int) -> None:
 
 
 def report_lora(folder: Path, lora: Path, edits: Iterable[str], count: int) -> None:
+    """Base and LoRA, and the share of the way from the better of doing nothing and the base to the ceiling."""
     read_adapter(lora)  # what is wrong with it is said before the base is measured
     base, _ = evaluate(folder, edits, count)
     table, sheet = evaluate(folder, edits, count, lora=lora)
     for name, numbers in table.items():
-        numbers["base"] = base[name]["psnr"]
-        start = max(numbers["base"], numbers.get("copy", 0.0))  # closed: the share of the way from here to the ceiling
-        if (way := numbers["ceiling"] - start) > 0:
-            numbers["closed"] = round((numbers["psnr"] - start) / way, 3)
-        closed = f"closed {numbers['closed']:.0%}" if way > 0 else "no way to go"
-        print(f"{name:14s} copy or base {start:5.2f} LoRA {numbers['psnr']:5.2f} {closed}")
+        at = max(base[name]["psnr"], numbers.get("copy", 0.0))
+        way, gone = numbers["ceiling"] - at, numbers["psnr"] - at
+        numbers |= {"base": base[name]["psnr"], "closed": round(gone / way, 3) if way > 0 else None}
+        print(f"{name:14s} copy or base {at:5.2f} LoRA {at + gone:5.2f}", f"closed {gone / way:.0%}" if way > 0 else "")
     write_json(lora.with_suffix(".json"), table)
     sheet.save(lora.with_suffix(".jpg"), quality=85)

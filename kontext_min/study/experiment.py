@@ -50,7 +50,7 @@ class Experiment:
     @classmethod
     def open(cls, image, *prompts, model="nano", lora=None, size="auto", steps=8, guidance=2.5, seed=0, base=PLAIN):
         """Load a picture, a model, a LoRA (FILE or FILE:0.5). size: of both pictures, or auto; base: of open_editor."""
-        if not prompts or not all(prompts) or steps < 1 or not 0 <= seed < 2**63:
+        if not prompts or not all(map(str.strip, prompts)) or steps < 1 or not 0 <= seed < 2**63:
             raise ValueError("nothing to study: it takes an instruction, 1 step or more, and a seed of 0 or more")
         picture, named = open_image(Path(image)), [split_lora(str(lora))] if lora else []
         loras = [(read_adapter(file), strength) for file, strength in named]

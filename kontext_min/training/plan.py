@@ -269,7 +269,7 @@ def screen(config: Config, editor: Editor, examples: Examples, forecast: Forecas
         *[f"ranks    {ranks}, each with batches of its own"] * (ranks > 1),
         f"adapter  {adapter}: {trained:,} trainable parameters",
         f"data     {pairs} pairs and {len(examples.examples) - pairs} pictures without a reference",
-        f"epoch    {uses} uses in {len(batches)} batches: {steps:.4g} steps; "
+        f"epoch    {uses} uses in {len(batches)} batches: {steps:.6g} steps; "
         f"max_train_steps {config.max_train_steps} is {epochs:.1f} epochs",
         *histogram(examples.examples),
         "memory:" if ranks == 1 else "memory of each rank:",

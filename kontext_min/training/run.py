@@ -94,7 +94,7 @@ class Run:
             print(f"going on from {path}, after step {self.start}")
         return self.start
 
-    def owed(self) -> list[bool]:  # what to write, show, measure first: at the end what a run that died has not left
+    def owed(self) -> list[bool]:  # what to write, show, measure first: what a run that died here has not left
         folder, end = self.folder, self.done >= self.config.max_train_steps
         written = self.trained.exists() and (folder.card.exists() or self.config.model_type == "full")
         shown = folder.sheet(self.done).exists() or not (self.validator.items and self.done)

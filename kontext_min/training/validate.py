@@ -61,7 +61,7 @@ class Validator:
     @parallel.by_first
     def clear(self):  # set aside what was made of other items, and write what these are made from
         if aside := self.folder.aside([*self.folder.validation.glob("*/")]):
-            print(f"pictures of other validation items were moved to {aside}")
+            print(f"older validation pictures were moved to {aside}")
         for i, item in enumerate(self.items):
             views = {f"input-{k}": view for k, view in enumerate(item.references, 1)}
             for kind, view in (views | ({"target": item.target} if item.target else {})).items():

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from kontext_min.config import Config
 from kontext_min.data.buckets import Size
-from kontext_min.nano import edits
+from kontext_min.nano import edits, evaluate
 from kontext_min.nano.edits import (
     HELD_OUT,
     MIX,
@@ -23,7 +24,6 @@ from kontext_min.nano.edits import (
     photographs,
     write_pairs,
 )
-from kontext_min.nano.evaluate import report_lora
 from kontext_min.nano.pretrain import PHASES
 from kontext_min.nano.scenes import EDITS
 
@@ -161,7 +161,7 @@ def test_written_pairs_are_read_as_a_data_list_with_the_replayed_share(tmp_path)
 def test_a_lora_that_is_not_there_is_named_before_the_base_is_measured(monkeypatch):
     monkeypatch.setattr("kontext_min.nano.evaluate.evaluate", lambda *_, **__: pytest.fail("the base was measured"))
     with pytest.raises(FileNotFoundError, match="gone.safetensors"):
-        report_lora(Path("weights/nano"), Path("gone.safetensors"), ["keep"], 2)
+        evaluate.report_lora(Path("weights/nano"), Path("gone.safetensors"), ["keep"], 2)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +178,13 @@ def test_what_cannot_be_done_is_said_in_one_sentence(arguments, sentence):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 1 and sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_where_the_input_is_above_the_ceiling_there_is_nothing_to_close(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate, "read_adapter", lambda path: path)
+    for copy, said in ((8.0, "LoRA 25.00 closed 75%\n"), (60.0, "LoRA 25.00 \n")):
+        tables = iter([{"psnr": psnr, "ceiling": 30.0, "copy": copy} for psnr in (10.0, 25.0)])
+        made = partial(lambda tables, *_, **__: ({"keep": next(tables)}, Image.new("RGB", (8, 8))), tables)
+        monkeypatch.setattr(evaluate, "evaluate", made)
+        evaluate.report_lora(Path("nano"), tmp_path / "lora.safetensors", ["keep"], 1)
+        assert said in capsys.readouterr().out

@@ -185,8 +185,8 @@ def test_a_lora_may_be_weakened_and_the_base_be_quantised(lora_file, tmp_path, m
 
 WRONG = {
     "nothing is called": (["attention", *SMALL, "--block", "blocks.*"], "no module is called 'blocks.*'"),
-    "no block": (["ablate", *SMALL, "--block", "*_blocks.0.attend"], "--block should fit blocks alone"),
-    "no word": (["attention", *SMALL, "--prompt", " "], "--prompt have a word"),
+    "no block": (["ablate", *SMALL, "--block", "*_blocks.0.attend"], "fits more than blocks"),
+    "no word": (["attention", *SMALL, "--prompt", " "], "nothing to study"),
     "no such word": (["attention", *SMALL, "--word", "cat"], "--word cat: the instruction has make, it, darker"),
     "no LoRA": (["lora", *SMALL], "the model has no LoRA; give one with --lora FILE"),
     "no picture": (["path", "--image", "none.png", "--prompt", "x"], "none.png"),
