@@ -243,11 +243,12 @@ class Flux(nn.Module):
     def forward(
         self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, *, timesteps, y, guidance, wanted=None
     ) -> Tensor:
-        """One evaluation for a whole batch of sequences -> (B, wanted or L_img, out_channels); text comes first in it.
+        """One evaluation for a whole batch of sequences; text comes first in the joint sequence.
         img (B, L_img, in_channels) packed target tokens followed by reference tokens, img_ids (L_img, 3)
         txt (B, L_txt, context_in_dim), txt_ids (L_txt, 3); y (B, vec_in_dim) pooled text
         timesteps (B,) in [0, 1] with 1 = noise; guidance (B,), the distilled scale (ignored without guidance_embed)
         wanted: how many of the image tokens the caller keeps, the target's; the last block leaves out all others
+        -> (B, wanted or L_img, out_channels)
         """
         vec = self.embed(timesteps, y, guidance)  # (B, hidden)
         img, txt = self.img_in(img), self.txt_in(txt)  # (B, L, hidden) each

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None):
     base = (args.precision.replace("auto", "no_change"), Path("cache/base"), "no_change")
     edit = Experiment.open(args.image, args.prompt, base=base, **{name: getattr(args, name) for name in settings})
     if not all(site.partition("_blocks.")[2].isdecimal() for site in hooks.sites(edit.flux, args.block)):
-        raise ValueError(f"--block {args.block} fits more than blocks, such as single_blocks.0 or double_blocks.*")
+        raise ValueError(f"--block {args.block} fits more than blocks; one is called single_blocks.0")
     sections = list(COMMANDS[args.command](edit, args))
     about = " · ".join(filter(None, (f"“{args.prompt}”", args.image, args.model, args.lora, f"{args.steps} steps")))
     print(experiment.write_page(args.out or Path("output/study", args.command), args.command, about, sections))
