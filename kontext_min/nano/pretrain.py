@@ -30,17 +30,14 @@ from kontext_min.nano.edits import TARGETS, any_picture, example
 from kontext_min.nano.model import AUTOENCODER, Nano, export, tokenizers_of
 from kontext_min.nano.scenes import Picture, pick
 
-MOMENTUM = 0.95
-LOG_EVERY, SAVE_EVERY = 50, 250  # steps
+LOG_EVERY, SAVE_EVERY, WARM_UP = 50, 250, 100  # steps
 VAE_SIZES, VAE_BATCH = (Size(64, 64), Size(96, 96), Size(64, 64), Size(112, 80)), 8  # in turn; as many pixels of each
 VAE_STEPS, VAE_RATE = 8000, 2e-3
 KL_WEIGHT = 1e-2  # so much that the decoder bears small errors of the latents
-MUON_RATE, ADAM_RATE = 4e-3, 2e-3
-WARM_UP = 100  # steps
+MUON_RATE, MOMENTUM, ADAM_RATE = 4e-3, 0.95, 2e-3
 ADAM_NAMES = ("clip.", "t5.shared", "relative_attention_bias", "_in.", "_mod.", "modulation", "final_layer")
 CAPTION_DROPOUT = 0.07  # so that true CFG has something to subtract
 GUIDANCE = (1.0, 4.0)  # what the embedding learns to stand for
-DISTIL_SHARE = 0.15  # of the learning rates
 CHANGED = 0.15  # mean squared difference to the reference from which a token counts as changed
 ENCODE_BATCH, PARTS = 32, 12
 
@@ -57,6 +54,7 @@ class Phase:
     changed_weight: float  # of the tokens that an edit changes
     first_index: int
     falling: int  # its last steps, in which the learning rates fall linearly to zero; 1: they stay
+    edits: tuple[str | None, ...] = (None,)  # of its examples, in turn; None: as MIX has them
 
 
 class Bucket(NamedTuple):
@@ -73,8 +71,11 @@ PHASES = (
           examples=60_000, steps=3000, batch=64, changed_weight=5.0, first_index=0, falling=1),
     Phase("96px", SIZES, 80_000, steps=7500, batch=64, changed_weight=2.0, first_index=3 * 10**6, falling=4725),
     Phase("96px-2", SIZES, 80_000, steps=8000, batch=64, changed_weight=2.0, first_index=4 * 10**6, falling=4800),
+    Phase("96px-3", SIZES, 80_000, steps=3750, batch=64, changed_weight=2.0, first_index=5 * 10**6, falling=2250,
+          edits=(None, "reshape", None, "swap", None, "resize", None, "zoom",
+                 None, "insert", None, "recolour", None, "move", None, "background")),
 )  # fmt: skip
-DISTIL_STEPS = 150  # with half the last phase's batch
+DISTIL_STEPS, DISTIL_SHARE = 150, 0.15  # with half the last phase's batch; of the learning rates
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> No
     for start in range(int(file.suffix[1:]) * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
         size = phase.sizes[start // ENCODE_BATCH % len(phase.sizes)]
         numbers = range(start, min(start + ENCODE_BATCH, phase.examples))
-        tasks = [example("train", phase.first_index + i, size) for i in numbers]
+        tasks = [example("train", phase.first_index + i, size, phase.edits[i % len(phase.edits)]) for i in numbers]
         for count in {len(task.references) for task in tasks}:
             group = [task for task in tasks if len(task.references) == count]
             columns = zip(*((task.target, *task.references) for task in group), strict=True)
