@@ -299,14 +299,16 @@ class Config(Strict):
         return self.fsdp_enable or self.model_type == "full"
 
     @property
-    def idle(self) -> set[str]:  # keys that say nothing of the kind of adapter that is trained
+    def idle(self) -> set[str]:  # keys that say nothing of the kind of adapter that is trained, or of its optimizer
+        lora, adam = ({key for key in Config.model_fields if key.startswith(stem)} for stem in ("lora_", "adam_"))
+        idle = set() if self.optimizer == "adamw" else adam - self.model_fields_set
         if self.model_type == "full":
-            named = {key for key in Config.model_fields if key.startswith("lora_")}
-            return named | {"use_dora", "lycoris_config", "init_lora", "flux_lora_target"}
+            return idle | lora | {"use_dora", "lycoris_config", "init_lora", "flux_lora_target"}
         if self.lora_type == "standard":
-            return {"lycoris_config"}
+            return idle | {"lycoris_config"}
         preset = self.lycoris_config and self.lycoris_config.apply_preset.target_module
-        return {"lora_rank", "lora_alpha", "lora_rank_pattern", "use_dora", *(["flux_lora_target"] if preset else [])}
+        idle |= {"lora_rank", "lora_alpha", "lora_rank_pattern", "use_dora"}
+        return idle | {"flux_lora_target"} if preset else idle
 
     @model_validator(mode="after")
     def agree(self):

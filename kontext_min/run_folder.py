@@ -43,11 +43,12 @@ class RunFolder:
         """Kind -> picture of item i, for those that are there; the LoRA's come first, by step."""
         return {file.parent.name: file for file in sorted(self.validation.glob(f"*/{i:02d}.png"))}
 
-    def rewind(self, step: int) -> Path | None:  # logs end with a step; later checkpoints, `latest` then, are set aside
+    def rewind(self, step: int) -> Path | None:  # logs end with a step; later checkpoints and pictures are set aside
         for file in filter(Path.exists, (self.metrics, self.psnr, self.eval)):
             kept = [json.dumps(line) + "\n" for line in read_lines(file) if line["step"] <= step]
             file.write_text("".join(kept), encoding="utf-8")
-        return self.aside([path for path in checkpoints(self.path) if int(path.name[11:]) > step])
+        pictures = [path for path in self.validation.glob("*") if path.stem.isdigit() and int(path.stem) > step]
+        return self.aside([path for path in checkpoints(self.path) if int(path.name[11:]) > step] + pictures)
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N in the folder: a new run neither mixes with it nor loses it."""

@@ -31,6 +31,18 @@ def test_checkpoints_after_the_step_are_moved_aside_and_never_lost(tmp_path):
     assert folder.rewind(1000) is None and not (tmp_path / "previous-3").exists()
 
 
+def test_pictures_after_the_step_are_moved_aside_with_its_checkpoints(tmp_path):
+    folder = RunFolder(tmp_path)
+    for file in (folder.picture("000500", 0), folder.picture("001000", 0), folder.picture("base", 0)):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for step in (500, 1000):
+        folder.sheet(step).touch()
+    assert folder.rewind(500) == tmp_path / "previous-1"
+    assert list(folder.pictures(0)) == ["000500", "base"] and folder.sheet(500).exists()
+    assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == ["001000", "001000.png"]
+
+
 def test_pictures_are_found_where_they_are_written(tmp_path):
     folder = RunFolder(tmp_path)
     files = {kind: folder.picture(kind, 0) for kind in ("000100", "000500", "base", "input-1")}

@@ -127,12 +127,13 @@ def share_cut(size: Size, aspect: Size) -> float:  # the share of a picture's ar
     return 1 - (right - left) * (lower - upper)
 
 
-def open_image(path: Path) -> Image.Image:
-    """RGB, turned as its EXIF says; 16 bits become 8, transparency white. One sentence if it cannot be read."""
+def open_image(path: Path, ground: str = "white") -> Image.Image:
+    """RGB, turned as its EXIF says; 16 bits become 8, transparency `ground`. One sentence if it cannot be read."""
     if not os.path.isfile(path):  # False also for names that no disk could hold
         raise FileNotFoundError(f"{path} does not exist or is not a file")
     try:
         image = Image.open(path)
+        image.filename = ""  # else Pillow maps an uncompressed TIFF that is to be turned by its other size
         image.getexif()
         for key in ("exif", "Raw profile type exif"):  # what is read may be too broken for Pillow to write it again
             image.info.pop(key, None)
@@ -143,7 +144,7 @@ def open_image(path: Path) -> Image.Image:
             image = image.convert("I").point(lambda value: value / 256).convert("L")
         if image.has_transparency_data:
             rgba = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba)
         return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to be a photograph ({error}); shrink it first") from error

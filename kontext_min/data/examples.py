@@ -77,7 +77,7 @@ class View:
         how, file = self.degradation, self.file()
         if file and file.is_file():
             return Image.open(file).convert("RGB")
-        image = self.transform(self.picture.open())
+        image = self.transform(self.picture.open("black" if self.mask else "white"))
         return degrade(image, how.name, how.parameters, draw(*how.seed, self.number)) if how else image
 
     def file(self) -> Path | None:  # where a kept degradation lies; its name changes with source and parameters
@@ -191,7 +191,7 @@ class Examples:
         return weights_id(self.checkpoint.components[part], self.texts.folder / "weights.json")
 
     def _latent_key(self, view: View) -> str:
-        return digest("mask" if view.mask else "latents", self.vae_id, view.key())
+        return digest("mask on black" if view.mask else "latents", self.vae_id, view.key())
 
     def _text_key(self, caption: str) -> str:
         return digest("text", self.text_id, caption)
@@ -249,8 +249,7 @@ class Examples:
         return Cache(example.cache_dir).get(self.keys[view])["latents"]
 
     def text(self, caption: str) -> tuple[Tensor, Tensor]:  # txt (1, L, D) and vec (1, D') of a caption
-        entry = self.texts.get(self._text_key(caption))
-        return entry["txt"], entry["vec"]
+        return tuple(self.texts.get(self._text_key(caption))[key] for key in ("txt", "vec"))
 
     def batch(self, uses: list[Use], device: torch.device) -> Batch:
         rows = ([self.latents(use.example, view) for view in (use.target, *use.references)] for use in uses)

@@ -30,8 +30,8 @@ class Problems:
         self.found: dict[str, list[str]] = defaultdict(list)
         self.facts: list[str] = []  # what else was found, said with the problems or without
 
-    def add(self, kind: str, text: str):
-        self.found[kind].append(text)
+    def add(self, kind: str, text: str, name: str = "", candidates: Iterable[str] = ()):  # if shown, with a guess
+        self.found[kind].append(text + (near_miss(name, candidates) if len(self.found[kind]) < SHOWN else ""))
 
     def count(self) -> int:
         return sum(len(entries) for entries in self.found.values())
@@ -40,8 +40,8 @@ class Problems:
         lines = ["the data cannot be used as it is; nothing was started", *(f"  {fact}" for fact in self.facts)]
         for kind, found in self.found.items():
             entries = list(dict.fromkeys(found))  # a set that two others name was looked at twice
-            more = [f"… and {len(entries) - SHOWN} more"] if len(entries) > SHOWN else []
-            lines += [f"  {len(entries)} {kind}:", *(f"    {entry}" for entry in entries[:SHOWN] + more)]
+            shown = entries[:SHOWN] + [f"… and {len(entries) - SHOWN} more"] * (len(entries) > SHOWN)
+            lines += [f"  {len(entries)} {kind}:", *(f"    {entry}" for entry in shown)]
         if self.found:
             raise ValueError("\n".join(lines))
 
@@ -59,8 +59,8 @@ class Picture:
     path: Path
     half: str = ""
 
-    def open(self) -> Image.Image:  # RGB, turned upright
-        image = open_image(self.path)
+    def open(self, ground: str = "white") -> Image.Image:  # RGB, turned upright, laid on `ground`
+        image = open_image(self.path, ground)
         if self.half and image.width < 2:
             raise ValueError(f"{self.path} is too narrow to hold two pictures")
         width = image.width // 2
@@ -114,14 +114,14 @@ def check_readable(sets: list[Pictures], problems: Problems):
             alpha += Image.open(path).has_transparency_data
         except (ValueError, FileNotFoundError) as error:
             problems.add("unreadable pictures", str(error))
-    problems.facts += [f"{alpha} pictures with an alpha channel are laid on white"] if alpha else []
+    problems.facts += [f"{alpha} pictures with an alpha channel are laid on white, masks on black"] if alpha else []
 
 
 def check_captions(folder: Path, pictures: Pictures, problems: Problems):
     for path in sorted(folder.rglob("*.txt")) if folder.is_dir() else []:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name not in pictures and "/." not in f"/{name}" and path.name.lower() not in ("readme.txt", "license.txt"):
-            problems.add("captions without a picture", f"{path}{near_miss(name, pictures)}")
+            problems.add("captions without a picture", str(path), name, pictures)
 
 
 def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], problems: Problems) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], prob
             text, why = "", f"{file.name} is missing"
         except (OSError, UnicodeDecodeError) as error:
             text, why = "", f"{file.name} is no readable UTF-8: {error}"
-    captions = tuple(line.strip() for line in text.splitlines() if line.strip())
+    captions = tuple(line.strip() for line in text.split("\n") if line.strip())
     if not captions:
         problems.add("pictures without a caption", f"{path} ({why})")
     return captions
@@ -147,10 +147,9 @@ def captions_of(path: Path, strategy: str | None, prompts: tuple[str, ...], prob
 def match(targets: Pictures, references: Pictures, title: str, problems: Problems):
     alone, unused = targets.keys() - references.keys(), references.keys() - targets.keys()
     for name in sorted(alone):
-        near = near_miss(name, unused)
-        problems.add("targets without a reference", f"{targets[name].path}: no {name} in {title}{near}")
+        problems.add("targets without a reference", f"{targets[name].path}: no {name} in {title}", name, unused)
     for name in sorted(unused):
-        problems.add("references without a target", f"{references[name].path}{near_miss(name, alone)}")
+        problems.add("references without a target", str(references[name].path), name, alone)
 
 
 def by_suffix(pictures: Pictures, suffix: str) -> tuple[Pictures, Pictures]:

@@ -54,7 +54,7 @@ class Run:
             self.validator.prepare()
         parallel.by_first(self.folder.config.write_text)(config.record(), encoding="utf-8")
         if aside := parallel.by_first(self.folder.rewind)(start):  # logs end where it goes on
-            print(f"checkpoints after step {start} were moved to {aside}")
+            print(f"checkpoints and pictures after step {start} were moved to {aside}")
         parallel.wait()
         skipped = sum("skipped" in line for line in read_lines(self.folder.metrics))
         with Tracker(config, parallel.place(self.flux), start) as self.tracker:

@@ -60,7 +60,7 @@ def read_sets(config: Config, step: int) -> Sets:
         wrong("unknown ids", f"eval_dataset_id {name} is no set of targets{near_miss(name, reader.by_id)}")
     chosen = {entry.id for entry in reader.entries if not entry.disable_validation and name in (None, entry.id)}
     held_out = hold_out([e for e in training if e.set_id in chosen], config, reader.problems)
-    unseen = [e for e in unseen if e.set_id in chosen]
+    unseen = [replace(e, regularise=False) for e in unseen if e.set_id in chosen]  # measured beside the true target
     taught = {e.target.picture.path.resolve() for e in training if not e.regularise}
     for path in (e.target.picture.path for e in unseen if e.target.picture.path.resolve() in taught):
         wrong("eval pictures that are trained on", f"{path}; take it out of one of the sets, or use validation_split")
@@ -106,10 +106,10 @@ class Reader:
             self.wrong("missing sets", "no entry holds targets: give one instance_data_dir")
         if len(self.of("text_embeds")) > 1:
             self.wrong("ids that stand twice", "there can only be one text_embeds entry")
-        for key, entry in product(("output_dir", "cache_dir"), self.entries):
-            place, pictures = getattr(config, key), entry.instance_data_dir
-            if pictures and place.resolve().is_relative_to(pictures.resolve()):
-                self.wrong("folders of a run among pictures", f"{place} lies in {entry.id}; choose another {key}")
+        made = [generator.instance_data_dir for entry in self.entries for generator in entry.conditioning]
+        for place, entry in product((config.output_dir, config.cache_dir, *filter(None, made)), self.entries):
+            if entry.instance_data_dir and place.resolve().is_relative_to(entry.instance_data_dir.resolve()):
+                self.wrong("folders of a run among pictures", f"{place} lies in {entry.id}; choose another")
         for entry in self.of("conditioning"):
             if entry.id not in named:
                 self.wrong("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
@@ -212,8 +212,7 @@ class Reader:
         if entry.strategy == "instanceprompt" and not all(map(str.strip, entry.instance_prompt or [""])):
             self.wrong("incomplete entries", f"{entry.id}: caption_strategy instanceprompt needs instance_prompt")
         if sum(map(bool, (entry.side_by_side, entry.reference_suffix, entry.pairs_file))) > 1:
-            what = "side_by_side, reference_suffix and pairs_file exclude each other"
-            self.wrong("incomplete entries", f"{entry.id}: {what}")
+            self.wrong("incomplete entries", f"{entry.id}: of side_by_side, reference_suffix, pairs_file give one")
         if masks > 1:
             self.wrong("incomplete entries", f"{entry.id} names {masks} sets of masks; one is all it can use")
         if self.config.conditioning_multidataset_sampling == "combined" and len(references) > 1 and with_own:
@@ -229,9 +228,8 @@ class Reader:
             self.wrong("incomplete entries", f"{entry.id}: maximum_image_size needs target_downsample_size too")
         if largest and (downsampled or 0) > largest:
             self.wrong("incomplete entries", f"{entry.id}: target_downsample_size is above maximum_image_size")
-        if entry.resolution > (67 if unit == "area" else 8192):
-            what = f"resolution {entry.resolution:g} {'megapixels' if unit == 'area' else 'pixels'}"
-            self.wrong("sizes that no model takes", f"{entry.id}: {what}")
+        if not 16 <= (1000 * entry.resolution**0.5 if unit == "area" else entry.resolution) <= 8192:
+            self.wrong("sizes that no model takes", f"{entry.id}: resolution {entry.resolution:g}, in {unit}")
         square, style = entry.crop and entry.crop_aspect == "square", entry.crop_style.replace("centre", "center")
         return Geometry(entry.resolution, unit, self.step, square, style, largest and (largest, downsampled))
 
@@ -255,9 +253,9 @@ class Reader:
         if source.geometry:
             return view(entry, picture, source.geometry, seed)
         if not same_aspect(picture.size(), target.picture.size()):
-            kind, way_out = ("masks", "") if source.mask else ("strict references", " or use reference_loose")
+            kind, loose = "masks" if source.mask else "strict references", source.id in self.by_id and not source.mask
             what = f"{picture.path} is {picture.size()}, {target.picture.path} {target.picture.size()}"
-            self.wrong(f"{kind} of another aspect", f"{what}; crop them alike{way_out}")
+            self.wrong(f"{kind} of another aspect", f"{what}; crop them alike{' or use reference_loose' * loose}")
         cut = replace(target, picture=picture, strict=not source.mask, mask=source.mask)
         if cut.mask and not self.config.masked_loss_weight and cut.open().getextrema()[0][1] == 0:
             what = "what is left after the crop is black, so nothing would be learnt of its target"

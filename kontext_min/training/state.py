@@ -108,9 +108,9 @@ def chosen(config: Config) -> Path | None:
     wanted = config.resume_from_checkpoint
     if wanted in (None, "", "latest"):
         return next(reversed(checkpoints(config.output_dir) if wanted else []), None)
-    if not Path(wanted).is_dir():
-        raise FileNotFoundError(f"resume_from_checkpoint {wanted} is no folder; give one checkpoint-N, or latest")
-    return Path(wanted)
+    if found := next(filter(Path.is_dir, (Path(wanted), config.output_dir / wanted)), None):
+        return found
+    raise FileNotFoundError(f"resume_from_checkpoint {wanted} is no folder; give one checkpoint-N, or latest")
 
 
 def restore(path: Path, kept: Parts | parallel.Shards, identity: dict, allow_changes: bool) -> int:

@@ -184,9 +184,14 @@ def no_lines(data, entries):
     rows(data, entries)
 
 
-@broken("1 folders of a run among pictures", "data/target/out lies in edits; choose another output_dir")
+@broken("1 folders of a run among pictures", "data/target/out lies in edits; choose another")
 def output_among_the_targets(data, entries):
     return {"output_dir": str(data / "target/out")}
+
+
+@broken("1 folders of a run among pictures", "data/target/made lies in edits; choose another")
+def made_references_among_the_targets(data, entries):
+    entries[0]["conditioning"] = [{"type": "superresolution", "instance_data_dir": str(data / "target/made")}]
 
 
 # ---------------------------------------------------------------------------------------------------- captions
@@ -413,9 +418,14 @@ def downsample_size_missing(data, entries):
     entries[0]["maximum_image_size"] = 100
 
 
-@broken("1 sizes that no model takes", "edits: resolution 1024 megapixels")
+@broken("1 sizes that no model takes", "edits: resolution 1024, in area")
 def megapixels_instead_of_pixels(data, entries):
     entries[0] |= {"resolution_type": "area", "resolution": 1024}
+
+
+@broken("1 sizes that no model takes", "edits: resolution 1, in pixel_area")
+def pixels_instead_of_megapixels(data, entries):
+    entries[0]["resolution"] = 1
 
 
 @broken("data.json, entry 1: resolution = -3")

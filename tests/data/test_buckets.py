@@ -115,6 +115,18 @@ def test_the_size_in_the_header_is_the_size_of_the_opened_picture(tmp_path, orie
     assert oriented_size(file) == open_image(file).size == ((20, 30) if orientation > 4 else (30, 20))
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "I;16"])
+def test_an_uncompressed_tiff_is_turned_with_its_pixels(tmp_path, mode):
+    noise = Image.effect_noise((64, 32), 90)
+    picture = Image.fromarray(np.asarray(noise, np.uint16) * 256) if mode == "I;16" else noise.convert(mode)
+    for name, orientation in (("upright.tif", 1), ("turned.tif", 6)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(tmp_path / name, exif=exif)
+    upright = open_image(tmp_path / "upright.tif").transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "turned.tif")), np.asarray(upright))
+
+
 def test_the_size_of_a_png_is_told_without_its_pixels_and_wherever_it_says_that_it_is_turned(tmp_path):
     file, picture, exif = tmp_path / "x.png", Image.effect_noise((30, 20), 50), Image.Exif()
     picture.save(file)

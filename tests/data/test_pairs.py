@@ -79,6 +79,8 @@ def test_captions_come_from_text_files_names_or_prompts(tmp_path):
     assert captions_of(picture, "filename", (), problems) == ("red hat",)
     assert captions_of(picture, "instanceprompt", ("a", "b"), problems) == ("a", "b")
     assert captions_of(picture, None, (), problems) == ()
+    (tmp_path / "red_hat.txt").write_text("one\u2028caption\r\nanother\r\n", encoding="utf-8", newline="")
+    assert captions_of(picture, "textfile", (), problems) == ("one\u2028caption", "another")
     assert not problems.count()
 
 
@@ -88,6 +90,16 @@ def test_long_lists_of_problems_are_cut_after_twenty_and_counted():
         problems.add("broken things", f"thing {i}")
     with pytest.raises(ValueError, match="30 broken things:(.|\n)*thing 19\n    … and 10 more"):
         problems.raise_any()
+
+
+def test_what_a_name_was_meant_to_be_is_only_looked_for_where_it_is_shown():
+    targets, references = (
+        {f"photo_{i:02d}{end}": Picture(f"{i:02d}{end}.png") for i in range(30)} for end in ("", "_r")
+    )
+    problems = Problems()
+    pairs.match(targets, references, "set", problems)
+    for found in problems.found.values():
+        assert [("did you mean photo_" in text) for text in found] == [True] * 20 + [False] * 10
 
 
 @pytest.mark.parametrize("a, b, same", [((1000, 667), (500, 333), True), ((1000, 667), (500, 334), True),

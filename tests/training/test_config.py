@@ -77,6 +77,14 @@ def test_explain_says_value_source_and_meaning_of_every_key(tmp_path):
     assert any("num_train_epochs" in line and "max_train_steps says how long" in line for line in lines)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_bf16", "optimi-lion"])
+def test_what_was_not_said_of_an_optimizer_is_not_said_by_the_record(tmp_path, optimizer):
+    config = read_config(write(tmp_path, '{"data_backend_config": []}'), [f"optimizer={optimizer}"])
+    again = read_config(write(tmp_path, config.record()), [])
+    assert again.optimizer_options() == config.optimizer_options() and again.record() == config.record()
+    assert any(line.startswith("adam_beta2") for line in explain(config)) == (optimizer == "adamw")
+
+
 def test_a_flavour_without_a_path_is_the_published_model_and_explain_says_that_it_is_implied(tmp_path):
     def model(*given):
         config = read_config(write(tmp_path, '{"data_backend_config": []}'), [*given])

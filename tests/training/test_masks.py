@@ -153,6 +153,14 @@ def test_masks_are_shown_as_often_as_asked(values):
     assert [use_of(0, example, mix, 7).caption for mix in mixes] == ["make it night"] * 3
 
 
+def test_what_is_transparent_in_a_mask_is_black(values, tmp_path):
+    cut_out = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    cut_out.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    cut_out.save(tmp_path / "mask" / "0.png")
+    mask = sets_of(values).training[0].mask.open()
+    assert mask.getpixel((5, 5)) == (255, 255, 255) and mask.getpixel((60, 5)) == (0, 0, 0)
+
+
 def test_masks_that_are_missing_black_or_of_another_shape_are_named(values, tmp_path):
     (tmp_path / "mask" / "0.png").unlink()
     with pytest.raises(ValueError, match="1 targets without a reference:\n.*0.png: no 0 in m"):

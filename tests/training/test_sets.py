@@ -161,7 +161,8 @@ def test_pictures_to_validate_on_that_are_trained_on_are_named(tmp_path):
         sets_of(tmp_path, one, unseen)
     (other,) = {e.set_id for e in sets_of(tmp_path, one, unseen, eval_dataset_id="t").validation}
     assert other == "t"  # of a set that is not chosen nothing is said
-    assert len(sets_of(tmp_path, {**one, "is_regularisation_data": True}, unseen).validation) == 3
+    taught = sets_of(tmp_path, {**one, "is_regularisation_data": True}, {**unseen, "is_regularisation_data": True})
+    assert [e.regularise for e in taught.validation] == [False] * 3  # it is measured beside the target, not the base
 
 
 def test_the_configs_caption_strategy_is_of_targets_and_not_of_what_they_name(tmp_path):
@@ -226,7 +227,7 @@ def test_transparency_is_said_once_with_a_count(tmp_path):
     for i in range(2):
         Image.open(tmp_path / "t" / f"{i}.png").convert("RGBA").save(tmp_path / "t" / f"{i}.png")
     notes = sets_of(tmp_path, {"id": "t", "instance_data_dir": tmp_path / "t"}).notes
-    assert "2 pictures with an alpha channel are laid on white" in notes
+    assert "2 pictures with an alpha channel are laid on white, masks on black" in notes
 
 
 def test_animations_and_other_kinds_are_named_instead_of_overlooked(tmp_path):

@@ -134,9 +134,11 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_is_the_latest_from_then_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Run, "each_step", stop_after_eleven)
         run(config, out, *other, f"resume_from_checkpoint={out / 'checkpoint-10'}")
-    assert f"checkpoints after step 10 were moved to {out / 'previous-1'}" in capsys.readouterr().out
+    assert f"checkpoints and pictures after step 10 were moved to {out / 'previous-1'}" in capsys.readouterr().out
     assert (out / "previous-1" / "checkpoint-12" / "state.json").exists()
     assert state.chosen(read_config(config, [f"output_dir={out}"])) == out / "checkpoint-11"
+    bare = read_config(config, [f"output_dir={out}", "resume_from_checkpoint=checkpoint-11"])
+    assert state.chosen(bare) == out / "checkpoint-11"
     run(config, out, *other[:2])
     assert [step for step, _ in results(out)[1]] == list(range(1, 13))
 
