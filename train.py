@@ -153,7 +153,8 @@ def run(config: Config, prune: bool = False):
     if prune:
         return print(parallel.by_first(examples.prune)(validation))
     with parallel.first_alone():
-        if state.chosen(config) is None and (aside := folder.set_aside()):
+        own = (chosen := state.chosen(config)) and chosen.parent.resolve() == folder.path.resolve()
+        if not own and (aside := folder.set_aside()):
             print(f"what an earlier run left in {config.output_dir} was moved to {aside}")
 
     seen = choose(config, sets.training, device)

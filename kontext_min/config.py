@@ -200,7 +200,7 @@ class Config(Strict):
     caption_strategy: Captions | None = knob(None, "of targets")
 
     caption_dropout_probability: float = knob(0.0, "share of uses with an empty caption", ge=0, lt=1)
-    reference_dropout_probability: float = knob(0.0, "share of uses without references", ge=0, lt=1)
+    reference_dropout_probability: float = knob(0.0, "share of batches without references", ge=0, lt=1)
 
     # adapter
     lora_type: Literal["standard", "lycoris"] = knob("standard", "LoRA, or LoKr by lycoris_config")
@@ -332,6 +332,7 @@ class Config(Strict):
             "offload_activations needs gradient_checkpointing": self.offload_activations
             and (not self.gradient_checkpointing or self.recompute == "none"),
             "use_dora needs whole weights: take out fsdp_enable": fsdp and self.use_dora,
+            "use_dora needs adam_weight_decay of at most 0.01": self.use_dora and self.adam_weight_decay > 0.01,
             "fsdp_cpu_offload needs model_type full": self.fsdp_cpu_offload and not full,
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,
             f"lora_type lycoris is described by lycoris_config; take out {idle}": lokr and idle,

@@ -38,7 +38,7 @@ class Strict(BaseModel):
         used = TABLES["LYCORIS_IGNORED"] if values.get("lora_type") == "lycoris" else ()
         ignored = {key: why for key, why in cls.LEFT_OUT.items() if key in values and key not in used}
         off = [key for key in cls.REFUSED if key in values and str(values[key]).lower() in OFF]
-        ignored |= dict.fromkeys(off, "what it says is always so here")
+        ignored |= {key: f"it is off; {cls.REFUSED[key]}" for key in off}
         made = validate({key: value for key, value in values.items() if key not in ignored})
         made._ignored = ignored
         return made

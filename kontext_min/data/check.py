@@ -82,7 +82,7 @@ def summary(examples: list[Example], text: tuple[int, int, int] = (512, 4096, 2)
     counts = sorted({len(group) for group in groups})
     per = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     views = {view for e in examples for view in e.views() if not view.fleeting}
-    latents = sum(16 * (v.size.width // 8) * (v.size.height // 8) * 4 for v in views) / 1e6
+    latents = sum((1 if v.mask else 16) * (v.size.width // 8) * (v.size.height // 8) * 4 for v in views) / 1e6
     texts = len(captions) * math.prod(text) / 1e6
     return [
         *histogram(examples),

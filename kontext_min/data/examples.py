@@ -142,17 +142,15 @@ class Use:
 
 
 def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) -> Use:
-    """References, caption and dropout of one use. A set's own captions replace the target's when it alone serves it."""
+    """References, caption and mask of one use. A set's own captions replace the target's when it alone serves it."""
     r, n = draw("use", mix.seed, example.set_id, example.name, epoch, repeat), epoch * (example.repeats + 1) + repeat
-    picked, caption_draw, no_caption, no_reference, masked = r.random(5)
+    picked, caption_draw, no_caption, _, masked = r.random(5)
     references, own = example.references, example.reference_captions
     if mix.several == "random":
         choice = int(picked * len(references))
         references, own = references[choice : choice + 1], own[choice : choice + 1]
     captions = (own[0] if len(own) == 1 else ()) or example.captions
     caption = captions[int(caption_draw * len(captions))] if no_caption >= mix.caption_dropout else ""
-    if no_reference < mix.reference_dropout:
-        references = ()
     mask = example.mask.at(n) if example.mask and masked < mix.masked else None
     return Use(index, repeat, example, example.target.at(n), tuple(v.at(n) for v in references), caption, mask)
 
@@ -276,12 +274,14 @@ class Examples:
         ]
 
     def epoch(self, number: int, batch_size: int) -> list[list[Use]]:
-        """What one epoch shows, in batches of equal shapes (the last of a shape may be smaller), shuffled."""
+        """What one epoch shows, shuffled, in batches of equal shapes (the last of a shape may be smaller)."""
         r, uses, groups = draw("order", self.mix.seed, number), self.uses(number), defaultdict(list)
         for i in r.permutation(len(uses)):
             groups[uses[i].shape].append(uses[i])
         batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
-        return [batches[i] for i in r.permutation(len(batches))]
+        # a whole batch loses its references: of those alone there would be small ones, which weigh as much as others
+        batches, share = [batches[i] for i in r.permutation(len(batches))], self.mix.reference_dropout
+        return [[replace(use, references=()) for use in uses] if r.random() < share else uses for uses in batches]
 
 
 def make_all(views: list[View], workers: int | None = None):

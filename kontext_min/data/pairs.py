@@ -178,7 +178,7 @@ def from_file(file: Path, problems: Problems) -> tuple[Pictures, Captions, list[
         if name in targets:
             problems.add("names with several pictures", f"{where}: {target} stands twice")
         targets[name] = Picture(file.parent / target)
-        captions[name] = tuple(line.strip() for line in caption.splitlines() if line.strip())
+        captions[name] = tuple(line.strip() for line in caption.split("\n") if line.strip())
         rows[name] = [Picture(file.parent / path) for path in references]
         if not captions[name]:
             problems.add("pictures without a caption", f"{where}: {target}")

@@ -33,8 +33,7 @@ class Tracker(ExitStack):
         self.reporters = [to(config, logs, start) for to in told]
         for _, close in self.reporters:
             self.callback(close)
-        bar = tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training")
-        self.bar = self.enter_context(bar)
+        self.bar = self.enter_context(tqdm(total=config.max_train_steps, initial=start, unit="step", desc="training"))
 
     @parallel.by_first
     def log(self, step: int, values: dict[str, float | None]):  # one optimizer step; a skipped one has no loss

@@ -117,9 +117,8 @@ def time_of(config: Config, generator: torch.Generator) -> Tensor:  # (1,) of on
 
 def shift_factor(config: Config, shift: flow.Shift, batch: Batch) -> float:
     """The time shift of a batch: the config's number, or by the target's tokens as the sampler has it."""
-    if config.flow_schedule_shift == "auto":
-        return shift.factor(flow.token_count(*batch.target.shape[-2:]))
-    return config.flow_schedule_shift
+    fixed = config.flow_schedule_shift
+    return shift.factor(flow.token_count(*batch.target.shape[-2:])) if fixed == "auto" else fixed
 
 
 def guidance(config: Config, generator: torch.Generator) -> Tensor:  # (1,) the distilled guidance of one use

@@ -60,7 +60,7 @@ class Validator:
 
     @parallel.by_first
     def clear(self):  # set aside what was made of other items, and write what these are made from
-        if aside := self.folder.aside([*self.folder.validation.glob("*/")]):
+        if aside := self.folder.aside([*self.folder.validation.glob("*/"), *self.folder.validation.glob("psnr.jsonl")]):
             print(f"older validation pictures were moved to {aside}")
         for i, item in enumerate(self.items):
             views = {f"input-{k}": view for k, view in enumerate(item.references, 1)}

@@ -131,13 +131,18 @@ def test_a_reference_sets_captions_are_used_when_it_alone_serves_the_use(example
     assert {use_of(0, one_set(examples)[1], Mix(), n).caption for n in range(20)} == set(examples[1].captions)
 
 
-def test_captions_and_references_are_dropped_as_often_as_asked_and_independently(examples):
+def test_captions_and_references_are_dropped_as_often_as_asked_and_independently(kontext, tmp_path, examples):
     mix = Mix(caption_dropout=0.3, reference_dropout=0.2)
-    uses = [use_of(0, one_set(examples, 1)[0], mix, epoch) for epoch in range(1000)]
+    made = Examples(one_set(examples, 1), find(kontext), Cache(tmp_path / "text"), FP32, mix)
+    batches = [batch for epoch in range(300) for batch in made.epoch(epoch, 2)]
+    uses = [use for batch in batches for use in batch]
+    assert all(len({use.shape for use in batch}) == 1 for batch in batches)
     no_caption, no_reference = [use.caption == "" for use in uses], [use.references == () for use in uses]
     assert np.mean(no_caption) == pytest.approx(0.3, abs=0.05)
     assert np.mean(no_reference) == pytest.approx(0.2, abs=0.05)
     assert np.mean(np.array(no_caption) & np.array(no_reference)) == pytest.approx(0.06, abs=0.03)
+    of_batches = np.mean([np.mean([use.references == () for use in batch]) for batch in batches])
+    assert of_batches == pytest.approx(0.2, abs=0.05)  # each batch weighs alike in training, whatever its size
 
 
 def test_degradations_are_the_same_in_any_number_of_processes_and_kept_ones_are_files(tmp_path, examples):

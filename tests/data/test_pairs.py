@@ -146,5 +146,9 @@ def test_captions_of_jsonl_may_hold_any_character_but_half_ones(tmp_path):
     lines.append(json.dumps({"target": "b.png", "caption": "half \ud83c"}))
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     problems = Problems()
-    targets, _, _ = pairs.from_file(tmp_path / "pairs.jsonl", problems)
-    assert list(targets) == ["a"] and "pairs.jsonl, line 2: " in problems.found["malformed lines"][0]
+    targets, captions, _ = pairs.from_file(tmp_path / "pairs.jsonl", problems)
+    assert (
+        captions == {"a": ("one\u2028two",)}
+        and list(targets) == ["a"]
+        and "pairs.jsonl, line 2: " in problems.found["malformed lines"][0]
+    )

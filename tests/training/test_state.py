@@ -362,6 +362,16 @@ def test_a_new_run_in_a_used_folder_sets_the_old_one_aside(config, tmp_path, cap
     assert [step for step, _ in results(out)[1]] == [1, 2, 3, 4, 5, 6]
 
 
+def test_going_on_from_another_runs_checkpoint_sets_what_is_in_the_folder_aside(config, tmp_path):
+    other = run(config, tmp_path / "other")
+    out = run(config, tmp_path / "out", "max_train_steps=3", "seed=7")
+    before = results(out)
+    run(config, out, "max_train_steps=14", f"resume_from_checkpoint={other / 'checkpoint-12'}", "lr_scheduler=constant",
+        "allow_changed_resume=true")  # fmt: skip
+    assert results(out / "previous-1") == before
+    assert [step for step, _ in results(out)[1]] == [13, 14]
+
+
 def test_what_a_checkpoint_cannot_do_without_is_refused_even_when_changes_are_allowed(config, tmp_path):
     out = run(config, tmp_path / "out")
     for change in ("lora_rank=4", "optimizer=optimi-lion", "flux_lora_target=context", "use_ema=true"):

@@ -190,6 +190,8 @@ def test_a_resumed_run_makes_the_base_again_only_if_the_items_have_changed(value
     assert len(edits) == 5 and not np.array_equal(Image.open(out / "base" / "00.png"), base)
     assert Image.open(out / "000006.png").size == sheet.size and not (out / "000004").exists()
     assert (out.parent / "previous-1" / "000004" / "00.png").exists()
+    before, after = ((folder / "psnr.jsonl").read_text().splitlines() for folder in (out.parent / "previous-1", out))
+    assert [[json.loads(line)["step"] for line in lines] for lines in (before, after)] == [[2, 4], [6]]
     assert json.loads((out / "items.json").read_text())[0]["seed"] == 1
     assert (out / "000004.png").exists() and Size(*sheet.size).width > 3 * 64
 
