@@ -113,7 +113,7 @@ def gather(given: argparse.Namespace) -> dict:
     settings = {**DEFAULTS, **recipe, **again, **given, "adapters": adapters}
     if not settings["prompt"]:
         raise ValueError('nothing to do: give an instruction with --prompt "…"')
-    if "\\ud" in ascii("".join((*settings["prompt"], settings["negative_prompt"]))):  # halves of characters
+    if any("\ud7ff" < c < "\ue000" for c in "".join((*settings["prompt"], settings["negative_prompt"]))):  # halves
         raise ValueError("a prompt is not UTF-8 text; write it again, or set the terminal to UTF-8")
     steps, seed, count = (settings[key] for key in ("steps", "seed", "num_images"))
     if min(steps, count) < 1 or not 0 <= seed <= 2**63 - count:

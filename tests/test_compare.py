@@ -72,6 +72,7 @@ def test_pictures_without_a_common_frame_have_no_sure_shift():
     pairs = [(noise(i), noise(i + 100)) for i in range(10)]
     pairs += [(photo(a), photo(b)) for a, b in zip(NAMES, NAMES[5:] + NAMES[:5], strict=True)]
     pairs += [(Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue"))]
+    pairs += [(photo(NAMES[0]).resize(size), photo(NAMES[1]).resize(size)) for size in ((512, 2), (2, 96), (1, 64))]
     assert all(shift_between(a, b).confidence < 1 for a, b in pairs if a is not b)
 
 

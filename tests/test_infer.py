@@ -250,6 +250,12 @@ def test_what_does_nothing_without_true_cfg_is_said(quick, tmp_path, capsys):
     assert "do nothing" not in capsys.readouterr().out
 
 
+def test_prompts_may_be_of_any_language(quick, tmp_path):
+    prompts = ["하늘을 파랗게", "make it a 한복", "😀", r"C:\udon"]
+    made = run(*(word for prompt in prompts for word in ("--prompt", prompt)), "--size", "16x16", *quick)
+    assert [json.loads(Image.open(file).info["kontext_min"])["prompt"] for file in made] == [[p] for p in prompts]
+
+
 def test_a_reference_whose_name_is_no_utf8_is_edited_again_and_again(quick, tmp_path):
     odd = tmp_path / "caf\udce9.png"
     odd.write_bytes(picture(tmp_path / "photo.png", 75, 50).read_bytes())

@@ -110,8 +110,7 @@ def read_shift(path: Path) -> flow.Shift:
 
 
 def settings(table: dict[str, str], config: dict) -> dict:
-    values = {ours: config[theirs] for theirs, ours in table.items() if config.get(theirs) is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {o: tuple(v) if isinstance(v, list) else v for t, o in table.items() if (v := config.get(t)) is not None}
 
 
 def flux_config(config: dict, shapes: Shapes) -> FluxConfig:
@@ -143,7 +142,8 @@ def vae_config(config: dict, shapes: Shapes) -> VAEConfig:
         if config.get("use_quant_conv", True) or config.get("use_post_quant_conv", True):
             raise ValueError("vae/config.json: use_quant_conv and use_post_quant_conv must be false, as in FLUX")
         return VAEConfig(**{"layers_per_block": 1, **settings(keys.SETTINGS["vae"], config)})
-    channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(count(shapes, "encoder.down")))
+    levels = range(count(shapes, "encoder.down") or 1)  # of a file in another layout the first is missed, by name
+    channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels)
     return VAEConfig(
         channels=channels, layers_per_block=count(shapes, "encoder.down.0.block"), groups=math.gcd(32, *channels),
         latent_channels=shapes["decoder.conv_in.weight"][1],

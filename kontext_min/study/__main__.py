@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None):
     settings = {"model": "nano", "lora": None, "size": "auto", "steps": 8, "guidance": 2.5, "seed": 0}
     for name, default in settings.items():
         kind = str if default is None else type(default)
-        add(f"--{name}", type=kind, default=default, help=f"as of infer.py ({default})")
+        add(f"--{name}", type=kind, default=default, help=f"as of infer.py, at most once ({default})")
     add("--precision", choices=("auto", "int8", "nf4", "fp8"), default="auto", help="of the base's weights (auto)")
     add("--block", default="*_blocks.*", metavar="PATTERN", help="attention, ablate: only these, e.g. single_blocks.*")
     add("--word", help="attention: the word of the detailed maps (the longest)")

@@ -192,6 +192,12 @@ def test_file_of_another_network_is_refused_in_one_sentence(part, singles):
     assert WEIGHTS[part] in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_single_autoencoder_in_diffusers_names_is_refused_in_one_sentence(singles, folder):
+    shutil.copy(next((folder / "vae").glob("*.safetensors")), singles / WEIGHTS["vae"])
+    with pytest.raises(ValueError, match=r"missing or malformed: 'encoder.down.0.block.0.conv1.weight'"):
+        load.load_vae(load.find(singles), CPU, FP32)
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-100])
 
