@@ -92,7 +92,7 @@ def shift_between(a: Image.Image, b: Image.Image) -> Shift:
     greys = [np.asarray(image.convert("L").reduce(factor), np.float64) for image in (a, b)]
     height, width = greys[0].shape
     window = np.hanning(height)[:, None] * np.hanning(width)[None]  # borders would else be taken for content
-    spectra = [np.fft.rfft2((grey - np.average(grey, weights=window + 1e-300)) * window) for grey in greys]
+    spectra = [np.fft.rfft2((grey - (grey * window).sum() / max(window.sum(), 1)) * window) for grey in greys]
     cross = spectra[0].conj() * spectra[1]
     strength = np.abs(cross)
     if min(height, width) < 3 or not strength.any():  # too thin or a flat picture

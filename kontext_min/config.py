@@ -319,6 +319,7 @@ class Config(Strict):
         lokr, form, split = self.lora_type == "lycoris", self.lora_format, self.validation_split
         flows, curve = self.flow_use_uniform_schedule + self.flow_use_beta_schedule, "constant" not in self.lr_scheduler
         precisions, fsdp = (self.base_model_precision, self.mixed_precision), self.fsdp_enable
+        decay = self.optimizer_options().get("weight_decay", 0.0)
         planned = ("memory", "modulation_on_cpu", "offload_activations", "stream_blocks")
         plan = ", ".join(key for key in planned if getattr(self, key) not in ("auto", None))
         full, quantised = self.model_type == "full", self.base_model_precision not in ("no_change", "bf16")
@@ -332,7 +333,8 @@ class Config(Strict):
             "offload_activations needs gradient_checkpointing": self.offload_activations
             and (not self.gradient_checkpointing or self.recompute == "none"),
             "use_dora needs whole weights: take out fsdp_enable": fsdp and self.use_dora,
-            "use_dora needs adam_weight_decay of at most 0.01": self.use_dora and self.adam_weight_decay > 0.01,
+            "use_dora needs a weight decay of at most 0.01, which else wears the base away": self.use_dora
+            and decay > 0.01,
             "fsdp_cpu_offload needs model_type full": self.fsdp_cpu_offload and not full,
             'lora_type lycoris needs lycoris_config: {"full_matrix": true}': lokr and not self.lycoris_config,
             f"lora_type lycoris is described by lycoris_config; take out {idle}": lokr and idle,

@@ -53,11 +53,9 @@ def arrange(updates: Sequence[Update], fused: bool) -> list[Update]:
     arranged = []
     for whole, (parts, here) in by_linear(updates).items():
         for part in [whole] if fused else parts:
-            pieces = pieces_of(part, here)
-            if len(pieces) == 1 and pieces[0].shape[0] == part.rows:
-                arranged.append(pieces[0])
-            elif pieces:
-                arranged.append(joined(part, pieces))
+            if pieces := pieces_of(part, here):
+                alone = len(pieces) == 1 and pieces[0].shape[0] == part.rows
+                arranged.append(pieces[0] if alone else joined(part, pieces))
     return arranged
 
 

@@ -144,7 +144,7 @@ class Use:
 def use_of(index: int, example: Example, mix: Mix, epoch: int, repeat: int = 0) -> Use:
     """References, caption and mask of one use. A set's own captions replace the target's when it alone serves it."""
     r, n = draw("use", mix.seed, example.set_id, example.name, epoch, repeat), epoch * (example.repeats + 1) + repeat
-    picked, caption_draw, no_caption, _, masked = r.random(5)
+    picked, caption_draw, no_caption, masked = r.random(4)
     references, own = example.references, example.reference_captions
     if mix.several == "random":
         choice = int(picked * len(references))
@@ -279,7 +279,7 @@ class Examples:
         for i in r.permutation(len(uses)):
             groups[uses[i].shape].append(uses[i])
         batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
-        # a whole batch loses its references: of those alone there would be small ones, which weigh as much as others
+        # by whole batches: uses without references would else stand in small ones of their own, which weigh as much
         batches, share = [batches[i] for i in r.permutation(len(batches))], self.mix.reference_dropout
         return [[replace(use, references=()) for use in uses] if r.random() < share else uses for uses in batches]
 

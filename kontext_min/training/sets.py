@@ -109,7 +109,7 @@ class Reader:
         made = [generator.instance_data_dir for entry in self.entries for generator in entry.conditioning]
         for place, entry in product((config.output_dir, config.cache_dir, *filter(None, made)), self.entries):
             if entry.instance_data_dir and place.resolve().is_relative_to(entry.instance_data_dir.resolve()):
-                self.wrong("folders of a run among pictures", f"{place} lies in {entry.id}; choose another")
+                self.wrong("folders of a run among pictures", f"{place} lies in {entry.id}; choose another folder")
         for entry in self.of("conditioning"):
             if entry.id not in named:
                 self.wrong("unused sets", f"{entry.id}: no conditioning_data names it; name or disable it")
@@ -229,7 +229,8 @@ class Reader:
         if largest and (downsampled or 0) > largest:
             self.wrong("incomplete entries", f"{entry.id}: target_downsample_size is above maximum_image_size")
         if not 16 <= (1000 * entry.resolution**0.5 if unit == "area" else entry.resolution) <= 8192:
-            self.wrong("sizes that no model takes", f"{entry.id}: resolution {entry.resolution:g}, in {unit}")
+            what = f"resolution {entry.resolution:g} in {unit}; area counts megapixels, pixel and pixel_area pixels"
+            self.wrong("sizes that no model takes", f"{entry.id}: {what}")
         square, style = entry.crop and entry.crop_aspect == "square", entry.crop_style.replace("centre", "center")
         return Geometry(entry.resolution, unit, self.step, square, style, largest and (largest, downsampled))
 

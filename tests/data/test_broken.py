@@ -184,12 +184,12 @@ def no_lines(data, entries):
     rows(data, entries)
 
 
-@broken("1 folders of a run among pictures", "data/target/out lies in edits; choose another")
+@broken("1 folders of a run among pictures", "data/target/out lies in edits; choose another folder")
 def output_among_the_targets(data, entries):
     return {"output_dir": str(data / "target/out")}
 
 
-@broken("1 folders of a run among pictures", "data/target/made lies in edits; choose another")
+@broken("1 folders of a run among pictures", "data/target/made lies in edits; choose another folder")
 def made_references_among_the_targets(data, entries):
     entries[0]["conditioning"] = [{"type": "superresolution", "instance_data_dir": str(data / "target/made")}]
 
@@ -418,12 +418,12 @@ def downsample_size_missing(data, entries):
     entries[0]["maximum_image_size"] = 100
 
 
-@broken("1 sizes that no model takes", "edits: resolution 1024, in area")
+@broken("1 sizes that no model takes", "edits: resolution 1024 in area; area counts megapixels")
 def megapixels_instead_of_pixels(data, entries):
     entries[0] |= {"resolution_type": "area", "resolution": 1024}
 
 
-@broken("1 sizes that no model takes", "edits: resolution 1, in pixel_area")
+@broken("1 sizes that no model takes", "edits: resolution 1 in pixel_area; area counts megapixels")
 def pixels_instead_of_megapixels(data, entries):
     entries[0]["resolution"] = 1
 

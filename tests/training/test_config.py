@@ -138,8 +138,10 @@ def test_a_format_that_cannot_hold_the_adapter_is_refused_before_training(tmp_pa
     with pytest.raises(ValueError, match="lora_format comfyui is a LoRA's alone; convert it later"):
         read_config(path, [])
     assert read_config(path, ["lora_format=diffusers"]).use_dora
-    with pytest.raises(ValueError, match="use_dora needs adam_weight_decay of at most 0.01"):
-        read_config(path, ["lora_format=diffusers", "adam_weight_decay=0.5"])
+    for decay in ("adam_weight_decay=0.5", "optimizer_config=weight_decay=0.5"):
+        with pytest.raises(ValueError, match="use_dora needs a weight decay of at most 0.01"):
+            read_config(path, ["lora_format=diffusers", decay])
+    assert read_config(path, ["lora_format=diffusers", "optimizer=optimi-lion", "adam_weight_decay=0.5"]).use_dora
 
 
 def test_characters_in_two_halves_are_joined_and_a_key_that_stands_twice_is_refused(tmp_path):
