@@ -128,6 +128,6 @@ def muted(flux: Flux, pattern: str = "*"):
     with ExitStack() as stack:
         for name, module in list(flux.named_modules()):
             if isinstance(module, Adapted) and fnmatchcase(f"{name}.", f"{pattern}.*"):
-                stack.callback(setattr, module, "updates", module.updates)
-                module.updates = nn.ModuleList()
+                stack.callback(flux.set_submodule, name, module)
+                flux.set_submodule(name, module.base)
         yield

@@ -148,8 +148,6 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out). The linear comes last: a checkpoint need not compute it again for backward."""
-        if not self.updates:
-            return self.base(x)
         if any(update.magnitude is not None for update in self.updates):
             y = self.base(x)
             return self.change(x, {}, y).add_(y)

@@ -102,10 +102,10 @@ class QKNorm(nn.Module):
 
 
 class Attend(nn.Module):
-    """Rotate q and k, then softmax(q k^T / sqrt(D)) v of the queries in `rows`. (B, H, L, D) each -> (B, rows, H*D)."""
+    """Rotate q and k, then softmax(q k^T / sqrt(D)) v. (B, H, L, D) each, q of `rows` alone -> (B, rows, H*D)."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, pe: Tensor, rows: slice = slice(None)) -> Tensor:
-        x = F.scaled_dot_product_attention(apply_rope(q, pe)[:, :, rows], apply_rope(k, pe), v)
+        x = F.scaled_dot_product_attention(apply_rope(q, pe[rows]), apply_rope(k, pe), v)
         return rearrange(x, "B H L D -> B L (H D)")
 
 
@@ -198,9 +198,16 @@ class SingleStreamBlock(nn.Module):
 
     def branch(self, x: Tensor, shift: Tensor, scale: Tensor, pe: Tensor, rows: slice) -> Tensor:
         """What the block adds to these tokens, before its gate."""
-        *qkv, mlp = self.linear1(modulate(self.pre_norm(x), shift, scale)).split(self.widths, dim=-1)
-        attention = self.attend(*self.norm(*qkv), pe, rows=rows)  # (B, L, hidden)
-        return self.linear2(torch.cat([attention, F.gelu(mlp[:, rows], approximate="tanh")], dim=-1))
+        x = modulate(self.pre_norm(x), shift, scale)
+        if rows != slice(None) and type(self.linear1) is nn.Linear:  # of the others only keys and values are needed
+            parts = zip(self.linear1.weight.split(self.widths), self.linear1.bias.split(self.widths), strict=True)
+            seen = (x[:, rows], x, x, x[:, rows])
+            q, k, v, mlp = (F.linear(tokens, *part) for tokens, part in zip(seen, parts, strict=True))
+        else:
+            q, k, v, mlp = self.linear1(x).split(self.widths, dim=-1)
+            q, mlp = q[:, rows], mlp[:, rows]
+        attention = self.attend(*self.norm(q, k, v), pe, rows=rows)  # (B, rows, hidden)
+        return self.linear2(torch.cat([attention, F.gelu(mlp, approximate="tanh")], dim=-1))
 
 
 class LastLayer(nn.Module):

@@ -172,9 +172,10 @@ def test_parameters_do_not_depend_on_the_order_of_names_and_alone_are_trained(fl
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("wanted", [None, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_muted_model_is_the_base_model_to_the_last_bit(flux, kind):
-    given = tiny.flux_inputs(flux.config)
+def test_muted_model_is_the_base_model_to_the_last_bit(flux, kind, wanted):
+    given = tiny.flux_inputs(flux.config) | {"wanted": wanted}
     before = flux(**given)
     adapted = spoilt(flux, kind=kind)(**given)
     assert tiny.error(adapted, before) > 0.03
