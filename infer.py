@@ -67,7 +67,7 @@ def recall(path: Path) -> dict:  # the settings of a picture of this program
         kept = json.loads(Image.open(path).info[CHUNK])
         files, settings = dict(kept.pop("checksums", {})), known(kept, f"{path}: its header")
     except (OSError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not a PNG made by infer.py: it carries no settings") from error
+        raise ValueError(f"{path} is not a PNG made by infer.py: it is missing or carries no settings") from error
     for file, before in files.items():
         if Path(file).is_file() and crc32(Path(file).read_bytes()) != before:
             print(f"warning: {file} is not what it was when {path} was made; this will be another picture")

@@ -79,10 +79,7 @@ def curves(metrics: list[dict], psnr: list[dict], held_out: list[dict]) -> dict:
     timed = [(line["step"], line["per_timestep"]) for line in held_out if line.get("per_timestep")]
     drawn = {"loss": (metrics, "loss"), "lr": (metrics, "lr"), "eval": (held_out, "loss"), "base": (psnr, "base")}
     drawn |= {"lora": (psnr, "lora"), "shuffled": (probes, "shuffled"), "none": (probes, "none")}
-    made = {
-        name: [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        for name, (lines, key) in drawn.items()
-    }
+    made = {n: [(at["step"], at[key]) for at in lines if at.get(key) is not None] for n, (lines, key) in drawn.items()}
     mean = EMA(1 - SMOOTHING)
     made["smooth"] = [(step, mean(loss)) for step, loss in made["loss"]]
     for name, points in made.items():  # at most about POINTS of them, evenly taken, the last one always

@@ -490,6 +490,7 @@ REFUSED = {
     "no model": (["--prompt", "x", "--model", "./gone"], "neither a folder nor a hub id"),
     "text as image": (["--prompt", "x", "--image", "text.png"], "text.png is not a readable picture"),
     "again of another program": (["--again", "photo.png"], "photo.png is not a PNG made by infer.py"),
+    "again of nothing": (["--again", "gone.png"], "gone.png is not a PNG made by infer.py: it is missing"),
     "again of text": (["--again", "text.png"], "text.png is not a PNG made by infer.py"),
     "again with odd steps": (["--again", "odd.png"], "odd.png: its header asks to be shown with steps 'x'"),
     "again of a list": (["--again", "list.png"], "list.png is not a PNG made by infer.py"),
