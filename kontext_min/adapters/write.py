@@ -82,16 +82,13 @@ def header(updates: list[Update], recipe: dict, form: str) -> dict[str, str]:
     own = {CONFIG_KEY: peft_settings(updates, ranks, usual)} if form == "diffusers" else {}
     home = "https://github.com/black-forest-labs/flux" if WRITTEN[form][0].names == "bfl" else "diffusers"
     return own | {
-        "format": "pt",
-        RECIPE_KEY: json.dumps(recipe),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "flux-kontext/lora",
-        "modelspec.implementation": home,
+        "format": "pt", RECIPE_KEY: json.dumps(recipe), "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "flux-kontext/lora", "modelspec.implementation": home,
         "modelspec.title": str(recipe.get("title", f"kontext_min {kind}")),
         "modelspec.resolution": recipe.get("size", "1024x1024"),
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.description": f"{kind} of {recipe.get('model', 'FLUX.1 Kontext')}, rank {usual}, alpha baked in",
-    }
+    }  # fmt: skip
 
 
 def peft_settings(updates: list[Update], ranks: dict[str, int], usual: int) -> str:

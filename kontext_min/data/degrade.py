@@ -6,8 +6,10 @@ Every generator is a list of steps. Names and defaults of `superresolution` and 
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal, Union
 
+import json5
 import numpy as np
 from PIL import Image, ImageFilter
 from PIL.Image import Image as Picture
@@ -41,21 +43,8 @@ TYPES = {  # parameter -> what it may be; all others are switches
     "compression_rounds": Annotated[int, Field(ge=1)], "round_quality_decay": Share, "quality_decay": Share,
     "subsampling": Literal["4:4:4", "4:2:2", "4:2:0"], "shift": Annotated[int, Field(ge=0, lt=GRID)] | bool,
 }  # fmt: skip
-DEFAULTS = {  # step or generator -> its parameters
-    "blur": {"blur_type": "gaussian", "blur_radius": 2.0},
-    "noise": {"noise_level": 0.02},
-    "block_noise": {"noise_level": 0.02},
-    "downscale": {"downscale_factor": 2.0},
-    "jpeg": {"quality": 25, "quality_range": None, "quality_list": None, "quality_decay": 1.0, "subsampling": None,
-             "shift": False},
-    "superresolution": {"downscale_factor": None, "blur_type": "gaussian", "blur_radius": 2.0, "add_noise": True,
-                        "noise_level": 0.02, "jpeg_quality": None},
-    "jpeg_artifacts": {"quality_mode": "fixed", "quality": 25, "quality_range": (10, 50),
-                       "quality_list": [10, 20, 30, 40], "compression_rounds": 1, "round_quality_decay": 0.9,
-                       "subsampling": None, "pre_blur": False, "pre_blur_radius": 0.5, "add_noise": False,
-                       "noise_level": 0.01, "enhance_blocks": False, "block_noise_level": 0.02,
-                       "optimize": False, "progressive": False},  # these two change a file, but not its pixels
-}  # fmt: skip
+# step or generator -> its parameters
+DEFAULTS = json5.loads(Path(__file__).with_suffix(".json5").read_text(encoding="utf-8"))
 
 
 def blur(image: Picture, rng: np.random.Generator, p: BaseModel) -> Picture:
@@ -128,7 +117,7 @@ def model(kind: str, defaults: dict, types: dict = TYPES) -> type[BaseModel]:
     """The parameters of a step or generator: name -> default; None is allowed where it is the default."""
     fields = {key: (types.get(key, bool), default) for key, default in defaults.items()}
     fields = {key: (of | None if default is None else of, default) for key, (of, default) in fields.items()}
-    strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    strict = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
     return create_model(kind, __config__=strict, type=(Literal[kind], kind), **fields)
 
 

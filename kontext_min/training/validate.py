@@ -92,8 +92,7 @@ class Validator:
         if parallel.rank():  # the first one compares
             return ""
         for item, base, lora in zip(self.items, self.base, made, strict=True):
-            cells = [("input", view.open()) for view in item.references]
-            cells += [("base", base), ("LoRA", lora)]
+            cells = [*(("input", view.open()) for view in item.references), ("base", base), ("LoRA", lora)]
             if item.target is not None:
                 target = item.target.open()
                 scores.append({"base": psnr(base, target), "lora": psnr(lora, target)})
