@@ -19,16 +19,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kontext_min import flow
 from kontext_min.checkpoints.tensors import whole_file
 from kontext_min.data.buckets import Size
+from kontext_min.flow import Condition
 from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import TARGETS, any_picture, example
 from kontext_min.nano.model import AUTOENCODER, Nano, export, tokenizers_of
 from kontext_min.nano.scenes import Picture, pick
+from kontext_min.sampler import Sampling, euler, guided
 
 LOG_EVERY, SAVE_EVERY, WARM_UP = 50, 250, 100  # steps
 VAE_SIZES, VAE_BATCH = (Size(64, 64), Size(96, 96), Size(64, 64), Size(112, 80)), 8  # in turn; as many pixels of each
@@ -49,12 +51,14 @@ class Phase:
     name: str
     sizes: tuple[Size, ...]
     examples: int
-    steps: int
-    batch: int  # examples of the first size; as many pixels of the others
-    changed_weight: float  # of the tokens that an edit changes
     first_index: int
+    steps: int
     falling: int  # its last steps, in which the learning rates fall linearly to zero; 1: they stay
-    edits: tuple[str | None, ...] = (None,)  # of its examples, in turn; None: as MIX has them
+    batch: int = 64  # examples of the first size; as many pixels of the others
+    changed_weight: float = 2.0  # of the tokens that an edit changes
+    edits: tuple[str, ...] = ()  # every other example is one of these, in turn; the rest as MIX has them
+    own: float = 0.0  # share of a batch that is met where nano's own sampling leads, its errors included
+    rate: float = 1.0  # of the learning rates
 
 
 class Bucket(NamedTuple):
@@ -64,17 +68,17 @@ class Bucket(NamedTuple):
     ids: Tensor  # (N, 2, LENGTH), of T5 and CLIP
 
 
+SMALL = (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80))
 SIZES = (*[Size(96, 96)] * 10, *[Size(112, 80)] * 3, *[Size(80, 112)] * 3, Size(128, 64), Size(64, 128), Size(144, 144),
          Size(192, 128), Size(128, 192))  # fmt: skip
+BADLY = ("reshape", "swap", "resize", "zoom", "insert", "recolour", "move", "background")  # what it did badly
 PHASES = (
-    Phase("64px", (Size(64, 64), Size(64, 64), Size(64, 64), Size(80, 64), Size(64, 80)),
-          examples=60_000, steps=3000, batch=64, changed_weight=5.0, first_index=0, falling=1),
-    Phase("96px", SIZES, 80_000, steps=7500, batch=64, changed_weight=2.0, first_index=3 * 10**6, falling=4725),
-    Phase("96px-2", SIZES, 80_000, steps=8000, batch=64, changed_weight=2.0, first_index=4 * 10**6, falling=4800),
-    Phase("96px-3", SIZES, 80_000, steps=3750, batch=64, changed_weight=2.0, first_index=5 * 10**6, falling=2250,
-          edits=(None, "reshape", None, "swap", None, "resize", None, "zoom",
-                 None, "insert", None, "recolour", None, "move", None, "background")),
-)  # fmt: skip
+    Phase("64px", SMALL, 60_000, 0, steps=3000, falling=1, changed_weight=5.0),
+    Phase("96px", SIZES, 80_000, 3 * 10**6, steps=7500, falling=4725),
+    Phase("96px-2", SIZES, 80_000, 4 * 10**6, steps=8000, falling=4800),
+    Phase("96px-3", SIZES, 80_000, 5 * 10**6, steps=3750, falling=2250, edits=BADLY),
+    Phase("96px-4", SIZES, 36_000, 9 * 10**6, steps=1000, falling=800, edits=BADLY, own=0.75, rate=0.25),
+)
 DISTIL_STEPS, DISTIL_SHARE = 150, 0.15  # with half the last phase's batch; of the learning rates
 
 
@@ -108,8 +112,7 @@ def optimizers(network: nn.Module, muon: float, adam: float, names=()) -> list[t
     matrices, others = [], []
     for place, p in network.named_parameters():
         (others if p.ndim < 2 or any(name in place for name in names) else matrices).append(p)
-    betas = (0.9, 0.98)
-    return [Muon(matrices, {"lr": muon, "weight_decay": 0.01}), torch.optim.Adam(others, adam, betas, fused=True)]
+    return [Muon(matrices, {"lr": muon, "weight_decay": 0.01}), torch.optim.Adam(others, adam, (0.9, 0.98), fused=True)]
 
 
 def train(file: Path, network: nn.Module, optims: list, shares: dict[int, float], loss_of: Callable, bf16=False):
@@ -167,8 +170,7 @@ def vae_loss(vae: VAE, step: int) -> Tensor:
     """Absolute and squared error, error of the gradients, and a little KL so that latents have a known scale."""
     x = pictures_of(step)
     mean, logvar = vae.moments(x)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
-    z = mean + torch.exp(0.5 * logvar) * noise
+    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=Generator().manual_seed(step))
     error = vae.decoder(z) - x
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -196,7 +198,8 @@ def write_part(file: Path, vae: VAE, tokenizer_folder: Path, phase: Phase) -> No
     for start in range(int(file.suffix[1:]) * ENCODE_BATCH, phase.examples, PARTS * ENCODE_BATCH):
         size = phase.sizes[start // ENCODE_BATCH % len(phase.sizes)]
         numbers = range(start, min(start + ENCODE_BATCH, phase.examples))
-        tasks = [example("train", phase.first_index + i, size, phase.edits[i % len(phase.edits)]) for i in numbers]
+        asked = [phase.edits[i // 2 % len(phase.edits)] if phase.edits and i % 2 else None for i in numbers]
+        tasks = [example("train", phase.first_index + i, size, edit) for i, edit in zip(numbers, asked, strict=True)]
         for count in {len(task.references) for task in tasks}:
             group = [task for task in tasks if len(task.references) == count]
             columns = zip(*((task.target, *task.references) for task in group), strict=True)
@@ -218,7 +221,7 @@ def cached_buckets(folder: Path, vae: VAE, tokenizer_folder: Path, phase: Phase)
     return [Bucket(*map(torch.cat, zip(*chunks, strict=True))) for _, chunks in sorted(buckets.items())]
 
 
-def choose(buckets: list[Bucket], phase: Phase, generator: torch.Generator) -> Bucket:
+def choose(buckets: list[Bucket], phase: Phase, generator: Generator) -> Bucket:
     """The batch of a step: of one bucket, drawn in proportion to its examples; as many pixels as the phase wants."""
     counts = torch.tensor([len(bucket.ids) for bucket in buckets], dtype=torch.float32)
     latents, ids = buckets[torch.multinomial(counts, 1, generator=generator).item()]
@@ -237,32 +240,43 @@ def token_weights(target: Tensor, references: list[Tensor], weight: float) -> Te
     return torch.where(changed | most, weight, 1.0)
 
 
-def noisy(target: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Random times (B,), many near 1, where sampling settles most; noise, and its mix with the target (B, 16, h, w)."""
+def states(nano: Nano, target: Tensor, seen: Condition, own: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Random times (B,), many near 1, where sampling settles most, and x_t (B, 16, h, w): noise mixed with the target.
+    The share `own` is where some of 6 to 10 steps of nano's sampling lead, so that it learns to mend its own errors.
+    """
     t = torch.sigmoid(1.1 + 1.8 * torch.randn(len(target), generator=generator))
     noise = torch.randn(target.shape, generator=generator)
-    return t, noise, flow.mix(target, noise, t)
+    x_t = flow.mix(target, noise, t)
+    if count := round(own * len(target)):
+        steps = int(torch.randint(6, 11, (), generator=generator))
+        done = int(torch.randint(1, steps, (), generator=generator))
+        times = flow.schedule(steps, flow.token_count(*target.shape[-2:]))[: done + 1]
+        part = Condition(seen.txt[:count], seen.vec[:count], [reference[:count] for reference in seen.references])
+        *_, x_t[:count] = euler(guided(nano.flux, part, None, Sampling(guidance=1.0)), noise[:count], times)
+        t[:count] = times[-1]
+    return t, x_t
 
 
-def flux_loss(nano: Nano, changed_weight: float, empty: Tensor, data: Bucket, generator: torch.Generator) -> Tensor:
+def flux_loss(nano: Nano, phase: Phase, empty: Tensor, data: Bucket, generator: Generator) -> Tensor:
     target, *references = data.latents.unbind(1)
     dropped = torch.rand(len(target), 1, 1, generator=generator) < CAPTION_DROPOUT
-    ids = torch.where(dropped, empty, data.ids)
-    t, noise, x_t = noisy(target, generator)
-    v = flow.velocity(nano.flux, x_t, t, nano.condition(ids, references), torch.ones_like(t))
-    weights = token_weights(target, references, changed_weight)
-    error = (flow.pack(v) - flow.pack(noise - target)).square().mean(-1, keepdim=True)
+    condition = nano.condition(torch.where(dropped, empty, data.ids), references)
+    t, x_t = states(nano, target, condition, phase.own, generator)
+    v = flow.velocity(nano.flux, x_t, t, condition, torch.ones_like(t))
+    weights = token_weights(target, references, phase.changed_weight)
+    wanted = (x_t - target) / t.view(-1, 1, 1, 1)  # noise - target, also of what stands for noise on nano's own way
+    error = (flow.pack(v) - flow.pack(wanted)).square().mean(-1, keepdim=True)
     return (weights * error).sum() / weights.sum()
 
 
-def distil_loss(nano: Nano, teacher: Nano, empty: Tensor, data: Bucket, generator: torch.Generator) -> Tensor:
+def distil_loss(nano: Nano, teacher: Nano, phase: Phase, empty: Tensor, data: Bucket, generator: Generator) -> Tensor:
     """Squared error over scale² against the teacher's true CFG at random scales, half of them 1 (Meng et al. 2023)."""
     target, *references = data.latents.unbind(1)
-    t, _, x_t = noisy(target, generator)
-    scale = torch.empty(len(t)).uniform_(*GUIDANCE, generator=generator)
-    scale[: len(t) // 2] = 1.0  # without guidance nothing may be lost
+    scale = torch.empty(len(target)).uniform_(*GUIDANCE, generator=generator)
+    scale[::2] = 1.0  # without guidance nothing may be lost
     with torch.no_grad():
         seen = [teacher.condition(ids, references) for ids in (data.ids, empty.expand_as(data.ids))]
+        t, x_t = states(teacher, target, seen[0], phase.own, generator)
         v, plain = (flow.velocity(teacher.flux, x_t, t, condition, torch.ones_like(t)) for condition in seen)
         wanted = plain + scale.view(-1, 1, 1, 1) * (v - plain)
     given = flow.velocity(nano.flux, x_t, t, nano.condition(data.ids, references), scale)
@@ -275,23 +289,21 @@ def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...],
     nano, empty = Nano(), tokenizers_of(folder)([""])
     optims = optimizers(nano, MUON_RATE, ADAM_RATE, ADAM_NAMES)
 
-    def run(name: str, phase: Phase, end: int, loss: Callable[..., Tensor], most: float = 1.0):
-        """Steps up to `end` on the data of a phase; most: the largest share of the learning rates."""
+    def run(name: str, phase: Phase, end: int, loss: Callable[..., Tensor]):  # steps up to `end`
         buckets = cached_buckets(work, vae, folder, phase)
 
         def loss_of(step: int) -> Tensor:
-            generator = torch.Generator().manual_seed(step)
-            data = choose(buckets, phase, generator)
+            generator = Generator().manual_seed(step)
             with sdpa_kernel(SDPBackend.MATH):  # of sequences as short as these, faster on CPUs
-                return loss(empty, data, generator)
+                return loss(empty, choose(buckets, phase, generator), generator)
 
         steps = range(end - phase.steps, end)
-        shares = {step: most * min(1.0, (step + 1) / WARM_UP, (end - step) / phase.falling) for step in steps}
+        shares = {step: phase.rate * min(1.0, (step + 1) / WARM_UP, (end - step) / phase.falling) for step in steps}
         train(work / name, nano, optims, shares, loss_of, bf16)
         export(folder, nano, vae)
 
     for phase, end in zip(phases, accumulate(phase.steps for phase in phases), strict=True):
-        run("flux.pt", phase, end, partial(flux_loss, nano, phase.changed_weight))
-    loss = partial(distil_loss, nano, copy.deepcopy(nano).requires_grad_(False))
-    half = replace(phase, batch=phase.batch // 2, steps=distil, falling=distil)
-    run("distilled.pt", half, end + distil, loss, DISTIL_SHARE)
+        run("flux.pt", phase, end, partial(flux_loss, nano, phase))
+    half = replace(phase, batch=phase.batch // 2, steps=distil, falling=distil, rate=DISTIL_SHARE)
+    loss = partial(distil_loss, nano, copy.deepcopy(nano).requires_grad_(False), half)
+    run("distilled.pt", half, end + distil, loss)

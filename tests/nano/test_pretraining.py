@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kontext_min import flow
 from kontext_min.models.vae import VAE
 from kontext_min.nano.evaluate import judge
 from kontext_min.nano.model import AUTOENCODER, CLIP_TOKENS, LENGTH, Nano, tokenizers_of, write_clip, write_t5
@@ -19,8 +20,10 @@ from kontext_min.nano.pretrain import (
     Bucket,
     cached_buckets,
     distil_loss,
+    flux_loss,
     orthogonalise,
     pretrain_flux,
+    states,
     token_weights,
 )
 
@@ -59,7 +62,7 @@ def test_interrupted_pretraining_equals_uninterrupted_pretraining(bf16, tokenize
     torch.manual_seed(0)
     vae = VAE(AUTOENCODER).requires_grad_(False)
     phase = replace(PHASES[0], examples=40, steps=3, batch=2)
-    phases = (phase, replace(phase, name="later", steps=2))
+    phases = (phase, replace(phase, name="later", steps=2, own=0.5))
 
     def weights(name, stop=None):
         exported = []
@@ -116,9 +119,50 @@ def test_distilled_guidance_is_the_teachers_true_cfg():
         return plain + guidance.view(-1, 1, 1) * (v - plain)
 
     student.flux.forward = perfect
-    assert distil_loss(student, teacher, empty, data, generator).item() < 1e-9
+    assert distil_loss(student, teacher, PHASES[0], empty, data, generator).item() < 1e-9
     assert asked[0].min() == 1 < asked[0].max() <= 4
-    assert distil_loss(copy.deepcopy(teacher), teacher, empty, data, generator).item() > 1e-4  # it ignores guidance
+    assert (
+        distil_loss(copy.deepcopy(teacher), teacher, PHASES[0], empty, data, generator).item() > 1e-4
+    )  # it ignores guidance
+
+
+@pytest.mark.parametrize("own", [0.0, 0.5, 1.0])
+def test_states_are_noise_mixed_with_the_target_or_with_what_nano_makes_of_it(own):
+    torch.manual_seed(4)
+    nano, target, made, count = Nano(), torch.randn(4, 16, 4, 4), torch.randn(4, 16, 4, 4), round(4 * own)
+    seen = nano.condition(torch.randint(3, 90, (4, 2, 8)), [torch.randn(4, 16, 4, 4)])
+
+    def erring(img, timesteps, wanted, **_):  # it is on the straight way to another picture
+        return (img[:, :wanted] - flow.pack(made[: len(img)])) / timesteps.view(-1, 1, 1)
+
+    nano.flux.forward = erring
+    t, x_t = states(nano, target, seen, own, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    torch.randn(4, generator=generator)  # the times
+    noise = torch.randn(target.shape, generator=generator)
+    assert torch.allclose(x_t[:count], flow.mix(made, noise, t)[:count], atol=1e-5)
+    assert torch.equal(x_t[count:], flow.mix(target, noise, t)[count:])
+    assert len(set(t.tolist())) == 4 - max(0, count - 1)  # a share of the batch goes one way together
+    assert all(0 < time < 1 for time in t.tolist())
+
+
+def test_the_loss_is_zero_where_one_step_leads_from_every_state_to_the_target():
+    torch.manual_seed(6)
+    nano, erring = Nano(), Nano()
+    torch.nn.init.normal_(erring.flux.final_layer.linear.weight, std=0.1)
+    data, empty = (
+        Bucket(torch.randn(4, 2, 16, 4, 4), torch.randint(3, 90, (4, 2, 8))),
+        torch.tensor([[[0] * 8, [1] * 8]]),
+    )
+
+    def perfect(img, timesteps, wanted, **inputs):
+        if not torch.is_grad_enabled():  # while it samples, it errs
+            return erring.flux(img=img, timesteps=timesteps, wanted=wanted, **inputs)
+        return (img[:, :wanted] - flow.pack(data.latents[:, 0])) / timesteps.view(-1, 1, 1)
+
+    nano.flux.forward = perfect
+    loss = flux_loss(nano, replace(PHASES[0], own=0.75), empty, data, torch.Generator().manual_seed(7))
+    assert loss.item() < 1e-9
 
 
 def test_changed_tokens_weigh_more_and_text_to_image_tokens_alike():
