@@ -37,8 +37,7 @@ def judge(output: Image.Image, reference: Image.Image, target: Image.Image) -> t
     made, before, wanted = (np.asarray(image, np.float64) for image in (output, reference, target))
     changed = np.abs(wanted - before).max(-1) > CHANGED  # what one can see, (H, W)
     near = np.asarray(Image.fromarray(changed).convert("L").filter(ImageFilter.MaxFilter(2 * NEAR + 1))) > 0
-    rests = ~changed, ~near
-    outside, elsewhere = (psnr(made[rest], wanted[rest]) if rest.any() else math.nan for rest in rests)
+    outside, elsewhere = (psnr(made[rest], wanted[rest]) if rest.any() else math.nan for rest in (~changed, ~near))
     if not changed.any():
         return outside > KEPT, outside, elsewhere
     error, least = (np.square(picture - wanted)[changed].sum() for picture in (made, before))

@@ -30,7 +30,7 @@ from kontext_min.models.vae import VAE
 from kontext_min.nano.edits import TARGETS, any_picture, example
 from kontext_min.nano.model import AUTOENCODER, Nano, export, tokenizers_of
 from kontext_min.nano.scenes import Picture, pick
-from kontext_min.sampler import Sampling, euler, guided
+from kontext_min.sampler import euler
 
 LOG_EVERY, SAVE_EVERY, WARM_UP = 50, 250, 100  # steps
 VAE_SIZES, VAE_BATCH = (Size(64, 64), Size(96, 96), Size(64, 64), Size(112, 80)), 8  # in turn; as many pixels of each
@@ -103,9 +103,8 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - MOMENTUM)
             update = orthogonalise(p.grad.lerp(momentum, MOMENTUM).flatten(1))
-            scale = 0.2 * max(update.shape) ** 0.5
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+            p.add_(update.reshape(p.shape), alpha=-group["lr"] * (0.2 * max(update.shape) ** 0.5))
 
 
 def optimizers(network: nn.Module, muon: float, adam: float, names=()) -> list[torch.optim.Optimizer]:
@@ -240,9 +239,9 @@ def token_weights(target: Tensor, references: list[Tensor], weight: float) -> Te
     return torch.where(changed | most, weight, 1.0)
 
 
-def states(nano: Nano, target: Tensor, seen: Condition, own: float, generator: Generator) -> tuple[Tensor, Tensor]:
+def states(nano: Nano, target: Tensor, seen: Condition, scale: Tensor, own: float, generator: Generator):
     """Random times (B,), many near 1, where sampling settles most, and x_t (B, 16, h, w): noise mixed with the target.
-    The share `own` is where some of 6 to 10 steps of nano's sampling lead, so that it learns to mend its own errors.
+    A share `own` is where 1 to 9 of its own steps lead, at guidance `scale` (B,): so it learns to mend its errors.
     """
     t = torch.sigmoid(1.1 + 1.8 * torch.randn(len(target), generator=generator))
     noise = torch.randn(target.shape, generator=generator)
@@ -252,7 +251,8 @@ def states(nano: Nano, target: Tensor, seen: Condition, own: float, generator: G
         done = int(torch.randint(1, steps, (), generator=generator))
         times = flow.schedule(steps, flow.token_count(*target.shape[-2:]))[: done + 1]
         part = Condition(seen.txt[:count], seen.vec[:count], [reference[:count] for reference in seen.references])
-        *_, x_t[:count] = euler(guided(nano.flux, part, None, Sampling(guidance=1.0)), noise[:count], times)
+        field = lambda x, t, _: flow.velocity(nano.flux, x, t, part, scale[:count]).float()  # noqa: E731
+        *_, x_t[:count] = euler(field, noise[:count], times)
         t[:count] = times[-1]
     return t, x_t
 
@@ -261,7 +261,7 @@ def flux_loss(nano: Nano, phase: Phase, empty: Tensor, data: Bucket, generator: 
     target, *references = data.latents.unbind(1)
     dropped = torch.rand(len(target), 1, 1, generator=generator) < CAPTION_DROPOUT
     condition = nano.condition(torch.where(dropped, empty, data.ids), references)
-    t, x_t = states(nano, target, condition, phase.own, generator)
+    t, x_t = states(nano, target, condition, torch.ones(len(target)), phase.own, generator)
     v = flow.velocity(nano.flux, x_t, t, condition, torch.ones_like(t))
     weights = token_weights(target, references, phase.changed_weight)
     wanted = (x_t - target) / t.view(-1, 1, 1, 1)  # noise - target, also of what stands for noise on nano's own way
@@ -274,13 +274,14 @@ def distil_loss(nano: Nano, teacher: Nano, phase: Phase, empty: Tensor, data: Bu
     target, *references = data.latents.unbind(1)
     scale = torch.empty(len(target)).uniform_(*GUIDANCE, generator=generator)
     scale[::2] = 1.0  # without guidance nothing may be lost
+    condition = nano.condition(data.ids, references)
+    t, x_t = states(nano, target, condition, scale, phase.own, generator)
     with torch.no_grad():
         seen = [teacher.condition(ids, references) for ids in (data.ids, empty.expand_as(data.ids))]
-        t, x_t = states(teacher, target, seen[0], phase.own, generator)
-        v, plain = (flow.velocity(teacher.flux, x_t, t, condition, torch.ones_like(t)) for condition in seen)
+        v, plain = (flow.velocity(teacher.flux, x_t, t, given, torch.ones_like(t)) for given in seen)
         wanted = plain + scale.view(-1, 1, 1, 1) * (v - plain)
-    given = flow.velocity(nano.flux, x_t, t, nano.condition(data.ids, references), scale)
-    return ((given - wanted).square().mean((1, 2, 3)) / scale**2).mean()
+    error = flow.velocity(nano.flux, x_t, t, condition, scale) - wanted
+    return (error.square().mean((1, 2, 3)) / scale**2).mean()
 
 
 def pretrain_flux(work: Path, vae: VAE, folder: Path, phases: tuple[Phase, ...], distil: int, bf16: bool) -> None:

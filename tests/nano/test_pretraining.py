@@ -132,11 +132,14 @@ def test_states_are_noise_mixed_with_the_target_or_with_what_nano_makes_of_it(ow
     nano, target, made, count = Nano(), torch.randn(4, 16, 4, 4), torch.randn(4, 16, 4, 4), round(4 * own)
     seen = nano.condition(torch.randint(3, 90, (4, 2, 8)), [torch.randn(4, 16, 4, 4)])
 
-    def erring(img, timesteps, wanted, **_):  # it is on the straight way to another picture
+    scale, asked = torch.tensor([1.0, 2.0, 3.0, 4.0]), []
+
+    def erring(img, timesteps, wanted, guidance, **_):  # it is on the straight way to another picture
+        asked.append(guidance)
         return (img[:, :wanted] - flow.pack(made[: len(img)])) / timesteps.view(-1, 1, 1)
 
     nano.flux.forward = erring
-    t, x_t = states(nano, target, seen, own, torch.Generator().manual_seed(5))
+    t, x_t = states(nano, target, seen, scale, own, torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5)
     torch.randn(4, generator=generator)  # the times
     noise = torch.randn(target.shape, generator=generator)
@@ -144,6 +147,8 @@ def test_states_are_noise_mixed_with_the_target_or_with_what_nano_makes_of_it(ow
     assert torch.equal(x_t[count:], flow.mix(target, noise, t)[count:])
     assert len(set(t.tolist())) == 4 - max(0, count - 1)  # a share of the batch goes one way together
     assert all(0 < time < 1 for time in t.tolist())
+    assert all(torch.equal(guidance, scale[:count]) for guidance in asked)
+    assert len(asked) <= 9 and bool(asked) == bool(own)
 
 
 def test_the_loss_is_zero_where_one_step_leads_from_every_state_to_the_target():
